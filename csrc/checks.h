@@ -1,0 +1,183 @@
+// Argument checks shared by all compiled backends; vtw_kernels/ops/checks.py is their Python half.
+//
+// Every failure reads "op: argument: expected WANTED, got GIVEN" and is thrown before anything is written.
+#pragma once
+
+#include <cstdint>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace vtw {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  ((out << parts), ...);
+  return out.str();
+}
+
+[[noreturn]] inline void fail(const std::string& op, const std::string& argument, const std::string& wanted,
+                              const std::string& given) {
+  throw std::runtime_error(op + ": " + argument + ": expected " + wanted + ", got " + given);
+}
+
+// A macro, so that the texts are only made when the check fails.
+#define VTW_REQUIRE(condition, op, argument, wanted, given) \
+  do {                                                      \
+    if (!(condition)) ::vtw::fail(op, argument, wanted, given); \
+  } while (0)
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Bool: return "torch.bool";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+template <typename List>
+std::string list_text(const List& values) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
+  out << "]";
+  return out.str();
+}
+
+inline std::string shape_text(const Tensor& x) { return "shape " + list_text(x.sizes()); }
+
+// VTW_KERNELS_BACKEND, when set, is the only backend that registers its kernels.
+inline bool backend_enabled(const char* name) {
+  const char* forced = std::getenv("VTW_KERNELS_BACKEND");
+  return forced == nullptr || *forced == '\0' || std::strcmp(forced, name) == 0;
+}
+
+inline void check_keep(const Tensor& keep, int64_t length) {
+  const char* op = "plan_compaction";
+  VTW_REQUIRE(keep.scalar_type() == ScalarType::Bool, op, "keep", "dtype bool", dtype_name(keep.scalar_type()));
+  VTW_REQUIRE(keep.dim() == 2, op, "keep", "2 dimensions [B, S]", shape_text(keep));
+  VTW_REQUIRE(length >= -1, op, "length", "a number of rows, or -1 for all of S", text(length));
+}
+
+struct TokenDims {
+  int64_t token;
+  int64_t batch;
+};
+
+enum class Op { kCompact, kCompactInPlace, kExpand };
+
+inline const char* op_name(Op op) {
+  return op == Op::kCompact ? "compact" : op == Op::kCompactInPlace ? "compact_" : "expand";
+}
+
+// One list against one plan; returns each tensor's dimensions, counted from the front.
+inline std::vector<TokenDims> check_tensors(Op which, const std::vector<Tensor>& tensors,
+                                            const std::vector<int64_t>& token_dims,
+                                            const std::vector<int64_t>& batch_dims, const Tensor& source) {
+  const char* op = op_name(which);
+  VTW_REQUIRE(source.scalar_type() == ScalarType::Int, op, "source", "dtype int32", dtype_name(source.scalar_type()));
+  VTW_REQUIRE(source.dim() == 2, op, "source", "2 dimensions [B, T]", shape_text(source));
+  const int64_t batch = source.size(0);
+  const int64_t kept = source.size(1);
+  const auto one_each = [&](const char* name, const std::vector<int64_t>& dims) {
+    VTW_REQUIRE(dims.size() == tensors.size(), op, name, text("one entry for each of the ", tensors.size(), " tensors"),
+                text(dims.size()));
+  };
+  one_each("token_dims", token_dims);
+  one_each("batch_dims", batch_dims);
+
+  std::vector<TokenDims> resolved(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& x = tensors[i];
+    const int64_t rank = x.dim();
+    const auto argument = [&](const char* name) { return text(name, "[", i, "]"); };
+    VTW_REQUIRE(x.device() == source.device(), op, argument("tensors"), "the device of source", "another one");
+    VTW_REQUIRE(rank >= 2, op, argument("tensors"), "a batch and a token dimension", shape_text(x));
+    const auto in_range = [&](const char* name, int64_t dim) {
+      VTW_REQUIRE(-rank <= dim && dim < rank, op, argument(name), text("a dimension in [", -rank, ", ", rank - 1, "]"),
+                  text(dim));
+      return dim < 0 ? dim + rank : dim;
+    };
+    const int64_t token = in_range("token_dims", token_dims[i]);
+    const int64_t batched = in_range("batch_dims", batch_dims[i]);
+    VTW_REQUIRE(token != batched, op, argument("batch_dims"), text("another dimension than token_dims[", i, "]"),
+                text(batched));
+    const int64_t rows = x.size(batched);
+    if (which == Op::kCompactInPlace) {
+      VTW_REQUIRE(rows == batch, op, argument("tensors"), text("batch size ", batch, " of source"), text(rows));
+    } else {
+      VTW_REQUIRE(rows == 1 || rows == batch, op, argument("tensors"), text("batch size 1 or ", batch, " of source"),
+                  text(rows));
+    }
+    if (which == Op::kExpand) {
+      VTW_REQUIRE(x.size(token) == kept, op, argument("tensors"),
+                  text(kept, " rows of source in dimension ", token), text(x.size(token)));
+    }
+    resolved[i] = {token, batched};
+  }
+  return resolved;
+}
+
+inline void check_logits(const Tensor& p, const Tensor& q, double temperature) {
+  const char* op = "kl_divergence";
+  const auto dtype = p.scalar_type();
+  const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                        dtype == ScalarType::Double;
+  VTW_REQUIRE(floating, op, "p_logits", "a dtype of fp32, fp16, bf16 or fp64", dtype_name(dtype));
+  VTW_REQUIRE(q.scalar_type() == dtype, op, "q_logits", text("dtype ", dtype_name(dtype), " of p_logits"),
+              dtype_name(q.scalar_type()));
+  VTW_REQUIRE(q.device() == p.device(), op, "q_logits", "the device of p_logits", "another one");
+  VTW_REQUIRE(p.dim() >= 1, op, "p_logits", "at least 1 dimension [..., V]", "a scalar");
+  VTW_REQUIRE(q.dim() >= 1, op, "q_logits", "at least 1 dimension [..., V]", "a scalar");
+  const int64_t vocabulary = p.size(p.dim() - 1);
+  VTW_REQUIRE(q.size(q.dim() - 1) == vocabulary, op, "q_logits", text("vocabulary size ", vocabulary, " of p_logits"),
+              text(q.size(q.dim() - 1)));
+  for (int64_t i = p.dim() - 2, j = q.dim() - 2; i >= 0 && j >= 0; --i, --j) {
+    VTW_REQUIRE(p.size(i) == q.size(j) || p.size(i) == 1 || q.size(j) == 1, op, "q_logits",
+                "leading dimensions that broadcast with p_logits",
+                text("shapes ", list_text(p.sizes()), " and ", list_text(q.sizes())));
+  }
+  VTW_REQUIRE(temperature > 0.0 && temperature < HUGE_VAL, op, "temperature", "a finite number above 0",
+              text(temperature));
+}
+
+inline void check_state(const char* op, const std::string& argument, const Tensor& state) {
+  const auto dtype = state.scalar_type();
+  VTW_REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::Double, op, argument, "dtype fp32 or fp64",
+              dtype_name(dtype));
+  VTW_REQUIRE(state.dim() >= 1 && state.size(state.dim() - 1) == 5, op, argument, "[..., 5]: (m_p, z_p, a, m_q, z_q)",
+              shape_text(state));
+}
+
+inline void check_states(const std::vector<Tensor>& states) {
+  const char* op = "merge_kl_states";
+  VTW_REQUIRE(!states.empty(), op, "states", "at least one state", "0");
+  for (size_t i = 0; i < states.size(); ++i) {
+    const std::string argument = text("states[", i, "]");
+    check_state(op, argument, states[i]);
+    VTW_REQUIRE(states[i].scalar_type() == states[0].scalar_type(), op, argument,
+                text("dtype ", dtype_name(states[0].scalar_type()), " of states[0]"),
+                dtype_name(states[i].scalar_type()));
+    VTW_REQUIRE(states[i].device() == states[0].device(), op, argument, "the device of states[0]", "another one");
+    VTW_REQUIRE(list_text(states[i].sizes()) == list_text(states[0].sizes()), op, argument,
+                text("shape ", list_text(states[0].sizes()), " of states[0]"), shape_text(states[i]));
+  }
+}
+
+}  // namespace vtw

@@ -1,0 +1,467 @@
+// Compaction on the CPU: plan_compaction, compact, compact_, expand.
+//
+// A plan is first turned into *runs* of consecutive rows (a withdrawn image leaves two: what stands before it and what
+// stands after), so that most of a tensor moves in a few large copies. The list is then cut into tasks of about equal
+// size, which threads share.
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+
+namespace vtw {
+namespace {
+
+// A task moves about this much: enough to hide the cost of starting it, little enough to share out evenly.
+constexpr int64_t kTaskBytes = 128 * 1024;
+// Below this many bytes in all, waking a second thread costs more than it saves.
+constexpr int64_t kSerialBytes = 64 * 1024;
+// In place, a wide row may be split among threads by columns, but not into strips narrower than this.
+constexpr int64_t kTileBytes = 2 * 1024;
+// An op that moves more than this writes around the caches: nothing of it would still be there when it is next read, and
+// a store that goes through a cache first reads the line that it overwrites. 2 to 3 times faster where it applies.
+constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
+
+// `count` rows from `from` go to `to`; from = -1 is a run of zero rows.
+struct Run {
+  int64_t from;
+  int64_t to;
+  int64_t count;
+};
+
+using Runs = std::vector<std::vector<Run>>;  // per sequence, ascending in `to`
+
+struct Source {
+  const int32_t* data;
+  int64_t batch, rows, batch_stride, row_stride;
+
+  explicit Source(const Tensor& source)
+      : data(static_cast<const int32_t*>(source.const_data_ptr())),
+        batch(source.size(0)),
+        rows(source.size(1)),
+        batch_stride(source.stride(0)),
+        row_stride(source.stride(1)) {}
+
+  int32_t at(int64_t b, int64_t j) const { return data[b * batch_stride + j * row_stride]; }
+};
+
+// One ascending run of rows per sequence, padding on one side, every row below `limit`.
+void check_rows(Op which, const Source& source, int64_t limit, const std::string& limit_of) {
+  const char* op = op_name(which);
+  for (int64_t b = 0; b < source.batch; ++b) {
+    int64_t previous = -1;
+    bool padding_after = false;
+    for (int64_t j = 0; j < source.rows; ++j) {
+      const int64_t row = source.at(b, j);
+      VTW_REQUIRE(row >= -1, op, "source", "rows, or -1 for padding", text(row));
+      VTW_REQUIRE(row < limit, op, "source", text("rows below ", limit, " of ", limit_of), text(row));
+      if (row < 0) {
+        padding_after = padding_after || previous >= 0;
+        continue;
+      }
+      VTW_REQUIRE(row > previous && !padding_after, op, "source", "ascending rows with padding on one side",
+                  "another order");
+      const bool padding_before = previous < 0 && j > 0;
+      VTW_REQUIRE(!(padding_before && which == Op::kCompactInPlace), op, "source", "a right-padded plan",
+                  "a left-padded one");
+      previous = row;
+    }
+  }
+}
+
+void append(std::vector<Run>& runs, int64_t from, int64_t to, int64_t count) {
+  if (count == 0) return;
+  if (!runs.empty()) {
+    Run& last = runs.back();
+    const bool continues = from < 0 ? last.from < 0 : last.from >= 0 && last.from + last.count == from;
+    if (continues) {
+      last.count += count;
+      return;
+    }
+  }
+  runs.push_back({from, to, count});
+}
+
+Runs compact_runs(const Source& source) {
+  Runs runs(source.batch);
+  for (int64_t b = 0; b < source.batch; ++b) {
+    for (int64_t j = 0; j < source.rows; ++j) append(runs[b], source.at(b, j), j, 1);
+  }
+  return runs;
+}
+
+Runs expand_runs(const Source& source, int64_t length) {
+  Runs runs(source.batch);
+  for (int64_t b = 0; b < source.batch; ++b) {
+    int64_t next = 0;
+    for (int64_t j = 0; j < source.rows; ++j) {
+      const int64_t row = source.at(b, j);
+      if (row < 0) continue;
+      append(runs[b], -1, next, row - next);
+      append(runs[b], j, row, 1);
+      next = row + 1;
+    }
+    append(runs[b], -1, next, length - next);
+  }
+  return runs;
+}
+
+// A tensor seen as *lanes*: for each sequence and each index of the other dimensions, a column of rows. A row of a lane
+// is `block` contiguous bytes in both tensors; dimensions that are not contiguous with it become lanes of their own.
+struct Lanes {
+  struct Dim {
+    int64_t size, from_stride, to_stride;  // strides in bytes, here and below
+  };
+
+  const char* from;
+  char* to;
+  int64_t block;
+  int64_t from_batch, to_batch, from_row, to_row;
+  int64_t rows;
+  int64_t count = 1;  // lanes per sequence
+  std::vector<Dim> dims;
+
+  Lanes(const Tensor& source, const Tensor& target, TokenDims at, int64_t rows_of_target)
+      : from(static_cast<const char*>(source.const_data_ptr())),
+        to(static_cast<char*>(target.mutable_data_ptr())),
+        block(static_cast<int64_t>(source.element_size())),
+        rows(rows_of_target) {
+    const int64_t item = block;
+    from_batch = source.size(at.batch) == 1 ? 0 : source.stride(at.batch) * item;
+    to_batch = target.stride(at.batch) * item;
+    from_row = source.stride(at.token) * item;
+    to_row = target.stride(at.token) * item;
+    for (int64_t d = 0; d < source.dim(); ++d) {
+      if (d == at.token || d == at.batch || source.size(d) == 1) continue;
+      dims.push_back({source.size(d), source.stride(d) * item, target.stride(d) * item});
+    }
+    // Innermost first, by the order in which the target lies in memory.
+    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.to_stride < b.to_stride; });
+    std::vector<Dim> outer;
+    for (const Dim& dim : dims) {
+      if (outer.empty() && dim.from_stride == block && dim.to_stride == block) {
+        block *= dim.size;
+      } else {
+        outer.push_back(dim);
+        count *= dim.size;
+      }
+    }
+    dims = std::move(outer);
+  }
+
+  void locate(int64_t lane, const char*& source, char*& target) const {
+    const int64_t sequence = lane / count;
+    int64_t index = lane % count;
+    source = from + sequence * from_batch;
+    target = to + sequence * to_batch;
+    for (const Dim& dim : dims) {
+      source += index % dim.size * dim.from_stride;
+      target += index % dim.size * dim.to_stride;
+      index /= dim.size;
+    }
+  }
+};
+
+template <int64_t Bytes>
+void copy_elements(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * to_row, from + r * from_row, Bytes);
+}
+
+// memmove with stores that bypass the caches. Forward: `to` is below `from` or apart from it, and each 64 bytes are
+// loaded before the store that may overwrite them. Meanwhile as many bytes from `next` are fetched: a run is short, and
+// the processor's own prefetching would start anew, page by page, in each.
+void stream(char* to, const char* from, int64_t bytes, const char* next) {
+#if defined(__SSE2__)
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
+  std::memmove(to, from, head);
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+    __builtin_prefetch(next + i, 0, 2);
+    __m128i line[4];
+    std::memcpy(line, from + i, 64);
+    for (int part = 0; part < 4; ++part) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i) + part, line[part]);
+  }
+  std::memmove(to + i, from + i, bytes - i);
+#else
+  std::memmove(to, from, bytes);
+#endif
+}
+
+// Rows go forward, and in place `to` never lies above `from`: a row is read before anything is written over it.
+// memmove, because a run and the place it moves to may overlap, and so may a row and its neighbour's old place.
+void move_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows, int64_t bytes,
+               const char* next) {
+  const auto move = [&](char* a, const char* b, int64_t n) { next ? stream(a, b, n, next) : void(std::memmove(a, b, n)); };
+  if (from_row == bytes && to_row == bytes) return move(to, from, rows * bytes);
+  switch (bytes) {
+    case 1: return copy_elements<1>(to, to_row, from, from_row, rows);
+    case 2: return copy_elements<2>(to, to_row, from, from_row, rows);
+    case 4: return copy_elements<4>(to, to_row, from, from_row, rows);
+    case 8: return copy_elements<8>(to, to_row, from, from_row, rows);
+    default:
+      for (int64_t r = 0; r < rows; ++r) move(to + r * to_row, from + r * from_row, bytes);
+  }
+}
+
+void clear_rows(char* to, int64_t to_row, int64_t rows, int64_t bytes) {
+  if (to_row == bytes) {
+    std::memset(to, 0, rows * bytes);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) std::memset(to + r * to_row, 0, bytes);
+  }
+}
+
+// Calls task(tensor, index) for every index below counts[tensor], in parallel; `bytes` is what all of them move.
+template <typename Task>
+void for_each_task(const std::vector<int64_t>& counts, int64_t bytes, const Task& task) {
+  std::vector<int64_t> ends(counts.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < counts.size(); ++i) ends[i] = total += counts[i];
+  if (total == 0) return;
+  const int64_t grain = std::max<int64_t>(1, total * kSerialBytes / std::max<int64_t>(1, bytes));
+  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    size_t tensor = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t i = begin; i < end; ++i) {
+      while (i >= ends[tensor]) ++tensor;
+      task(tensor, i - (tensor == 0 ? 0 : ends[tensor - 1]));
+    }
+#if defined(__SSE2__)
+    _mm_sfence();  // streaming stores become visible to the thread that reads the result next
+#endif
+  });
+}
+
+std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims, const Runs& runs,
+                           int64_t rows) {
+  std::vector<Tensor> results;
+  std::vector<Lanes> lanes;
+  std::vector<int64_t> counts, rows_per_task;
+  int64_t bytes = 0;
+  const int64_t batch = static_cast<int64_t>(runs.size());
+  results.reserve(tensors.size());
+  lanes.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    std::vector<int64_t> shape(tensors[i].sizes().begin(), tensors[i].sizes().end());
+    shape[dims[i].token] = rows;
+    shape[dims[i].batch] = batch;
+    results.push_back(torch::stable::new_empty(tensors[i], shape));
+    const bool empty = results[i].numel() == 0;
+    lanes.emplace_back(tensors[i], results[i], dims[i], rows);
+    const int64_t chunk = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, lanes[i].block));
+    rows_per_task.push_back(chunk);
+    counts.push_back(empty ? 0 : batch * lanes[i].count * ((rows + chunk - 1) / chunk));
+    bytes += empty ? 0 : batch * lanes[i].count * rows * lanes[i].block;
+  }
+
+  for_each_task(counts, bytes, [&](size_t i, int64_t index) {
+    const Lanes& view = lanes[i];
+    const int64_t chunks = (rows + rows_per_task[i] - 1) / rows_per_task[i];
+    const int64_t lane = index / chunks;
+    const int64_t begin = index % chunks * rows_per_task[i];
+    const int64_t end = std::min(rows, begin + rows_per_task[i]);
+    const char* from;
+    char* to;
+    view.locate(lane, from, to);
+    for (const Run& run : runs[lane / view.count]) {
+      const int64_t first = std::max(run.to, begin);
+      const int64_t count = std::min(run.to + run.count, end) - first;
+      if (count <= 0) continue;
+      char* target = to + first * view.to_row;
+      if (run.from < 0) {
+        clear_rows(target, view.to_row, count, view.block);
+      } else {
+        const char* source = from + (run.from + first - run.to) * view.from_row;
+        move_rows(target, view.to_row, source, view.from_row, count, view.block, bytes > kStreamBytes ? source : nullptr);
+      }
+    }
+  });
+  return results;
+}
+
+// --- ops -------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> plan_compaction(const Tensor& keep, int64_t length, bool pad_left) {
+  check_keep(keep, length);
+  const int64_t batch = keep.size(0);
+  const int64_t tokens = keep.size(1);
+  VTW_REQUIRE(tokens <= INT_MAX, "plan_compaction", "keep", "at most 2^31 - 1 tokens", text(tokens));
+  const int64_t rows = length < 0 ? tokens : length;
+  Tensor source = torch::stable::new_empty(keep, {batch, rows}, ScalarType::Int);
+  Tensor lengths = torch::stable::new_empty(keep, {batch}, ScalarType::Int);
+  auto* source_data = static_cast<int32_t*>(source.mutable_data_ptr());
+  auto* lengths_data = static_cast<int32_t*>(lengths.mutable_data_ptr());
+  const auto* keep_data = static_cast<const uint8_t*>(keep.const_data_ptr());
+  const int64_t token_stride = keep.stride(1);
+  for (int64_t b = 0; b < batch; ++b) {
+    const uint8_t* kept = keep_data + b * keep.stride(0);
+    int32_t* row = source_data + b * rows;
+    int64_t count = 0;
+    // Left padding fills the row from its end, so that cutting drops the first kept rows instead of the last.
+    for (int64_t i = 0; i < tokens && count < rows; ++i) {
+      const int64_t s = pad_left ? tokens - 1 - i : i;
+      if (kept[s * token_stride]) row[pad_left ? rows - 1 - count : count] = static_cast<int32_t>(s), ++count;
+    }
+    std::fill_n(pad_left ? row : row + count, rows - count, -1);
+    lengths_data[b] = static_cast<int32_t>(count);
+  }
+  return {source, lengths};
+}
+
+std::vector<Tensor> compact(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
+                            const std::vector<int64_t>& batch_dims, const Tensor& source) {
+  const auto dims = check_tensors(Op::kCompact, tensors, token_dims, batch_dims, source);
+  const Source rows(source);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_rows(Op::kCompact, rows, tensors[i].size(dims[i].token), text("tensors[", i, "]"));
+  }
+  return gather(tensors, dims, compact_runs(rows), rows.rows);
+}
+
+std::vector<Tensor> expand(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
+                           const std::vector<int64_t>& batch_dims, const Tensor& source, int64_t length) {
+  const auto dims = check_tensors(Op::kExpand, tensors, token_dims, batch_dims, source);
+  VTW_REQUIRE(length >= 0, "expand", "length", "a number of rows", text(length));
+  const Source rows(source);
+  check_rows(Op::kExpand, rows, length, "length");
+  return gather(tensors, dims, expand_runs(rows, length), length);
+}
+
+// The bytes of one tensor. Strides *nest* when each is at least as long as all that lies inside it; every view of a cache
+// nests, and then overlap has an exact answer. Anything else is refused rather than trusted.
+struct Extent {
+  size_t index;
+  int64_t begin, end, item;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride in bytes, size), outermost first
+
+  Extent(size_t index, const Tensor& x)
+      : index(index),
+        begin(reinterpret_cast<int64_t>(x.const_data_ptr())),
+        item(static_cast<int64_t>(x.element_size())) {
+    end = begin + item;
+    for (int64_t d = 0; d < x.dim(); ++d) {
+      if (x.size(d) == 1) continue;
+      dims.emplace_back(x.stride(d) * item, x.size(d));
+      end += dims.back().first * (x.size(d) - 1);
+    }
+    std::sort(dims.rbegin(), dims.rend());
+  }
+
+  bool nests() const {
+    int64_t inside = item;
+    for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+      if (dim->first < inside) return false;
+      inside += dim->first * (dim->second - 1);
+    }
+    return true;
+  }
+
+  bool same_strides(const Extent& other) const {
+    return item == other.item && dims.size() == other.dims.size() &&
+           std::equal(dims.begin(), dims.end(), other.dims.begin(),
+                      [](const auto& a, const auto& b) { return a.first == b.first; });
+  }
+
+  // Is an element of `other` within an element's size of one of ours? `apart` is the distance that the dimensions from
+  // `d` on must make up. What lies inside a stride is shorter than it, so only the two nearest multiples can do.
+  bool meets(const Extent& other, int64_t apart, size_t d = 0) const {
+    if (d == dims.size()) return std::abs(apart) < item;
+    const auto [stride, size] = dims[d];
+    const int64_t below = apart / stride - (apart % stride < 0);
+    for (int64_t steps : {below, below + 1}) {
+      if (-other.dims[d].second < steps && steps < size && meets(other, apart - steps * stride, d + 1)) return true;
+    }
+    return false;
+  }
+};
+
+// In place, two tensors that share bytes would leave whichever was written last.
+void check_disjoint(const std::vector<Tensor>& tensors) {
+  std::vector<Extent> extents;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].numel() == 0) continue;
+    extents.emplace_back(i, tensors[i]);
+    VTW_REQUIRE(extents.back().nests(), "compact_", text("tensors[", i, "]"), "memory of its own for every element",
+                text("strides ", list_text(tensors[i].strides())));
+  }
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  for (size_t i = 0; i < extents.size(); ++i) {
+    for (size_t j = i + 1; j < extents.size() && extents[j].begin < extents[i].end; ++j) {
+      const Extent &a = extents[i], &b = extents[j];
+      VTW_REQUIRE(a.same_strides(b) && !a.meets(b, b.begin - a.begin), "compact_",
+                  text("tensors[", std::max(a.index, b.index), "]"),
+                  text("memory apart from tensors[", std::min(a.index, b.index), "]"), "an overlap");
+    }
+  }
+}
+
+void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
+              const std::vector<int64_t>& batch_dims, const Tensor& source) {
+  const auto dims = check_tensors(Op::kCompactInPlace, tensors, token_dims, batch_dims, source);
+  const Source rows(source);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_rows(Op::kCompactInPlace, rows, tensors[i].size(dims[i].token), text("tensors[", i, "]"));
+  }
+  check_disjoint(tensors);
+
+  // What already stands in its place (all before the first dropped row) and padding are not runs to move.
+  Runs runs = compact_runs(rows);
+  int64_t moved = 0;
+  for (auto& sequence : runs) {
+    const auto stays = [](const Run& run) { return run.from < 0 || run.from == run.to; };
+    sequence.erase(std::remove_if(sequence.begin(), sequence.end(), stays), sequence.end());
+    for (const Run& run : sequence) moved = std::max(moved, run.to + run.count);
+  }
+  if (moved == 0) return;
+
+  // A lane is moved by one thread, from its first row to its last, because its rows overwrite one another. Lanes, and
+  // column tiles of one lane, share no bytes.
+  std::vector<Lanes> lanes;
+  std::vector<int64_t> counts, tile_bytes;
+  int64_t bytes = 0;
+  lanes.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const bool empty = tensors[i].numel() == 0;
+    lanes.emplace_back(tensors[i], tensors[i], dims[i], rows.rows);
+    const int64_t lane_bytes = moved * lanes[i].block;
+    const int64_t tiles = std::min(lanes[i].block / kTileBytes, (lane_bytes + kTaskBytes - 1) / kTaskBytes);
+    tile_bytes.push_back(tiles > 1 ? (lanes[i].block / tiles + 63) / 64 * 64 : std::max<int64_t>(1, lanes[i].block));
+    counts.push_back(empty ? 0 : rows.batch * lanes[i].count * ((lanes[i].block + tile_bytes[i] - 1) / tile_bytes[i]));
+    bytes += empty ? 0 : rows.batch * lanes[i].count * lane_bytes;
+  }
+
+  for_each_task(counts, bytes, [&](size_t i, int64_t index) {
+    const Lanes& view = lanes[i];
+    const int64_t tiles = (view.block + tile_bytes[i] - 1) / tile_bytes[i];
+    const int64_t lane = index / tiles;
+    const int64_t begin = index % tiles * tile_bytes[i];
+    const int64_t width = std::min(view.block - begin, tile_bytes[i]);
+    const char *from, *next;
+    char *to, *unused;
+    view.locate(lane, from, to);
+    view.locate(std::min(lane + 1, rows.batch * view.count - 1), next, unused);
+    for (const Run& run : runs[lane / view.count]) {
+      move_rows(to + run.to * view.to_row + begin, view.to_row, from + run.from * view.from_row + begin, view.from_row,
+                run.count, width, bytes > kStreamBytes ? next + run.from * view.from_row + begin : nullptr);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace vtw
+
+STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CPU, m) {
+  if (!vtw::backend_enabled("cpu")) return;
+  m.impl("plan_compaction", TORCH_BOX(&vtw::plan_compaction));
+  m.impl("compact", TORCH_BOX(&vtw::compact));
+  m.impl("compact_", TORCH_BOX(&vtw::compact_));
+  m.impl("expand", TORCH_BOX(&vtw::expand));
+}

@@ -1,0 +1,480 @@
+// KL divergence on the CPU: one read of each pair of rows forward, and one read and one write backward.
+//
+// A pair of rows is cut into segments, which threads share; the states of the segments are merged in ascending order.
+// So the bits of a result depend on neither the number of threads nor on which of them came first.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "cpu/simd.h"
+
+namespace vtw {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// A block shares one pair of maxima: 2 x 8 KiB of fp32, so that the second look at it finds it in the L1 cache.
+constexpr int64_t kBlock = 2048;
+// A segment is one thread's piece of work: 2 to 3 microseconds.
+constexpr int64_t kSegment = 4 * kBlock;
+
+// KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py.
+struct State {
+  double m_p = -INFINITY, z_p = 0, a = 0, m_q = -INFINITY, z_q = 0;
+
+  void merge(const State& other) {
+    const double top_p = larger(m_p, other.m_p);
+    const double top_q = larger(m_q, other.m_q);
+    const double p_here = rescale(m_p, top_p), p_there = rescale(other.m_p, top_p);
+    z_p = z_p * p_here + other.z_p * p_there;
+    // An infinite divergence stays infinite, however small the probability that carries it has become.
+    a = (std::isinf(a) ? a : a * p_here) + (std::isinf(other.a) ? other.a : other.a * p_there);
+    z_q = z_q * rescale(m_q, top_q) + other.z_q * rescale(other.m_q, top_q);
+    m_p = top_p;
+    m_q = top_q;
+  }
+
+  // Subtracting in fp64 keeps what two log-sum-exps of some tens would round away. Rounding may still leave a hair
+  // below 0, which no divergence is; the comparison lets NaN through.
+  double divergence() const {
+    const double kl = a / z_p - (m_p + std::log(z_p)) + (m_q + std::log(z_q));
+    return kl < 0 ? 0 : kl;
+  }
+
+  static double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
+  // An empty or all -inf part has z = 0 and a = 0 and weighs nothing, where -inf - -inf would make it NaN.
+  static double rescale(double m, double top) { return m == -INFINITY ? 0.0 : m == top ? 1.0 : std::exp(m - top); }
+};
+
+// What a row is made of at temperature 1/c; c is folded into the exponent's scale.
+struct Sums {
+  float m_p, m_q;
+  double z_p, a, z_q;
+};
+
+// One vector of pairs. The plain version is right as long as all logits are finite; if any is not, `a` comes out as an
+// infinity or NaN, and the block is done again by the careful version:
+//   p = -inf            adds nothing, whatever q is;
+//   q = -inf < p        adds +inf, even where e^(p - m_p) has underflowed to 0;
+//   NaN, +inf           make the sums NaN: x - x is 0 for every finite x and NaN for these.
+template <int Bytes, bool careful>
+VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, typename Simd<Bytes>::F m_p,
+                          typename Simd<Bytes>::F m_q, float scale, typename Simd<Bytes>::F& z_p,
+                          typename Simd<Bytes>::F& a, typename Simd<Bytes>::F& z_q) {
+  using V = Simd<Bytes>;
+  using F = typename V::F;
+  F e_p = V::exp2(p - m_p, scale);
+  F e_q = V::exp2(q - m_q, scale);
+  F term = e_p * (p - q);
+  if (careful) {
+    const F none = V::splat(-kInfinity), zero = V::splat(0.0f);
+    e_p = p == none ? zero : e_p + (p - p);
+    e_q = q == none ? zero : e_q + (q - q);
+    term = q == none ? V::splat(kInfinity) : term;
+    term = p == none ? zero : term;
+  }
+  z_p += e_p;
+  a += term;
+  z_q += e_q;
+}
+
+// A full vector of logits at `i`, or what is left of them followed by -inf.
+template <int Bytes, typename T>
+VTW_INLINE typename Simd<Bytes>::F load_tail(const T* x, int64_t i, int64_t count) {
+  using V = Simd<Bytes>;
+  T padded[V::kLanes];
+  for (int lane = 0; lane < V::kLanes; ++lane) padded[lane] = i + lane < count ? x[i + lane] : T(-kInfinity);
+  return V::load(padded);
+}
+
+template <int Bytes, bool careful, typename T>
+VTW_INLINE void add_block(const T* p, const T* q, int64_t count, float scale, Sums& sums) {
+  using V = Simd<Bytes>;
+  using F = typename V::F;
+  // Where all is -inf there is no maximum to subtract; any finite number will do, for every e^x is then set to 0.
+  const F m_p = V::splat(sums.m_p == -kInfinity ? 0.0f : sums.m_p);
+  const F m_q = V::splat(sums.m_q == -kInfinity ? 0.0f : sums.m_q);
+  F z_p{}, a{}, z_q{};
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) {
+    add_pairs<Bytes, careful>(V::load(p + i), V::load(q + i), m_p, m_q, scale, z_p, a, z_q);
+  }
+  if (i < count) {
+    add_pairs<Bytes, true>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), m_p, m_q, scale, z_p, a, z_q);
+  }
+  sums.z_p = V::reduce_add(z_p);
+  sums.a = V::reduce_add(a);
+  sums.z_q = V::reduce_add(z_q);
+}
+
+template <int Bytes, typename T>
+VTW_INLINE Sums block_sums(const T* p, const T* q, int64_t count, float scale) {
+  using V = Simd<Bytes>;
+  typename V::F m_p = V::splat(-kInfinity), m_q = m_p;
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) {
+    m_p = V::max(V::load(p + i), m_p);
+    m_q = V::max(V::load(q + i), m_q);
+  }
+  if (i < count) {
+    m_p = V::max(load_tail<Bytes>(p, i, count), m_p);
+    m_q = V::max(load_tail<Bytes>(q, i, count), m_q);
+  }
+  Sums sums{V::reduce_max(m_p), V::reduce_max(m_q), 0, 0, 0};
+  add_block<Bytes, false>(p, q, count, scale, sums);
+  if (!std::isfinite(sums.a)) add_block<Bytes, true>(p, q, count, scale, sums);
+  return sums;
+}
+
+template <int Bytes, typename T>
+VTW_INLINE State segment_state(const T* p, const T* q, int64_t count, double inverse_temperature) {
+  State state;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const float scale = static_cast<float>(kLog2e * inverse_temperature);
+    const Sums sums = block_sums<Bytes>(p + i, q + i, std::min(kBlock, count - i), scale);
+    state.merge({sums.m_p * inverse_temperature, sums.z_p, sums.a * inverse_temperature,
+                 sums.m_q * inverse_temperature, sums.z_q});
+  }
+  return state;
+}
+
+// fp64 is for checks of gradients, not for speed.
+template <int Bytes>
+VTW_INLINE State segment_state(const double* p, const double* q, int64_t count, double inverse_temperature) {
+  State state;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = p[i] * inverse_temperature, y = q[i] * inverse_temperature;
+    const double nan_p = x == -INFINITY ? 0 : x - x, nan_q = y == -INFINITY ? 0 : y - y;
+    const double term = x == -INFINITY ? 0 : y == -INFINITY ? INFINITY : x - y;
+    state.merge({x, (x == -INFINITY ? 0 : 1) + nan_p, term, y, (y == -INFINITY ? 0 : 1) + nan_q});
+  }
+  return state;
+}
+
+// Gradient of z_p, a and z_q with respect to the logits, per row:
+//   dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
+template <typename T>
+struct Slope {
+  T m_p, m_q, g_zp, g_a, g_zq, inverse_temperature;
+};
+
+template <int Bytes, typename T>
+VTW_INLINE void backward_vector(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, const Slope<float>& s, T* grad_p,
+                                T* grad_q) {
+  using V = Simd<Bytes>;
+  using F = typename V::F;
+  const F none = V::splat(-kInfinity), zero = V::splat(0.0f);
+  const float scale = static_cast<float>(kLog2e) * s.inverse_temperature;
+  F e_p = V::exp2(p - s.m_p, scale);
+  e_p = p == none ? zero : e_p + (p - p);
+  if (grad_p) {
+    const F slope = s.g_zp + s.g_a * ((p - q) * s.inverse_temperature + 1.0f);
+    V::store(grad_p, p == none ? zero : s.inverse_temperature * (slope * e_p));
+  }
+  if (grad_q) {
+    F e_q = V::exp2(q - s.m_q, scale);
+    e_q = q == none ? zero : e_q + (q - q);
+    V::store(grad_q, s.inverse_temperature * (s.g_zq * e_q - s.g_a * e_p));
+  }
+}
+
+template <int Bytes, typename T>
+VTW_INLINE void segment_backward(const T* p, const T* q, int64_t count, const Slope<float>& slope, T* grad_p,
+                                 T* grad_q) {
+  using V = Simd<Bytes>;
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) {
+    backward_vector<Bytes>(V::load(p + i), V::load(q + i), slope, grad_p ? grad_p + i : nullptr,
+                           grad_q ? grad_q + i : nullptr);
+  }
+  if (i < count) {
+    T tail_p[V::kLanes], tail_q[V::kLanes];
+    backward_vector<Bytes>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), slope, grad_p ? tail_p : nullptr,
+                           grad_q ? tail_q : nullptr);
+    if (grad_p) std::copy_n(tail_p, count - i, grad_p + i);
+    if (grad_q) std::copy_n(tail_q, count - i, grad_q + i);
+  }
+}
+
+template <int Bytes>
+VTW_INLINE void segment_backward(const double* p, const double* q, int64_t count, const Slope<double>& s,
+                                 double* grad_p, double* grad_q) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double scale = s.inverse_temperature;
+    const double e_p = p[i] == -INFINITY ? 0 : std::exp((p[i] - s.m_p) * scale);
+    const double e_q = q[i] == -INFINITY ? 0 : std::exp((q[i] - s.m_q) * scale);
+    const double slope = s.g_zp + s.g_a * ((p[i] - q[i]) * scale + 1);
+    if (grad_p) grad_p[i] = p[i] == -INFINITY ? 0 : scale * slope * e_p;
+    if (grad_q) grad_q[i] = scale * (s.g_zq * e_q - s.g_a * e_p);
+  }
+}
+
+// --- one build, three vector sets --------------------------------------------------------------------------------------
+
+template <typename T>
+using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+using ForwardFn = State (*)(const T*, const T*, int64_t, double);
+template <typename T>
+using BackwardFn = void (*)(const T*, const T*, int64_t, const Slope<Real<T>>&, T*, T*);
+
+template <typename T>
+State forward_default(const T* p, const T* q, int64_t n, double c) {
+  return segment_state<16>(p, q, n, c);
+}
+template <typename T>
+void backward_default(const T* p, const T* q, int64_t n, const Slope<Real<T>>& s, T* grad_p, T* grad_q) {
+  segment_backward<16>(p, q, n, s, grad_p, grad_q);
+}
+
+#if defined(__x86_64__)
+template <typename T>
+VTW_AVX2 State forward_avx2(const T* p, const T* q, int64_t n, double c) {
+  return segment_state<32>(p, q, n, c);
+}
+template <typename T>
+VTW_AVX2 void backward_avx2(const T* p, const T* q, int64_t n, const Slope<Real<T>>& s, T* grad_p, T* grad_q) {
+  segment_backward<32>(p, q, n, s, grad_p, grad_q);
+}
+template <typename T>
+VTW_AVX512 State forward_avx512(const T* p, const T* q, int64_t n, double c) {
+  return segment_state<64>(p, q, n, c);
+}
+template <typename T>
+VTW_AVX512 void backward_avx512(const T* p, const T* q, int64_t n, const Slope<Real<T>>& s, T* grad_p, T* grad_q) {
+  segment_backward<64>(p, q, n, s, grad_p, grad_q);
+}
+#endif
+
+template <typename T>
+ForwardFn<T> choose_forward() {
+#if defined(__x86_64__)
+  if (cpu_capability() == CpuCapability::kAvx512) return forward_avx512<T>;
+  if (cpu_capability() == CpuCapability::kAvx2) return forward_avx2<T>;
+#endif
+  return forward_default<T>;
+}
+
+template <typename T>
+BackwardFn<T> choose_backward() {
+#if defined(__x86_64__)
+  if (cpu_capability() == CpuCapability::kAvx512) return backward_avx512<T>;
+  if (cpu_capability() == CpuCapability::kAvx2) return backward_avx2<T>;
+#endif
+  return backward_default<T>;
+}
+
+// --- rows --------------------------------------------------------------------------------------------------------------
+
+// Two tensors [..., V] whose leading dimensions broadcast, as pairs of rows; nothing is expanded.
+struct RowPairs {
+  Tensor p, q;
+  std::vector<int64_t> shape;  // leading dimensions
+  int64_t rows = 1, vocabulary = 0;
+  std::vector<int64_t> p_offsets, q_offsets;  // per row, in elements
+
+  RowPairs(const Tensor& p_logits, const Tensor& q_logits) : p(unit_stride(p_logits)), q(unit_stride(q_logits)) {
+    vocabulary = p.size(p.dim() - 1);
+    const int64_t rank = std::max(p.dim(), q.dim()) - 1;
+    shape.assign(rank, 1);
+    for (int64_t d = 0; d < rank; ++d) {
+      const int64_t in_p = size_at(p, d, rank), in_q = size_at(q, d, rank);
+      shape[d] = in_p == 1 ? in_q : in_p;
+      rows *= shape[d];
+    }
+    p_offsets = offsets(p);
+    q_offsets = offsets(q);
+  }
+
+  int64_t segments() const { return std::max<int64_t>(1, (vocabulary + kSegment - 1) / kSegment); }
+
+ private:
+  static Tensor unit_stride(const Tensor& x) {
+    return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+  }
+
+  static int64_t size_at(const Tensor& x, int64_t d, int64_t rank) {
+    const int64_t own = d - (rank - (x.dim() - 1));
+    return own < 0 ? 1 : x.size(own);
+  }
+
+  std::vector<int64_t> offsets(const Tensor& x) const {
+    std::vector<int64_t> result(rows, 0);
+    const int64_t rank = static_cast<int64_t>(shape.size());
+    int64_t inner = rows;
+    for (int64_t d = 0; d < rank && rows > 0; ++d) {
+      inner /= shape[d];
+      if (size_at(x, d, rank) == 1) continue;
+      const int64_t stride = x.stride(d - (rank - (x.dim() - 1)));
+      for (int64_t row = 0; row < rows; ++row) result[row] += row / inner % shape[d] * stride;
+    }
+    return result;
+  }
+};
+
+// Calls work(row, segment) for every segment of every row, in parallel.
+template <typename Work>
+void for_each_segment(const RowPairs& pairs, const Work& work) {
+  const int64_t segments = pairs.segments();
+  const int64_t shortest = std::max<int64_t>(1, std::min(pairs.vocabulary, kSegment));
+  const int64_t grain = std::max<int64_t>(1, kSegment / shortest);
+  torch::stable::parallel_for(0, pairs.rows * segments, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i / segments, i % segments);
+  });
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logits, double temperature,
+                                   ScalarType result_type) {
+  const RowPairs pairs(p_logits, q_logits);
+  std::vector<int64_t> state_shape = pairs.shape;
+  state_shape.push_back(5);
+  Tensor kl = torch::stable::new_empty(p_logits, pairs.shape, result_type);
+  Tensor state = torch::stable::new_empty(p_logits, state_shape, result_type);
+  const auto* p = static_cast<const T*>(pairs.p.const_data_ptr());
+  const auto* q = static_cast<const T*>(pairs.q.const_data_ptr());
+
+  const int64_t segments = pairs.segments();
+  std::vector<State> partial(pairs.rows * segments);
+  const ForwardFn<T> segment_fn = choose_forward<T>();
+  for_each_segment(pairs, [&](int64_t row, int64_t segment) {
+    const int64_t begin = segment * kSegment;
+    const int64_t count = std::min(kSegment, pairs.vocabulary - begin);
+    partial[row * segments + segment] =
+        segment_fn(p + pairs.p_offsets[row] + begin, q + pairs.q_offsets[row] + begin, count, 1.0 / temperature);
+  });
+
+  auto* kl_data = static_cast<Real<T>*>(kl.mutable_data_ptr());
+  auto* state_data = static_cast<Real<T>*>(state.mutable_data_ptr());
+  for (int64_t row = 0; row < pairs.rows; ++row) {
+    State whole = partial[row * segments];
+    for (int64_t i = 1; i < segments; ++i) whole.merge(partial[row * segments + i]);
+    kl_data[row] = static_cast<Real<T>>(whole.divergence());
+    const double values[5] = {whole.m_p, whole.z_p, whole.a, whole.m_q, whole.z_q};
+    std::copy_n(values, 5, state_data + row * 5);
+  }
+  return {kl, state};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_logits, const Tensor& q_logits,
+                                    const Tensor& state, double temperature, bool need_p, bool need_q) {
+  using R = Real<T>;
+  const RowPairs pairs(p_logits, q_logits);
+  std::vector<int64_t> shape = pairs.shape;
+  shape.push_back(pairs.vocabulary);
+  const std::vector<int64_t> nothing{0};
+  Tensor grad_p = torch::stable::new_empty(p_logits, need_p ? shape : nothing);
+  Tensor grad_q = torch::stable::new_empty(q_logits, need_q ? shape : nothing);
+  const Tensor states = torch::stable::contiguous(state), slopes = torch::stable::contiguous(grad_state);
+  const auto* p = static_cast<const T*>(pairs.p.const_data_ptr());
+  const auto* q = static_cast<const T*>(pairs.q.const_data_ptr());
+  const auto* state_data = static_cast<const R*>(states.const_data_ptr());
+  const auto* slope_data = static_cast<const R*>(slopes.const_data_ptr());
+  auto* to_p = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
+  auto* to_q = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
+
+  const BackwardFn<T> segment_fn = choose_backward<T>();
+  for_each_segment(pairs, [&](int64_t row, int64_t segment) {
+    const R* s = state_data + row * 5;
+    const R* g = slope_data + row * 5;
+    const R t = static_cast<R>(temperature);
+    // The state's maxima are those of the scaled logits.
+    const Slope<R> slope{s[0] * t, s[3] * t, g[1], g[2], g[4], 1 / t};
+    const int64_t begin = segment * kSegment;
+    const int64_t count = std::min(kSegment, pairs.vocabulary - begin);
+    const int64_t at = row * pairs.vocabulary + begin;
+    segment_fn(p + pairs.p_offsets[row] + begin, q + pairs.q_offsets[row] + begin, count, slope,
+               to_p ? to_p + at : nullptr, to_q ? to_q + at : nullptr);
+  });
+  return {grad_p, grad_q};
+}
+
+// --- ops -------------------------------------------------------------------------------------------------------------
+
+#define VTW_DISPATCH_LOGITS(dtype, call)                         \
+  switch (dtype) {                                               \
+    case ScalarType::Float: { using T = float; return call; }    \
+    case ScalarType::Half: { using T = Half; return call; }      \
+    case ScalarType::BFloat16: { using T = BFloat16; return call; } \
+    default: { using T = double; return call; }                  \
+  }
+
+std::tuple<Tensor, Tensor> kl_divergence_with_state(const Tensor& p_logits, const Tensor& q_logits,
+                                                    double temperature) {
+  check_logits(p_logits, q_logits, temperature);
+  const auto dtype = p_logits.scalar_type();
+  const auto result_type = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  VTW_DISPATCH_LOGITS(dtype, forward<T>(p_logits, q_logits, temperature, result_type));
+}
+
+std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, const Tensor& p_logits,
+                                                  const Tensor& q_logits, const Tensor& state, double temperature,
+                                                  bool need_p, bool need_q) {
+  check_logits(p_logits, q_logits, temperature);
+  check_state("kl_divergence_backward", "state", state);
+  check_state("kl_divergence_backward", "grad_state", grad_state);
+  VTW_DISPATCH_LOGITS(p_logits.scalar_type(),
+                      backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
+}
+
+template <typename R>
+State read_state(const R* s) {
+  return {s[0], s[1], s[2], s[3], s[4]};
+}
+
+template <typename R>
+Tensor merge(const std::vector<Tensor>& states) {
+  std::vector<Tensor> parts;
+  for (const Tensor& state : states) parts.push_back(torch::stable::contiguous(state));
+  const std::vector<int64_t> shape(states[0].sizes().begin(), states[0].sizes().end());
+  Tensor result = torch::stable::new_empty(states[0], shape);
+  auto* to = static_cast<R*>(result.mutable_data_ptr());
+  for (int64_t i = 0; i < result.numel(); i += 5) {
+    State whole;
+    for (const Tensor& part : parts) whole.merge(read_state(static_cast<const R*>(part.const_data_ptr()) + i));
+    const double values[5] = {whole.m_p, whole.z_p, whole.a, whole.m_q, whole.z_q};
+    std::copy_n(values, 5, to + i);
+  }
+  return result;
+}
+
+Tensor merge_kl_states(const std::vector<Tensor>& states) {
+  check_states(states);
+  return states[0].scalar_type() == ScalarType::Double ? merge<double>(states) : merge<float>(states);
+}
+
+template <typename R>
+Tensor from_state(const Tensor& state) {
+  const Tensor states = torch::stable::contiguous(state);
+  std::vector<int64_t> shape(state.sizes().begin(), state.sizes().end());
+  shape.pop_back();
+  Tensor kl = torch::stable::new_empty(state, shape);
+  const auto* from = static_cast<const R*>(states.const_data_ptr());
+  auto* to = static_cast<R*>(kl.mutable_data_ptr());
+  for (int64_t row = 0; row < kl.numel(); ++row) to[row] = static_cast<R>(read_state(from + row * 5).divergence());
+  return kl;
+}
+
+Tensor kl_from_state(const Tensor& state) {
+  check_state("kl_from_state", "state", state);
+  return state.scalar_type() == ScalarType::Double ? from_state<double>(state) : from_state<float>(state);
+}
+
+}  // namespace
+}  // namespace vtw
+
+STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CPU, m) {
+  if (!vtw::backend_enabled("cpu")) return;
+  m.impl("kl_divergence_with_state", TORCH_BOX(&vtw::kl_divergence_with_state));
+  m.impl("kl_divergence_backward", TORCH_BOX(&vtw::kl_divergence_backward));
+  m.impl("merge_kl_states", TORCH_BOX(&vtw::merge_kl_states));
+  m.impl("kl_from_state", TORCH_BOX(&vtw::kl_from_state));
+}

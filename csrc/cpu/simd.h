@@ -1,0 +1,121 @@
+// Vectors of `Bytes` bytes in the compiler's own vector types, so that one source compiles for every vector set.
+//
+// Everything is force-inlined into functions that carry a target attribute (see VTW_MULTIVERSION): there, and only
+// there, do 64-byte vectors become AVX-512 and 32-byte vectors AVX2.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/capability.h"
+
+#define VTW_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define VTW_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define VTW_AVX2 __attribute__((target("avx2,fma")))
+#endif
+
+namespace vtw {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Spelt out, because compilers ignore a vector_size that depends on a template parameter.
+template <int Bytes>
+struct Vectors;
+#define VTW_VECTORS(bytes)                                            \
+  template <>                                                         \
+  struct Vectors<bytes> {                                             \
+    typedef float F __attribute__((vector_size(bytes)));              \
+    typedef uint32_t U __attribute__((vector_size(bytes)));           \
+    typedef uint16_t H __attribute__((vector_size(bytes / 2)));       \
+  };
+VTW_VECTORS(16)
+VTW_VECTORS(32)
+VTW_VECTORS(64)
+#undef VTW_VECTORS
+
+template <int Bytes>
+struct Simd {
+  static constexpr int kLanes = Bytes / 4;
+  using F = typename Vectors<Bytes>::F;  // floats
+  using U = typename Vectors<Bytes>::U;  // their bits
+  using H = typename Vectors<Bytes>::H;  // as many 16-bit numbers
+
+  template <typename T>
+  static VTW_INLINE T read(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof(T));
+    return value;
+  }
+
+  static VTW_INLINE F load(const float* x) { return read<F>(x); }
+
+  static VTW_INLINE F load(const BFloat16* x) { return (F)(__builtin_convertvector(read<H>(x), U) << 16); }
+
+  // Exponent and fraction move to their places in a float; multiplying by 2^112 mends the bias, and turns subnormals
+  // into normal numbers. What was infinity or NaN then has its exponent set to all ones again.
+  static VTW_INLINE F load(const Half* x) {
+    const U bits = __builtin_convertvector(read<H>(x), U);
+    const U magnitude = (bits & 0x7fff) << 13;
+    const U special = (U)(magnitude >= (0x7c00u << 13)) & 0x7f800000;
+    const U scaled = (U)((F)magnitude * 0x1p112f);
+    return (F)(scaled | special | ((bits & 0x8000) << 16));
+  }
+
+  static VTW_INLINE void store(float* to, F x) { std::memcpy(to, &x, sizeof(F)); }
+
+  // Round to nearest even. A NaN would round to infinity if all its fraction bits were low ones; it stays a NaN.
+  static VTW_INLINE void store(BFloat16* to, F x) {
+    const U bits = (U)x;
+    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U is_nan = (U)(x != x);
+    const H half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), H);
+    std::memcpy(to, &half, sizeof(H));
+  }
+
+  static VTW_INLINE void store(Half* to, F x) {
+    for (int i = 0; i < kLanes; ++i) to[i] = Half(x[i]);
+  }
+
+  static VTW_INLINE F splat(float x) { return x - F{}; }
+  static VTW_INLINE F max(F a, F b) { return a > b ? a : b; }  // b where either is NaN
+
+  static VTW_INLINE float reduce_max(F x) {
+    float result = x[0];
+    for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+    return result;
+  }
+
+  // By halves, always in this order.
+  static VTW_INLINE double reduce_add(F x) {
+    double lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = x[i];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+  }
+
+  // 2^(x * scale) for x <= 0, with a relative error below 1.5e-7; what would be subnormal comes out as 2^-126.
+  // Adding 1.5 * 2^23 rounds to an integer, which ends up in the low bits; the rest, within ±1/2, goes through a
+  // polynomial of degree 5 (the best one for relative error, 7.5e-8).
+  static VTW_INLINE F exp2(F x, float scale) {
+    const F lowest = splat(-126.0f / scale);
+    x = x < lowest ? lowest : x;
+    const F shifted = x * scale + 0x1.8p23f;
+    const F r = x * scale - (shifted - 0x1.8p23f);
+    F power = 1.32764721678e-3f * r + 9.67554133102e-3f;
+    power = power * r + 5.55071327288e-2f;
+    power = power * r + 2.40221197240e-1f;
+    power = power * r + 6.93146967065e-1f;
+    power = power * r + 1.00000007165f;
+    return (F)((U)power + ((U)shifted << 23));
+  }
+};
+
+}  // namespace vtw

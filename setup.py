@@ -1,0 +1,97 @@
+"""Builds ``vtw_kernels._C``: CPU kernels always, CUDA when torch has CUDA and nvcc is there.
+
+VTW_KERNELS_BUILD_CUDA=0|1|auto decides otherwise, TORCH_CUDA_ARCH_LIST the architectures. Whether this machine has a
+GPU is never asked: wheels are built on machines without one.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+# The oldest torch that the binary runs under; see the LibTorch stable ABI.
+TARGET_TORCH = "2.10"
+
+
+def stop(message: str) -> None:
+    sys.exit(f"vtw_kernels: {message}")
+
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as missing:
+    stop(f"{missing.name} is needed to build; run: pip install torch pybind11 ninja, then pip install --no-build-isolation .")
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < tuple(int(part) for part in TARGET_TORCH.split(".")):
+    stop(f"torch {TARGET_TORCH} or newer is needed, found {torch.__version__}; run: pip install -U torch")
+if shutil.which(os.environ.get("CXX", "c++")) is None:
+    stop("a C++17 compiler is needed and none was found; install g++ (Debian: apt-get install g++) or set CXX")
+
+
+def find_cuda_home() -> Path | None:
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        candidates.append(Path(nvcc).resolve().parents[1])
+    candidates.append("/usr/local/cuda")
+    return next((Path(home) for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
+
+
+def decide_cuda() -> Path | None:
+    """The CUDA toolkit to build with, or None for a build without CUDA."""
+    mode = os.environ.get("VTW_KERNELS_BUILD_CUDA", "auto").lower()
+    if mode not in ("0", "1", "auto"):
+        stop(f"VTW_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got {mode!r}")
+    home = find_cuda_home()
+    if mode == "1" and home is None:
+        stop("VTW_KERNELS_BUILD_CUDA=1, but there is no nvcc; install the CUDA toolkit or set CUDA_HOME")
+    if mode == "auto" and torch.version.cuda and home is None:
+        print("vtw_kernels: torch has CUDA, but there is no nvcc: building without CUDA kernels", file=sys.stderr)
+    wanted = mode == "1" or (mode == "auto" and torch.version.cuda is not None)
+    return home if wanted else None
+
+
+def default_arch_list(cuda_home: Path) -> str:
+    version = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = tuple(int(part) for part in re.search(r"release (\d+)\.(\d+)", version).groups())
+    archs = ["8.0", "8.6", "8.9", "9.0"]
+    if release >= (12, 8):
+        archs += ["10.0", "12.0"]
+    return ";".join(archs) + "+PTX"
+
+
+cuda_home = decide_cuda()
+sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
+cxx_flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+stable_abi = f"-DTORCH_TARGET_VERSION=0x{int(TARGET_TORCH.split('.')[0]):02x}{int(TARGET_TORCH.split('.')[1]):02x}000000000000"
+defines = [stable_abi, f'-DVTW_BUILT_WITH_TORCH="{torch.__version__}"']
+link = {"libraries": ["torch_cpu", "c10"], "library_dirs": cpp_extension.library_paths()}
+if cuda_home:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(cuda_home))
+    cpp_extension.CUDA_HOME = str(cuda_home)  # torch leaves it None when it has no CUDA itself
+    sources += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cu"))
+    defines += ["-DVTW_WITH_CUDA", "-DUSE_CUDA"]
+    # The static runtime, so that the extension also loads where no libcudart is installed.
+    link["libraries"] += ["cudart_static", "rt", "dl", "pthread"]
+    link["library_dirs"] += [str(cuda_home / "lib64")]
+print(f"vtw_kernels: torch {torch.__version__}, CUDA {cuda_home or 'not built'}", file=sys.stderr)
+
+setup(
+    ext_modules=[
+        Extension(
+            "vtw_kernels._C",
+            sources,
+            include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()],
+            extra_compile_args={"cxx": cxx_flags + defines, "nvcc": ["-std=c++17", "-O3", *defines]},
+            language="c++",
+            **link,
+        )
+    ],
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+)

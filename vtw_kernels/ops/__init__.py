@@ -1,0 +1,26 @@
+"""The ops, usable on their own: knows torch and the compiled extension, nothing of transformers."""
+
+import torch  # noqa: F401  _C finds libtorch's symbols in the process
+
+try:
+    from vtw_kernels import _C  # noqa: F401  importing it registers torch.ops.vtw_kernels
+except ImportError as error:
+    raise ImportError(
+        f"vtw_kernels is not compiled for this Python and torch {torch.__version__} ({error}); "
+        "run: pip install --no-build-isolation ."
+    ) from None
+
+from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, expand, plan_compaction
+from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
+
+__all__ = [
+    "CompactionPlan",
+    "compact",
+    "compact_",
+    "expand",
+    "kl_divergence",
+    "kl_from_state",
+    "kl_state",
+    "merge_kl_states",
+    "plan_compaction",
+]

@@ -1,0 +1,111 @@
+"""Argument checks shared by the fakes and by every backend that is written in Python.
+
+``csrc/checks.h`` makes the same checks for the compiled backends; ``python_tests/test_bad_input.py`` holds the two
+together. Everything raises RuntimeError, as torch's own operators do, naming the argument, what is wanted and what was
+given, and before anything is written.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATING_LOGITS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def require(condition: bool, op: str, argument: str, wanted: str, given: object) -> None:
+    if not condition:
+        raise RuntimeError(f"{op}: {argument}: expected {wanted}, got {given}")
+
+
+def check_keep(keep: Tensor, length: int) -> None:
+    op = "plan_compaction"
+    require(keep.dtype == torch.bool, op, "keep", "dtype bool", str(keep.dtype))
+    require(keep.dim() == 2, op, "keep", "2 dimensions [B, S]", f"shape {list(keep.shape)}")
+    require(length >= -1, op, "length", "a number of rows, or -1 for all of S", length)
+
+
+def check_source(op: str, source: Tensor) -> None:
+    require(source.dtype == torch.int32, op, "source", "dtype int32", str(source.dtype))
+    require(source.dim() == 2, op, "source", "2 dimensions [B, T]", f"shape {list(source.shape)}")
+
+
+def check_tensors(
+    op: str, tensors: list[Tensor], token_dims: list[int], batch_dims: list[int], source: Tensor
+) -> list[tuple[int, int]]:
+    """Checks one list against one plan; returns each tensor's (token_dim, batch_dim), counted from the front."""
+    check_source(op, source)
+    batch, kept = source.shape
+    for name, dims in (("token_dims", token_dims), ("batch_dims", batch_dims)):
+        require(len(dims) == len(tensors), op, name, f"one entry for each of the {len(tensors)} tensors", len(dims))
+    resolved = []
+    for i, (x, token_dim, batch_dim) in enumerate(zip(tensors, token_dims, batch_dims)):
+        require(x.device == source.device, op, f"tensors[{i}]", f"device {source.device} of source", str(x.device))
+        require(x.dim() >= 2, op, f"tensors[{i}]", "a batch and a token dimension", f"shape {list(x.shape)}")
+        for name, dim in (("token_dims", token_dim), ("batch_dims", batch_dim)):
+            in_range = -x.dim() <= dim < x.dim()
+            require(in_range, op, f"{name}[{i}]", f"a dimension in [{-x.dim()}, {x.dim() - 1}]", dim)
+        token_dim, batch_dim = token_dim % x.dim(), batch_dim % x.dim()
+        require(token_dim != batch_dim, op, f"batch_dims[{i}]", f"another dimension than token_dims[{i}]", batch_dim)
+        rows = x.shape[batch_dim]
+        if op == "compact_":
+            require(rows == batch, op, f"tensors[{i}]", f"batch size {batch} of source", rows)
+        else:
+            require(rows in (1, batch), op, f"tensors[{i}]", f"batch size 1 or {batch} of source", rows)
+        if op == "expand":
+            tokens = x.shape[token_dim]
+            require(tokens == kept, op, f"tensors[{i}]", f"{kept} rows of source in dimension {token_dim}", tokens)
+        resolved.append((token_dim, batch_dim))
+    return resolved
+
+
+def check_source_rows(op: str, source: Tensor, rows: int, rows_of: str) -> None:
+    """The values of ``source``: one ascending run per sequence, padded on one side, below ``rows``.
+
+    Only where ``source`` lies in host memory: on a device this would be a synchronisation, and the kernels stay in
+    bounds by themselves.
+    """
+    if source.device.type != "cpu" or source.numel() == 0:
+        return
+    require(int(source.min()) >= -1, op, "source", "rows, or -1 for padding", int(source.min()))
+    require(int(source.max()) < rows, op, "source", f"rows below {rows} of {rows_of}", int(source.max()))
+    kept = source >= 0
+    neighbours = kept[:, 1:] & kept[:, :-1]
+    ascending = bool((source.diff(dim=1) > 0)[neighbours].all())
+    runs = (kept.diff(dim=1, prepend=kept.new_zeros(kept.shape[0], 1)) & kept).sum(1)
+    require(ascending and int(runs.max()) <= 1, op, "source", "ascending rows with padding on one side", "another order")
+    if op == "compact_":
+        left = bool((~kept[:, 0] & kept.any(1)).any())
+        require(not left, op, "source", "a right-padded plan", "a left-padded one")
+
+
+def check_logits(op: str, p_logits: Tensor, q_logits: Tensor, temperature: float) -> None:
+    require(p_logits.dtype in FLOATING_LOGITS, op, "p_logits", "a dtype of fp32, fp16, bf16 or fp64", str(p_logits.dtype))
+    require(q_logits.dtype == p_logits.dtype, op, "q_logits", f"dtype {p_logits.dtype} of p_logits", str(q_logits.dtype))
+    require(q_logits.device == p_logits.device, op, "q_logits", f"device {p_logits.device} of p_logits", str(q_logits.device))
+    require(p_logits.dim() >= 1, op, "p_logits", "at least 1 dimension [..., V]", "a scalar")
+    require(q_logits.dim() >= 1, op, "q_logits", "at least 1 dimension [..., V]", "a scalar")
+    same = p_logits.shape[-1] == q_logits.shape[-1]
+    require(same, op, "q_logits", f"vocabulary size {p_logits.shape[-1]} of p_logits", q_logits.shape[-1])
+    for p, q in zip(reversed(p_logits.shape[:-1]), reversed(q_logits.shape[:-1])):
+        shapes = f"shapes {list(p_logits.shape)} and {list(q_logits.shape)}"
+        require(p == q or p == 1 or q == 1, op, "q_logits", "leading dimensions that broadcast with p_logits", shapes)
+    finite = 0.0 < temperature < float("inf")
+    require(finite, op, "temperature", "a finite number above 0", temperature)
+
+
+def check_state(op: str, argument: str, state: Tensor) -> None:
+    require(state.dtype in (torch.float32, torch.float64), op, argument, "dtype fp32 or fp64", str(state.dtype))
+    wanted = "[..., 5]: (m_p, z_p, a, m_q, z_q)"
+    require(state.dim() >= 1 and state.shape[-1] == 5, op, argument, wanted, f"shape {list(state.shape)}")
+
+
+def check_states(states: list[Tensor]) -> None:
+    op = "merge_kl_states"
+    require(len(states) > 0, op, "states", "at least one state", 0)
+    for i, state in enumerate(states):
+        check_state(op, f"states[{i}]", state)
+        for what, wanted, given in (
+            ("dtype", states[0].dtype, state.dtype),
+            ("device", states[0].device, state.device),
+            ("shape", list(states[0].shape), list(state.shape)),
+        ):
+            require(wanted == given, op, f"states[{i}]", f"{what} {wanted} of states[0]", given)

@@ -1,0 +1,213 @@
+"""Compaction: a *plan* says, per sequence, which rows along the token axis survive; one call applies it to a list.
+
+Throughout, ``B`` is the number of sequences, ``S`` of tokens before and ``T`` of rows after. The batch and the token
+dimension may be anywhere in a tensor and may be counted from the end; all other dimensions are carried along.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtw_kernels.ops import reference
+from vtw_kernels.ops._registration import register
+from vtw_kernels.ops.checks import check_keep, check_tensors, require
+
+
+class CompactionPlan(NamedTuple):
+    """Which rows survive. ``source`` int32 ``[B, T]``: ascending source rows, ``-1`` for a padding row; ``lengths``
+    int32 ``[B]``: how many rows of each sequence are kept."""
+
+    source: Tensor
+    lengths: Tensor
+
+
+def plan_compaction(
+    keep: Tensor, length: int | None = None, pad: Literal["right", "left"] = "right"
+) -> CompactionPlan:
+    """Turns a keep mask into a plan.
+
+    Args:
+        keep: bool ``[B, S]``, any strides.
+        length: ``T``, the rows per sequence after compaction; ``None`` means ``S``, so nothing is read back to the
+            host. A sequence that keeps more rows than ``length`` loses its last kept rows when padding is right, its
+            first when left.
+        pad: the side on which shorter sequences are padded.
+
+    Returns:
+        ``CompactionPlan(source, lengths)``.
+
+    Raises:
+        RuntimeError: ``keep`` is not bool ``[B, S]``, or ``length`` is negative.
+        ValueError: ``pad`` is neither "right" nor "left".
+    """
+    if pad not in ("right", "left"):
+        raise ValueError(f"plan_compaction: pad: expected 'right' or 'left', got {pad!r}")
+    if length is not None:
+        require(length >= 0, "plan_compaction", "length", "a number of rows, or None for all of S", length)
+    return CompactionPlan(*torch.ops.vtw_kernels.plan_compaction(keep, -1 if length is None else length, pad == "left"))
+
+
+def compact(
+    tensors: Sequence[Tensor],
+    plan: CompactionPlan,
+    token_dims: int | Sequence[int],
+    batch_dims: int | Sequence[int] = 0,
+) -> list[Tensor]:
+    """Gathers the surviving rows of every tensor into new, contiguous tensors.
+
+    Args:
+        tensors: any number of tensors on one device, of any dtypes, ranks and strides (stride 0 included). A tensor
+            whose batch size is 1 is broadcast over ``B``.
+        plan: what ``plan_compaction`` returned.
+        token_dims: the dimension of size ``S``, one for all tensors or one each.
+        batch_dims: the dimension of size ``B`` (or 1), likewise.
+
+    Returns:
+        One tensor per input, with ``T`` in place of ``S`` and ``B`` in the batch dimension; padding rows are zero.
+        Differentiable in the floating-point tensors.
+
+    Raises:
+        RuntimeError: a dimension, dtype, device or batch size that does not fit; on the CPU also a ``plan.source``
+            that is out of range or not ascending.
+    """
+    op = "compact"
+    tensors = _as_list(op, tensors)
+    token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
+    return torch.ops.vtw_kernels.compact(tensors, token_dims, batch_dims, plan.source)
+
+
+def compact_(
+    tensors: Sequence[Tensor],
+    plan: CompactionPlan,
+    token_dims: int | Sequence[int],
+    batch_dims: int | Sequence[int] = 0,
+) -> None:
+    """Moves the surviving rows of every tensor to the front, in place.
+
+    Rows at and after a sequence's length are left as they were, and nothing before the first dropped row is touched.
+    Takes right-padded plans only. The arguments are those of ``compact``, except that every tensor has batch size
+    ``B`` and memory of its own for each element.
+
+    Raises:
+        RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself or another one.
+    """
+    tensors = _as_list("compact_", tensors)
+    token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
+    torch.ops.vtw_kernels.compact_(tensors, token_dims, batch_dims, plan.source)
+
+
+def expand(
+    tensors: Sequence[Tensor],
+    plan: CompactionPlan,
+    length: int,
+    token_dims: int | Sequence[int],
+    batch_dims: int | Sequence[int] = 0,
+) -> list[Tensor]:
+    """The inverse of ``compact``: rows go back to where they came from, and every other row is zero.
+
+    Args:
+        tensors: tensors with ``T`` rows in their token dimension and batch size ``B`` (or 1: broadcast).
+        plan: the plan that compacted them.
+        length: ``S``, the number of rows to go back to.
+        token_dims, batch_dims: as in ``compact``.
+
+    Returns:
+        One new, contiguous tensor per input, with ``length`` in place of ``T``. Differentiable in the floating-point
+        tensors.
+
+    Raises:
+        RuntimeError: as ``compact``; on the CPU also when the plan names a row at or beyond ``length``.
+    """
+    tensors = _as_list("expand", tensors)
+    token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
+    return torch.ops.vtw_kernels.expand(tensors, token_dims, batch_dims, plan.source, length)
+
+
+def _as_list(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{op}: tensors: expected a list of tensors, got one tensor; write [tensor]")
+    return list(tensors)
+
+
+def _per_tensor(dims: int | Sequence[int], tensors: list[Tensor]) -> list[int]:
+    return [dims] * len(tensors) if isinstance(dims, int) else list(dims)
+
+
+def _resized(x: Tensor, token_dim: int, tokens: int, batch_dim: int, batch: int) -> Tensor:
+    shape = list(x.shape)
+    shape[token_dim], shape[batch_dim] = tokens, batch
+    return x.new_empty(shape)
+
+
+def _plan_compaction_fake(keep: Tensor, length: int = -1, pad_left: bool = False) -> tuple[Tensor, Tensor]:
+    check_keep(keep, length)
+    kept = keep.shape[1] if length < 0 else length
+    return keep.new_empty(keep.shape[0], kept, dtype=torch.int32), keep.new_empty(keep.shape[0], dtype=torch.int32)
+
+
+def _compact_fake(tensors, token_dims, batch_dims, source):
+    dims = check_tensors("compact", tensors, token_dims, batch_dims, source)
+    batch, kept = source.shape
+    return [_resized(x, token_dim, kept, batch_dim, batch) for x, (token_dim, batch_dim) in zip(tensors, dims)]
+
+
+def _compact_inplace_fake(tensors, token_dims, batch_dims, source):
+    check_tensors("compact_", tensors, token_dims, batch_dims, source)
+
+
+def _expand_fake(tensors, token_dims, batch_dims, source, length):
+    dims = check_tensors("expand", tensors, token_dims, batch_dims, source)
+    require(length >= 0, "expand", "length", "a number of rows", length)
+    return [_resized(x, token_dim, length, batch_dim, source.shape[0]) for x, (token_dim, batch_dim) in zip(tensors, dims)]
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, token_dims, batch_dims, source = inputs[:4]
+    ctx.save_for_backward(source)
+    ctx.token_dims, ctx.batch_dims = token_dims, batch_dims
+    ctx.shapes = [x.shape for x in tensors]
+
+
+def _backward(ctx, grads: list[Tensor | None], inverse) -> list[Tensor | None]:
+    """Applies the inverse op to the gradients that exist, and sums over a batch that the forward broadcast."""
+    (source,) = ctx.saved_tensors
+    wanted = [i for i, grad in enumerate(grads) if grad is not None]
+    token_dims, batch_dims = [ctx.token_dims[i] for i in wanted], [ctx.batch_dims[i] for i in wanted]
+    moved = inverse([grads[i] for i in wanted], token_dims, batch_dims, source, wanted) if wanted else []
+    result: list[Tensor | None] = [None] * len(grads)
+    for i, grad in zip(wanted, moved):
+        result[i] = grad.sum_to_size(ctx.shapes[i])
+    return result
+
+
+def _compact_backward(ctx, grads):
+    def inverse(grads, token_dims, batch_dims, source, wanted):
+        # Tensors of one list may differ in S (a static cache is longer than its prompt), and expand takes one length.
+        lengths = [ctx.shapes[i][ctx.token_dims[i]] for i in wanted]
+        moved: list[Tensor | None] = [None] * len(grads)
+        for first, length in enumerate(lengths):
+            if moved[first] is None:
+                group = [j for j, other in enumerate(lengths) if other == length]
+                args = ([values[j] for j in group] for values in (grads, token_dims, batch_dims))
+                for j, grad in zip(group, torch.ops.vtw_kernels.expand(*args, source, length)):
+                    moved[j] = grad
+        return moved
+
+    return _backward(ctx, grads, inverse), None, None, None
+
+
+def _expand_backward(ctx, grads):
+    def inverse(grads, token_dims, batch_dims, source, wanted):
+        return torch.ops.vtw_kernels.compact(grads, token_dims, batch_dims, source)
+
+    return _backward(ctx, grads, inverse), None, None, None, None
+
+
+register("plan_compaction", reference=reference.plan_compaction, fake=_plan_compaction_fake)
+register("compact", reference=reference.compact, fake=_compact_fake)
+register("compact_", reference=reference.compact_, fake=_compact_inplace_fake)
+register("expand", reference=reference.expand, fake=_expand_fake)
+torch.library.register_autograd("vtw_kernels::compact", _compact_backward, setup_context=_setup_context)
+torch.library.register_autograd("vtw_kernels::expand", _expand_backward, setup_context=_setup_context)

@@ -1,0 +1,153 @@
+"""KL divergence from logits in one read: ``KL(p‖q)`` is five running numbers per row, and two such *states* merge.
+
+A state is ``(m_p, z_p, a, m_q, z_q)``: two maxima, two sums of exponentials ``z = Σ e^(x - m)``, and
+``a = Σ e^(p - m_p)·(p - q)``, so that ``KL = a/z_p - (m_p + ln z_p) + (m_q + ln z_q)``. (The running form of ``a`` is
+known from Fast-LLM's entropy kernels.) ``V`` is the size of the vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtw_kernels.ops import reference
+from vtw_kernels.ops._registration import register
+from vtw_kernels.ops.checks import check_logits, check_state, check_states
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``KL(softmax(p/temperature) ‖ softmax(q/temperature))`` per row, in nats.
+
+    Note the order: ``F.kl_div(log_softmax(q), log_softmax(p), log_target=True)`` is this ``KL(p‖q)``.
+
+    Args:
+        p_logits: ``[..., V]``, fp32, fp16, bf16 or fp64, any strides.
+        q_logits: ``[..., V]`` of the same dtype and device. Leading dimensions broadcast: one reference row against
+            many candidates is never expanded.
+        temperature: a number above 0 that divides both.
+
+    Returns:
+        ``[...]``, fp32 (fp64 for fp64 logits). Never below 0, and exactly 0 for equal rows. Near 0 an absolute error
+        of about ``1e-7·|log-sum-exp|`` remains. A logit of ``-inf`` is a probability of 0: it adds 0 in ``p``, and
+        makes the result ``+inf`` in ``q`` where ``p`` is above 0. NaN in gives NaN out, and so does a row without any
+        finite logit. Differentiable once, in both.
+
+    Raises:
+        RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0.
+    """
+    return torch.ops.vtw_kernels.kl_divergence(p_logits, q_logits, temperature)
+
+
+def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The state of a shard of the vocabulary: ``[..., 5]`` from ``[..., V]``, otherwise as ``kl_divergence``.
+
+    For tensor-parallel logits and for chunks: merge the states of all shards, then call ``kl_from_state``. An empty
+    shard (``V`` = 0) has the neutral state. Gradients flow through ``z`` and ``a``; the maxima are constants, which
+    is exact for everything that doesn't depend on the choice of the maxima, as the divergence doesn't.
+    """
+    return torch.ops.vtw_kernels.kl_state(p_logits, q_logits, temperature)
+
+
+def merge_kl_states(states: Sequence[Tensor] | Tensor) -> Tensor:
+    """Merges the states of disjoint shards, in the order given.
+
+    Args:
+        states: a list of ``[..., 5]`` states, or one tensor ``[shards, ..., 5]``.
+
+    Returns:
+        The state ``[..., 5]`` of the whole. Equal inputs in equal order give equal bits. Differentiable.
+    """
+    return torch.ops.vtw_kernels.merge_kl_states(list(states))
+
+
+def kl_from_state(state: Tensor) -> Tensor:
+    """``KL(p‖q)`` ``[...]`` of a state ``[..., 5]``; computed in fp64, returned in the dtype of ``state``."""
+    return torch.ops.vtw_kernels.kl_from_state(state)
+
+
+def _with_state_fake(p_logits: Tensor, q_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    check_logits("kl_divergence", p_logits, q_logits, temperature)
+    rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
+    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    return p_logits.new_empty(rows, dtype=dtype), p_logits.new_empty(*rows, 5, dtype=dtype)
+
+
+def _merge_fake(states: list[Tensor]) -> Tensor:
+    check_states(states)
+    return states[0].new_empty(states[0].shape)
+
+
+def _from_state_fake(state: Tensor) -> Tensor:
+    check_state("kl_from_state", "state", state)
+    return state.new_empty(state.shape[:-1])
+
+
+def _backward_fake(grad_state, p_logits, q_logits, state, temperature, need_p, need_q):
+    shape = torch.broadcast_shapes(p_logits.shape, q_logits.shape)
+    return p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
+
+
+def _grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
+    """Gradient of ``kl_from_state``. The maxima get none: what the divergence gains through them it loses through
+    the exponentials that they scale."""
+    _, z_p, a, _, z_q = state.unbind(-1)
+    zero = torch.zeros_like(grad_kl)
+    return torch.stack((zero, -grad_kl / z_p * (a / z_p + 1), grad_kl / z_p, zero, grad_kl / z_q), dim=-1)
+
+
+def _with_state_setup(ctx, inputs, output):
+    p_logits, q_logits, ctx.temperature = inputs
+    ctx.save_for_backward(p_logits, q_logits, output[1])
+
+
+def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None):
+    p_logits, q_logits, state = ctx.saved_tensors
+    grad = state.new_zeros(()) if grad_state is None else grad_state
+    if grad_kl is not None:
+        grad = grad + _grad_of_kl(state, grad_kl)
+    need_p, need_q = ctx.needs_input_grad[:2]
+    grad_p, grad_q = torch.ops.vtw_kernels.kl_divergence_backward(
+        grad.expand_as(state), p_logits, q_logits, state, ctx.temperature, need_p, need_q
+    )
+    return (
+        grad_p.sum_to_size(p_logits.shape) if need_p else None,
+        grad_q.sum_to_size(q_logits.shape) if need_q else None,
+        None,
+    )
+
+
+def _merge_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[0], output)
+
+
+def _merge_backward(ctx, grad: Tensor):
+    *states, merged = ctx.saved_tensors
+    grads = []
+    for state in states:
+        scale = torch.where(state == -torch.inf, 0.0, (state - merged).exp())
+        scale_p, scale_q = scale[..., 0], scale[..., 3]
+        zero = torch.zeros_like(scale_p)
+        grads.append(grad * torch.stack((zero, scale_p, scale_p, zero, scale_q), dim=-1))
+    return grads
+
+
+def _from_state_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+def _from_state_backward(ctx, grad_kl: Tensor):
+    (state,) = ctx.saved_tensors
+    return _grad_of_kl(state, grad_kl)
+
+
+register(
+    "kl_divergence_with_state", reference=reference.kl_divergence_with_state, fake=_with_state_fake
+)
+register("kl_divergence_backward", reference=reference.kl_divergence_backward, fake=_backward_fake)
+register("merge_kl_states", reference=reference.merge_kl_states, fake=_merge_fake)
+register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fake)
+torch.library.register_autograd(
+    "vtw_kernels::kl_divergence_with_state", _with_state_backward, setup_context=_with_state_setup
+)
+torch.library.register_autograd("vtw_kernels::merge_kl_states", _merge_backward, setup_context=_merge_setup)
+torch.library.register_autograd("vtw_kernels::kl_from_state", _from_state_backward, setup_context=_from_state_setup)

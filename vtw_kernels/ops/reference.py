@@ -1,0 +1,174 @@
+"""The ops in plain PyTorch: what the kernels are compared with, and what a device without kernels runs.
+
+Signatures are those of the schemas in ``csrc/ops.cpp``; semantics are in ``compaction.py`` and ``kl_divergence.py``.
+"""
+
+import torch
+from torch import Tensor
+
+from vtw_kernels.ops.checks import (
+    check_keep,
+    check_logits,
+    check_source_rows,
+    check_state,
+    check_states,
+    check_tensors,
+    require,
+)
+
+
+def plan_compaction(keep: Tensor, length: int = -1, pad_left: bool = False) -> tuple[Tensor, Tensor]:
+    check_keep(keep, length)
+    batch, tokens = keep.shape
+    length = tokens if length < 0 else length
+    counts = keep.sum(1, keepdim=True)
+    lengths = counts.clamp(max=length)
+    # Row s is the n-th kept row of its sequence; it lands in slot n, or further right by what padding or cutting takes.
+    slot = keep.cumsum(1) - 1
+    if pad_left:
+        slot = slot + length - counts
+    kept = keep & (slot >= 0) & (slot < length)
+    # What is not kept is written to one slot beyond the end, which is then cut off.
+    source = keep.new_full((batch, length + 1), -1, dtype=torch.int32)
+    rows = torch.arange(tokens, dtype=torch.int32, device=keep.device).expand(batch, tokens)
+    source.scatter_(1, torch.where(kept, slot, length), rows)
+    return source[:, :length].contiguous(), lengths.squeeze(1).to(torch.int32)
+
+
+def compact(tensors: list[Tensor], token_dims: list[int], batch_dims: list[int], source: Tensor) -> list[Tensor]:
+    dims = check_tensors("compact", tensors, token_dims, batch_dims, source)
+    for i, (x, (token_dim, _)) in enumerate(zip(tensors, dims)):
+        check_source_rows("compact", source, x.shape[token_dim], f"tensors[{i}]")
+    return [_gather(x, token_dim, batch_dim, source) for x, (token_dim, batch_dim) in zip(tensors, dims)]
+
+
+def compact_(tensors: list[Tensor], token_dims: list[int], batch_dims: list[int], source: Tensor) -> None:
+    dims = check_tensors("compact_", tensors, token_dims, batch_dims, source)
+    for i, (x, (token_dim, _)) in enumerate(zip(tensors, dims)):
+        check_source_rows("compact_", source, x.shape[token_dim], f"tensors[{i}]")
+        # torch.compile's functionalisation hands over tensors without memory; those can't overlap.
+        spans = [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
+        require(0 not in spans, "compact_", f"tensors[{i}]", "memory of its own for every element", f"strides {x.stride()}")
+    check_disjoint(tensors)
+    for x, (token_dim, batch_dim) in zip(tensors, dims):
+        kept = min(source.shape[1], x.shape[token_dim])
+        front = _as_bytes(x).movedim((batch_dim, token_dim), (0, 1))[:, :kept]
+        moved = _gather(x, token_dim, batch_dim, source[:, :kept])
+        moved = _as_bytes(moved).movedim((batch_dim, token_dim), (0, 1))
+        valid = (source[:, :kept] >= 0).view(*source[:, :kept].shape, *[1] * (x.dim() - 2))
+        front.copy_(torch.where(valid, moved, front))
+
+
+def expand(
+    tensors: list[Tensor], token_dims: list[int], batch_dims: list[int], source: Tensor, length: int
+) -> list[Tensor]:
+    dims = check_tensors("expand", tensors, token_dims, batch_dims, source)
+    require(length >= 0, "expand", "length", "a number of rows", length)
+    check_source_rows("expand", source, length, "length")
+    # The inverse of a gather is a gather by the inverse index: which slot does row s come from?
+    slots = torch.arange(source.shape[1], dtype=torch.int32, device=source.device).expand(source.shape)
+    inverse = source.new_full((source.shape[0], length + 1), -1)
+    inverse.scatter_(1, torch.where(source < 0, length, source).long(), slots)
+    inverse = inverse[:, :length]
+    return [_gather(x, token_dim, batch_dim, inverse) for x, (token_dim, batch_dim) in zip(tensors, dims)]
+
+
+def check_disjoint(tensors: list[Tensor]) -> None:
+    """No two tensors of one in-place list may share bytes: which write comes last would be a matter of luck."""
+    spans = []
+    for i, x in enumerate(tensors):
+        if x.numel() and x.device.type not in ("meta",):
+            reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+            spans.append((x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size(), i))
+    spans.sort()
+    for (_, end, i), (begin, _, j) in zip(spans, spans[1:]):
+        require(end <= begin, "compact_", f"tensors[{max(i, j)}]", f"memory apart from tensors[{min(i, j)}]", "an overlap")
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """fp8 tensors as uint8: torch can index the one and not the other, and rows are only moved, never computed on."""
+    return x.view(torch.uint8) if x.is_floating_point() and x.element_size() == 1 else x
+
+
+def _gather(x: Tensor, token_dim: int, batch_dim: int, source: Tensor) -> Tensor:
+    batch, kept = source.shape
+    rows = _as_bytes(x).movedim((batch_dim, token_dim), (0, 1))
+    valid = (source >= 0).view(batch, kept, *[1] * (x.dim() - 2))
+    if rows.shape[1] == 0:
+        out = rows.new_zeros(batch, kept, *rows.shape[2:])
+    else:
+        rows = rows.expand(batch, *rows.shape[1:])
+        sequence = torch.arange(batch, device=source.device).unsqueeze(1)
+        out = rows[sequence, source.clamp(min=0).long()]
+        out = torch.where(valid, out, torch.zeros((), dtype=out.dtype, device=out.device))
+    return out.movedim((0, 1), (batch_dim, token_dim)).contiguous().view(x.dtype)
+
+
+def kl_divergence_with_state(p_logits: Tensor, q_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    check_logits("kl_divergence", p_logits, q_logits, temperature)
+    p, q = _scaled(p_logits, temperature), _scaled(q_logits, temperature)
+    p, q = torch.broadcast_tensors(p, q)
+    m_p, e_p = _max_and_exp(p)
+    m_q, e_q = _max_and_exp(q)
+    # Where p is 0 the term is 0, whatever q is; where only q is 0 it is +inf, even if e_p has underflowed.
+    term = torch.where(p == -torch.inf, 0.0, torch.where(q == -torch.inf, torch.inf, e_p * (p - q)))
+    term = torch.where(p.isnan() | q.isnan(), torch.nan, term)
+    state = torch.stack((m_p, e_p.sum(-1), term.sum(-1), m_q, e_q.sum(-1)), dim=-1)
+    return kl_from_state(state), state
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    return kl_divergence_with_state(p_logits, q_logits, temperature)[0]
+
+
+def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    return kl_divergence_with_state(p_logits, q_logits, temperature)[1]
+
+
+def merge_kl_states(states: list[Tensor]) -> Tensor:
+    check_states(states)
+    m_p, z_p, a, m_q, z_q = torch.stack(list(states)).unbind(-1)
+    scale_p, scale_q = _merge_scale(m_p), _merge_scale(m_q)
+    a = torch.where(a.isinf(), a, a * scale_p)  # inf * 0 would be NaN
+    merged = (m_p.amax(0), (z_p * scale_p).sum(0), a.sum(0), m_q.amax(0), (z_q * scale_q).sum(0))
+    return torch.stack(merged, dim=-1)
+
+
+def kl_from_state(state: Tensor) -> Tensor:
+    check_state("kl_from_state", "state", state)
+    # In fp64, so that the subtraction of the two log-sum-exps does not round again.
+    m_p, z_p, a, m_q, z_q = state.double().unbind(-1)
+    kl = a / z_p - (m_p + z_p.log()) + (m_q + z_q.log())
+    return kl.clamp(min=0).to(state.dtype)
+
+
+def kl_divergence_backward(
+    grad_state: Tensor, p_logits: Tensor, q_logits: Tensor, state: Tensor, temperature: float, need_p: bool, need_q: bool
+) -> tuple[Tensor, Tensor]:
+    p, q = torch.broadcast_tensors(_scaled(p_logits, temperature), _scaled(q_logits, temperature))
+    m_p, _, _, m_q, _ = state.unsqueeze(-2).unbind(-1)
+    _, g_zp, g_a, _, g_zq = grad_state.unsqueeze(-2).unbind(-1)
+    e_p = torch.where(p == -torch.inf, 0.0, (p - m_p).exp())
+    grad_p = grad_q = p_logits.new_empty(0)
+    if need_p:
+        slope = torch.where(p == -torch.inf, 0.0, e_p * (g_zp + g_a * (p - q + 1)))
+        grad_p = (slope / temperature).to(p_logits.dtype)
+    if need_q:
+        e_q = torch.where(q == -torch.inf, 0.0, (q - m_q).exp())
+        grad_q = ((g_zq * e_q - g_a * e_p) / temperature).to(q_logits.dtype)
+    return grad_p, grad_q
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
+
+
+def _max_and_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.shape[-1] == 0:  # an empty shard: the neutral state
+        return logits.new_full(logits.shape[:-1], -torch.inf), logits
+    m = logits.amax(-1)
+    return m, torch.where(logits == -torch.inf, 0.0, (logits - m.unsqueeze(-1)).exp())
+
+
+def _merge_scale(m: Tensor) -> Tensor:
+    return torch.where(m == -torch.inf, 0.0, (m - m.amax(0)).exp())
