@@ -35,12 +35,18 @@ if shutil.which(os.environ.get("CXX", "c++")) is None:
     stop("a C++17 compiler is needed and none was found; install g++ (Debian: apt-get install g++) or set CXX")
 
 
+def ask_nvcc(nvcc: str | Path, *arguments: str) -> str:
+    result = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
 def find_cuda_home() -> Path | None:
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
-        candidates.append(Path(nvcc).resolve().parents[1])
+        # The nvcc on PATH may be a wrapper script or a link; the real one knows where it lives.
+        candidates += [Path(top) for top in re.findall(r"TOP=(.+)", ask_nvcc(nvcc, "--dryrun", "-x", "cu", os.devnull))]
     candidates.append("/usr/local/cuda")
-    return next((Path(home) for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
+    return next((Path(home).resolve() for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
 
 
 def decide_cuda() -> Path | None:
@@ -58,8 +64,8 @@ def decide_cuda() -> Path | None:
 
 
 def default_arch_list(cuda_home: Path) -> str:
-    version = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    release = tuple(int(part) for part in re.search(r"release (\d+)\.(\d+)", version).groups())
+    version = re.search(r"release (\d+)\.(\d+)", ask_nvcc(cuda_home / "bin" / "nvcc", "--version"))
+    release = tuple(int(part) for part in version.groups())
     archs = ["8.0", "8.6", "8.9", "9.0"]
     if release >= (12, 8):
         archs += ["10.0", "12.0"]
@@ -79,7 +85,7 @@ if cuda_home:
     defines += ["-DVTW_WITH_CUDA", "-DUSE_CUDA"]
     # The static runtime, so that the extension also loads where no libcudart is installed.
     link["libraries"] += ["cudart_static", "rt", "dl", "pthread"]
-    link["library_dirs"] += [str(cuda_home / "lib64")]
+    link["library_dirs"] += [str(path.parent) for path in cuda_home.glob("**/libcudart_static.a")]
 print(f"vtw_kernels: torch {torch.__version__}, CUDA {cuda_home or 'not built'}", file=sys.stderr)
 
 setup(

@@ -5,11 +5,9 @@
 // vtw_kernels/ops/reference.py, which Python registers.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <array>
 
 #include "cpu/capability.h"
 #ifdef VTW_WITH_CUDA
@@ -23,7 +21,8 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
   m.def("compact_(Tensor(a!)[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> ()");
   m.def("expand(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source, int length) -> Tensor[]");
 
-  // KL divergence. kl_divergence and kl_state are the two halves of kl_divergence_with_state, which autograd sees.
+  // KL divergence. kl_divergence and kl_state are the two halves of kl_divergence_with_state (Python says so to the
+  // dispatcher), which alone has kernels and a gradient.
   m.def("kl_divergence(Tensor p_logits, Tensor q_logits, float temperature=1.0) -> Tensor");
   m.def("kl_state(Tensor p_logits, Tensor q_logits, float temperature=1.0) -> Tensor");
   m.def("merge_kl_states(Tensor[] states) -> Tensor");
@@ -32,33 +31,6 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
   m.def(
       "kl_divergence_backward(Tensor grad_state, Tensor p_logits, Tensor q_logits, Tensor state, float temperature, "
       "bool need_p, bool need_q) -> (Tensor grad_p, Tensor grad_q)");
-}
-
-namespace {
-
-using torch::stable::Tensor;
-
-std::array<Tensor, 2> kl_divergence_with_state(const Tensor& p_logits, const Tensor& q_logits, double temperature) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(p_logits), from(q_logits), from(temperature)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("vtw_kernels::kl_divergence_with_state", "", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
-Tensor kl_divergence(const Tensor& p_logits, const Tensor& q_logits, double temperature) {
-  return kl_divergence_with_state(p_logits, q_logits, temperature)[0];
-}
-
-Tensor kl_state(const Tensor& p_logits, const Tensor& q_logits, double temperature) {
-  return kl_divergence_with_state(p_logits, q_logits, temperature)[1];
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CompositeImplicitAutograd, m) {
-  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
-  m.impl("kl_state", TORCH_BOX(&kl_state));
 }
 
 PYBIND11_MODULE(_C, module) {

@@ -230,6 +230,27 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
     return LlavaForConditionalGeneration(config)
 
 
+def pretrain_tower(model: LlavaForConditionalGeneration, scans: Scans, args: argparse.Namespace) -> None:
+    """A vision tower is pretrained, as CLIP is: here to name the digit of each half, with a head thrown away after."""
+    rng = np.random.default_rng(args.seed + 4)
+    tower, head = model.model.vision_tower, torch.nn.Linear(model.config.vision_config.hidden_size, 10)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.tower_steps, cycle_momentum=False)
+    progress = trange(args.tower_steps, desc="vision tower", mininterval=5)
+    for step in progress:
+        pairs = scans.draw_pairs(args.batch_size, rng)
+        pixels = data.preprocess(scans.draw_images(pairs, rng, augment=True))
+        patches = tower(pixels).last_hidden_state[:, 1:].unflatten(1, (6, 2, 3))  # rows, halves, columns of a half
+        logits = head(patches.mean((1, 3)))
+        loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(scans.digits[pairs].ravel()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 10 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
 def train(model: LlavaForConditionalGeneration, conversations: Conversations, args: argparse.Namespace) -> None:
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -360,6 +381,7 @@ def main() -> None:
     parser.add_argument("--withdraw-layer", type=int, default=4, help="first layer without visual tokens (%(default)s)")
     parser.add_argument("--no-withdrawal", action="store_true", help="train as usual; writes only the curve")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--tower-steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--together", type=float, default=0.25, help="last part of the steps that runs both ways")
@@ -380,6 +402,7 @@ def main() -> None:
 
     model = make_model(tokenizer)
     start = time.perf_counter()
+    pretrain_tower(model, scans["train"], args)
     train(model, Conversations(tokenizer, scans["train"], args.seed + 3), args)
     seconds = time.perf_counter() - start
     if not args.no_withdrawal:

@@ -2,6 +2,7 @@
 
 from vtw_kernels.ops import (
     CompactionPlan,
+    backend_info,
     compact,
     compact_,
     expand,
@@ -14,6 +15,7 @@ from vtw_kernels.ops import (
 
 __all__ = [
     "CompactionPlan",
+    "backend_info",
     "compact",
     "compact_",
     "expand",

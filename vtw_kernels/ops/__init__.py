@@ -10,11 +10,13 @@ except ImportError as error:
         "run: pip install --no-build-isolation ."
     ) from None
 
+from vtw_kernels.ops._registration import backend_info
 from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, expand, plan_compaction
 from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
 
 __all__ = [
     "CompactionPlan",
+    "backend_info",
     "compact",
     "compact_",
     "expand",

@@ -1,12 +1,20 @@
-"""How the Python half of an op is registered: fallback kernel, fake and autograd, each in one call."""
+"""How the Python half of an op is registered, and what the dispatcher then does with a tensor of each device."""
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from vtw_kernels import _C
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+# Composite ops have no kernels of their own; this is the one that does the work of each.
+KERNEL_OF = {"kl_divergence": "kl_divergence_with_state", "kl_state": "kl_divergence_with_state"}
+
 FORCED_BACKEND = os.environ.get("VTW_KERNELS_BACKEND") or None
+if FORCED_BACKEND not in (None, *BACKENDS):
+    raise ImportError(f"VTW_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {FORCED_BACKEND!r}")
 
 _library = torch.library.Library("vtw_kernels", "IMPL")
 
@@ -14,8 +22,47 @@ _library = torch.library.Library("vtw_kernels", "IMPL")
 def register(name: str, *, reference: Callable, fake: Callable) -> None:
     """Gives an op its fake, and its reference as the kernel of every device that has none of its own.
 
-    A forced backend is the only one registered, so a tensor on a device it does not serve raises.
+    A forced backend is the only one that registers kernels, so a tensor on a device it doesn't serve raises.
     """
     torch.library.register_fake(f"vtw_kernels::{name}", fake)
     if FORCED_BACKEND in (None, "reference"):
         _library.impl(name, reference, "CompositeExplicitAutograd")
+
+
+def register_composite(name: str, function: Callable) -> None:
+    """Registers an op that only calls other ops: kernels, fakes and gradients are theirs."""
+    _library.impl(name, function, "CompositeImplicitAutograd")
+
+
+def backend_info() -> dict[str, Any]:
+    """What was built, and which backend each op will use on each device.
+
+    Returns:
+        ``build``: torch, compiler, CUDA and architectures of the compiled extension, and the vector set that its CPU
+        kernels chose on this machine; ``forced``: the value of VTW_KERNELS_BACKEND, if any; ``backends``: for each
+        backend "available", or why it is not; ``ops``: for each op and device type the backend that runs it, or
+        None when a call would raise.
+    """
+    build = _C.build_info()
+    prefix = "vtw_kernels::"
+    ops = sorted(name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
+    return {
+        "build": build,
+        "forced": FORCED_BACKEND,
+        "backends": {
+            "cpu": "available",
+            "cuda": "no CUDA kernels in this version" if build["cuda"] else "not built: no CUDA in torch, or no nvcc",
+            "triton": "no Triton kernels in this version",
+            "reference": "available",
+        },
+        "ops": {name: {device: _backend_of(name, device) for device in ("cpu", "cuda")} for name in ops},
+    }
+
+
+def _backend_of(name: str, device: str) -> str | None:
+    qualified = f"vtw_kernels::{KERNEL_OF.get(name, name)}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper()):
+        return device
+    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeExplicitAutograd"):
+        return "reference"
+    return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import register
+from vtw_kernels.ops._registration import register, register_composite
 from vtw_kernels.ops.checks import check_logits, check_state, check_states
 
 
@@ -35,7 +35,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
     Raises:
         RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0.
     """
-    return torch.ops.vtw_kernels.kl_divergence(p_logits, q_logits, temperature)
+    return torch.ops.vtw_kernels.kl_divergence_with_state(p_logits, q_logits, temperature)[0]
 
 
 def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -45,7 +45,7 @@ def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Te
     shard (``V`` = 0) has the neutral state. Gradients flow through ``z`` and ``a``; the maxima are constants, which
     is exact for everything that doesn't depend on the choice of the maxima, as the divergence doesn't.
     """
-    return torch.ops.vtw_kernels.kl_state(p_logits, q_logits, temperature)
+    return torch.ops.vtw_kernels.kl_divergence_with_state(p_logits, q_logits, temperature)[1]
 
 
 def merge_kl_states(states: Sequence[Tensor] | Tensor) -> Tensor:
@@ -140,9 +140,9 @@ def _from_state_backward(ctx, grad_kl: Tensor):
     return _grad_of_kl(state, grad_kl)
 
 
-register(
-    "kl_divergence_with_state", reference=reference.kl_divergence_with_state, fake=_with_state_fake
-)
+register_composite("kl_divergence", kl_divergence)
+register_composite("kl_state", kl_state)
+register("kl_divergence_with_state", reference=reference.kl_divergence_with_state, fake=_with_state_fake)
 register("kl_divergence_backward", reference=reference.kl_divergence_backward, fake=_backward_fake)
 register("merge_kl_states", reference=reference.merge_kl_states, fake=_merge_fake)
 register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fake)

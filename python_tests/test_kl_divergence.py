@@ -1,0 +1,557 @@
+"""kl_divergence, its states and its gradients against fp64 on the same input bits."""
+
+import numpy as np
+import pytest
+import torch
+from cases import KL, assert_kl, dense, kl_oracle, kl_tolerance, logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vtw_kernels as vtw
+
+INF, NAN = float("inf"), float("nan")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VOCABULARIES = [0, 1, 2, 15, 16, 17, 31, 1000, 32000, 32064, 151936]
+over_dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: str(x)[6:])
+
+
+def check_forward(backend, p, q, temperature=1.0) -> KL:
+    expected = kl_oracle(p, q, temperature)
+    kl, state = backend.kl_divergence_with_state(p, q, temperature)
+    assert_kl(kl, expected, p.dtype)
+    assert kl.is_contiguous() and kl.device == p.device
+    check_state(state, expected, p.dtype, temperature)
+    assert_kl(backend.kl_from_state(state), expected, p.dtype)
+    return expected
+
+
+def check_state(state, expected, dtype, temperature=1.0):
+    """The maxima are exact (but for the rounding of a division); z and a are sums, exact to their own size."""
+    assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    actual, want = state.detach().cpu().double().numpy(), expected.state
+    assert actual.shape == want.shape
+    # A row with NaN, +inf or nothing at all has no state to speak of, other than that its divergence is NaN.
+    sound = np.isfinite(expected.kl) | np.isposinf(expected.kl)
+    actual, want, terms = actual[sound], want[sound], expected.terms[sound]
+    round_off = 2.5e-16 if dtype == torch.float64 else 1.2e-7
+    exact = np.log2(temperature).is_integer()
+    np.testing.assert_allclose(actual[..., [0, 3]], want[..., [0, 3]], rtol=0 if exact else round_off, atol=0)
+    # x/T rounds, and e^(x/T - m) feels it in proportion to |x/T|.
+    scale = 1 + (0 if exact else np.abs(want[..., [0, 3]]).max(-1) * 2)
+    tolerance = (1e-13 if dtype == torch.float64 else 2e-6) * scale
+    assert (np.abs(actual[..., 1] - want[..., 1]) <= tolerance * want[..., 1]).all()
+    assert (np.abs(actual[..., 4] - want[..., 4]) <= tolerance * want[..., 4]).all()
+    same_inf = np.isposinf(want[..., 2]) & np.isposinf(actual[..., 2])
+    with np.errstate(invalid="ignore"):
+        # p - q rounds too: by half a unit of the larger of the two.
+        error, magnitude = np.abs(actual[..., 2] - want[..., 2]), terms + want[..., 1] * (1 + np.abs(want[..., [0, 3]]).max(-1))
+        assert (same_inf | (error <= tolerance * magnitude)).all()
+
+
+# --- sizes, dtypes, strides -------------------------------------------------------------------------------------------
+
+
+@over_dtypes
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("rows", [0, 1, 3, 27])
+def test_sizes(backend, dtype, vocabulary, rows):
+    if rows * vocabulary > 1_000_000:
+        rows = 6  # more rows than threads and less than a vector of them
+    p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
+    q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
+    check_forward(backend, p, q)
+
+
+@pytest.mark.parametrize("vocabulary", [*range(1, 70), 127, 129, 255, 257, 511, 513, 1023, 1025, 2047, 4095, 4097, 8193])
+def test_every_tail(backend, vocabulary):
+    """The maximum of p is the last element and that of q the first: neither may be lost at the end of a vector."""
+    for dtype in FLOATS:
+        p, q = logits((2, vocabulary), dtype, 1.0, 0), logits((2, vocabulary), dtype, 1.0, 1)
+        p[..., -1], q[..., 0] = 9.0, 9.0
+        check_forward(backend, p.to(backend.device), q.to(backend.device))
+
+
+BROADCASTS = [
+    ((), ()),
+    ((4,), ()),
+    ((1,), (27,)),
+    ((27,), (1,)),
+    ((3, 1), (1, 5)),
+    ((2, 3), (3,)),
+    ((1, 1, 2), (4, 1, 1)),
+    ((0,), (1,)),
+    ((1, 1), (1,)),
+]
+
+
+@pytest.mark.parametrize("p_rows, q_rows", BROADCASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda x: str(x)[6:])
+def test_broadcast(backend, p_rows, q_rows, dtype):
+    p = logits((*p_rows, 517), dtype, seed=0, device=backend.device)
+    q = logits((*q_rows, 517), dtype, seed=1, device=backend.device)
+    expected = check_forward(backend, p, q)
+    assert expected.kl.shape == np.broadcast_shapes(p_rows, q_rows)
+    check_forward(backend, *torch.broadcast_tensors(p, q))  # the same, as strides of 0
+
+
+STRIDES = {
+    "step_2": dict(steps={-1: 2}),
+    "row_padded": dict(pads={-1: 3}),
+    "vocabulary_first": dict(order=[2, 0, 1]),
+    "rows_swapped": dict(order=[1, 0, 2]),
+    "step_3_padded": dict(steps={-1: 3}, pads={-1: 1}),
+}
+
+
+@over_dtypes
+@pytest.mark.parametrize("p_layout", STRIDES)
+@pytest.mark.parametrize("q_layout", [None, "step_2", "row_padded", "vocabulary_first"])
+def test_strides(backend, dtype, p_layout, q_layout):
+    def strided(layout, seed):
+        shape = (2, 3, 1031)
+        x = logits(shape, dtype, seed=seed, device=backend.device)
+        if layout is None:
+            return x
+        strides = dense(shape, **STRIDES[layout])
+        memory = torch.full((7 + sum((n - 1) * s for n, s in zip(shape, strides)),), NAN, dtype=dtype, device=x.device)
+        return memory.as_strided(shape, strides, 1).copy_(x)  # what lies between is NaN
+
+    check_forward(backend, strided(p_layout, 0), strided(q_layout, 1))
+
+
+def test_expanded_vocabulary(backend):
+    p = torch.zeros(2, 1, device=backend.device).expand(2, 100)
+    check_forward(backend, p, logits((2, 100), seed=1, device=backend.device))
+    check_forward(backend, p, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda x: str(x)[6:])
+def test_offsets_beyond_32_bits(backend, dtype):
+    memory = torch.empty(3 * 2**30 + 1024, dtype=dtype, device=backend.device)
+    far_rows = memory.as_strided((4, 300), (2**30, 1)).copy_(logits((4, 300), dtype, seed=0))
+    check_forward(backend, far_rows, logits((1, 300), dtype, seed=1, device=backend.device))
+    far_entries = memory.as_strided((2, 4), (4, 2**30)).copy_(logits((2, 4), dtype, seed=2))
+    check_forward(backend, logits((2, 4), dtype, seed=3, device=backend.device), far_entries)
+
+
+# --- magnitudes, temperature ------------------------------------------------------------------------------------------
+
+
+@over_dtypes
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("vocabulary", [33, 5000, 32064])
+def test_temperature(backend, dtype, temperature, vocabulary):
+    p = logits((3, vocabulary), dtype, seed=0, device=backend.device)
+    q = logits((1, vocabulary), dtype, seed=1, device=backend.device)
+    check_forward(backend, p, q, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 1e4), (torch.float16, 6e4), (torch.bfloat16, 1e4), (torch.float64, 1e4)])
+def test_large_logits(backend, dtype, size, temperature):
+    p = logits((4, 3001), dtype, 0.5 * size, 0).clamp(-size, size)
+    q = logits((4, 3001), dtype, 0.5 * size, 1).clamp(-size, size)
+    p[0, 7], p[0, 2900], q[0, 8] = size, -size, -size
+    check_forward(backend, p.to(backend.device), q.to(backend.device), temperature)
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_sorted_logits(backend, rising):
+    """A new maximum in every vector, or only in the first; with it the running sums are rescaled each time, or never."""
+    p = torch.linspace(-80, 80, 4099, device=backend.device)
+    p = p if rising else p.flip(0)
+    check_forward(backend, p, p.flip(0))
+    check_forward(backend, p, logits(4099, device=backend.device))
+
+
+# --- equal and near -----------------------------------------------------------------------------------------------------
+
+
+@over_dtypes
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES[1:])
+def test_equal_rows_give_exactly_zero(backend, dtype, vocabulary, temperature):
+    p = logits((3, vocabulary), dtype, 5.0, device=backend.device)
+    if vocabulary > 1:
+        p[1, ::2] = -INF
+    assert (backend.kl_divergence(p, p.clone(), temperature) == 0).all()
+    assert (backend.kl_divergence(p, p[:1], temperature)[0] == 0).all()
+
+
+@over_dtypes
+def test_never_below_zero(backend, dtype):
+    p = logits((64, 1000), dtype, 8.0, device=backend.device)
+    noise = torch.logspace(-8, -2, 64, dtype=torch.float64, device=backend.device).unsqueeze(-1)
+    q = (p.double() + noise * logits((64, 1000), torch.float64, 1.0, 1, backend.device)).to(dtype)
+    check_forward(backend, p, q)
+
+
+@pytest.mark.parametrize("shift_p, shift_q", [(0, 64), (-128, 0), (100, 7), (-512, 512)])
+def test_shift_invariance(backend, shift_p, shift_q):
+    """Logits on a grid of 1/64 and whole shifts, so that every sum is exact and only the kernel can be at fault."""
+    p, q = ((logits((5, 2003), seed=seed) * 64).round() / 64 for seed in (0, 1))
+    unshifted = kl_oracle(p, q)
+    moved = backend.kl_divergence((p + shift_p).to(backend.device), (q + shift_q).to(backend.device))
+    shifted = kl_oracle(p + shift_p, q + shift_q)
+    np.testing.assert_allclose(shifted.kl, unshifted.kl, rtol=1e-11)
+    assert_kl(moved, KL(**{**vars(shifted), "kl": unshifted.kl}), p.dtype)
+
+
+@over_dtypes
+def test_order_of_the_vocabulary_does_not_matter(backend, dtype):
+    p, q = logits((3, 5003), dtype, seed=0), logits((3, 5003), dtype, seed=1)
+    expected = kl_oracle(p, q)
+    for seed in range(4):
+        order = torch.randperm(5003, generator=torch.Generator().manual_seed(seed))
+        kl = backend.kl_divergence(p[:, order].to(backend.device), q[:, order].to(backend.device))
+        assert_kl(kl, expected, dtype)
+
+
+# --- infinities and NaN -------------------------------------------------------------------------------------------------
+
+
+def special_rows(vocabulary: int, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor, float | None]]:
+    """(p, q, divergence where it is not an ordinary number). Special entries stand at both ends and in the middle."""
+    places = sorted({0, vocabulary // 2, vocabulary - 1})
+    p, q = logits(vocabulary, dtype, seed=0), logits(vocabulary, dtype, seed=1)
+    leading = min(5000, vocabulary - 1)
+
+    def put(x, where, value):
+        x = x.clone()
+        x[where] = value
+        return x
+
+    only = put(torch.full_like(p, -INF), vocabulary // 2, 1.5)
+    none = torch.full_like(p, -INF)
+    tiny = put(p, places[-1], torch.finfo(dtype).min if dtype != torch.bfloat16 else -1e30)
+    return {
+        "p_zero": (put(p, places[:-1], -INF), q, None),
+        "q_zero": (p, put(q, places[:-1], -INF), INF),
+        "both_zero": (put(p, places[:-1], -INF), put(q, places[:-1], -INF), None),
+        "q_zero_where_p_underflows": (tiny, put(q, places[-1], -INF), INF if dtype != torch.float64 else None),
+        "leading_p": (put(p, slice(leading), -INF), q, None),
+        "leading_q": (p, put(q, slice(leading), -INF), INF),
+        "leading_both": (put(p, slice(leading), -INF), put(q, slice(leading), -INF), None),
+        "leading_p_more": (put(p, slice(leading), -INF), put(q, slice(leading // 2), -INF), None),
+        "trailing_both": (put(p, slice(vocabulary - leading, None), -INF), put(q, slice(vocabulary - leading, None), -INF), None),
+        "one_hot_p": (only, q, None),
+        "one_hot_both": (only, only, 0.0),
+        "one_hot_apart": (only, put(none, places[0], 1.0), INF),
+        "all_zero_p": (none, q, NAN),
+        "all_zero_q": (p, none, NAN),
+        "all_zero_both": (none, none, NAN),
+        **{f"nan_p_{i}": (put(p, i, NAN), q, NAN) for i in places},
+        **{f"nan_q_{i}": (p, put(q, i, NAN), NAN) for i in places},
+        "nan_q_where_p_zero": (put(p, places[0], -INF), put(q, places[0], NAN), NAN),
+        "nan_p_where_q_zero": (put(p, places[0], NAN), put(q, places[0], -INF), NAN),
+        "nan_beside_infinite": (p, put(put(q, places[0], -INF), places[-1], NAN), NAN),
+        "nan_before_infinite": (put(p, places[0], NAN), put(q, places[-1], -INF), NAN),
+        "inf_p": (put(p, places[1], INF), q, NAN),
+        "inf_q": (p, put(q, places[1], INF), NAN),
+        "inf_both": (put(p, places[1], INF), put(q, places[1], INF), NAN),
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("vocabulary", [3, 17, 100, 5001, 12007])
+def test_special_values(backend, dtype, vocabulary):
+    rows = special_rows(vocabulary, dtype)
+    wrong = []
+    for name, (p, q, value) in rows.items():  # one by one: nothing may come from a neighbour
+        try:
+            expected = check_forward(backend, p.to(backend.device), q.to(backend.device))
+            assert value is None or np.array_equal(expected.kl, value, equal_nan=True)
+        except AssertionError as error:
+            wrong.append(f"{name}: {str(error).strip().splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
+    p, q = (torch.stack([row[i] for row in rows.values()]).to(backend.device) for i in (0, 1))
+    check_forward(backend, p, q)  # together: nothing may go to a neighbour
+
+
+def test_empty_vocabulary_is_the_neutral_state(backend):
+    empty = torch.empty(2, 0, device=backend.device)
+    state = backend.kl_state(empty, empty)
+    assert state.tolist() == [[-INF, 0.0, 0.0, -INF, 0.0]] * 2
+    assert backend.kl_from_state(state).isnan().all()
+    other = backend.kl_state(logits((2, 50), device=backend.device), logits((2, 50), seed=1, device=backend.device))
+    for states in ([state, other], [other, state], [state, other, state]):
+        assert torch.equal(backend.merge_kl_states(states), other)
+
+
+# --- states -------------------------------------------------------------------------------------------------------------
+
+
+def shard_states(backend, p, q, sizes, temperature=1.0):
+    return [backend.kl_state(a, b, temperature) for a, b in zip(p.split(sizes, -1), q.split(sizes, -1))]
+
+
+SHARDS = [[5003], [2501, 2502], [1, 5002], [0, 5003, 0], [1, 1, 1, 5000], [17, 0, 4000, 986], [500] * 10 + [3], [7] * 714 + [5]]
+
+
+@over_dtypes
+@pytest.mark.parametrize("sizes", SHARDS, ids=lambda x: f"{len(x)}_shards_{x[0]}")
+def test_merged_shards_equal_the_whole(backend, dtype, sizes):
+    p = logits((2, 1, sum(sizes)), dtype, 4.0, 0, backend.device)
+    q = logits((1, 3, sum(sizes)), dtype, 4.0, 1, backend.device)
+    p[0, 0, ::3] = -INF
+    q[..., ::3], q[..., 1::3] = -50, q[..., 1::3] * 3
+    expected = kl_oracle(p, q)
+    states = shard_states(backend, p, q, sizes)
+    merged = backend.merge_kl_states(states)
+    check_state(merged, expected, dtype)
+    assert_kl(backend.kl_from_state(merged), expected, dtype)
+    assert torch.equal(backend.merge_kl_states(list(torch.stack(states))), merged)
+    # In pairs, from the left and from the right.
+    left, right = states[0], states[-1]
+    for state in states[1:]:
+        left = backend.merge_kl_states([left, state])
+    for state in states[-2::-1]:
+        right = backend.merge_kl_states([state, right])
+    for state in (left, right):
+        check_state(state, expected, dtype)
+        assert_kl(backend.kl_from_state(state), expected, dtype)
+
+
+@pytest.mark.parametrize("name", sorted(special_rows(10, torch.float32)))
+def test_merged_special_values(backend, name):
+    p, q, _ = special_rows(12007, torch.float32)[name]
+    expected = kl_oracle(p, q)
+    for sizes in ([6003, 6004], [1] * 7 + [12000], [3000, 0, 3000, 6007], [12006, 1]):
+        states = shard_states(backend, p.to(backend.device), q.to(backend.device), sizes)
+        assert_kl(backend.kl_from_state(backend.merge_kl_states(states)), expected, p.dtype)
+
+
+def test_strided_states(backend):
+    p, q = logits((3, 4, 50), device=backend.device), logits((3, 4, 50), seed=1, device=backend.device)
+    states = shard_states(backend, p, q, [10, 40])
+    strided = [torch.stack((x, x), -1)[..., 0] for x in states]
+    swapped = [x.transpose(0, 1) for x in states]
+    merged = backend.merge_kl_states(states)
+    assert torch.equal(backend.merge_kl_states(strided), merged)
+    assert torch.equal(backend.merge_kl_states(swapped), merged.transpose(0, 1))
+    kl = backend.kl_from_state(merged)
+    assert torch.equal(backend.kl_from_state(merged.transpose(0, 1)), kl.transpose(0, 1))
+    assert torch.equal(backend.kl_from_state(torch.stack((merged, merged), -1)[..., 0]), kl)
+
+
+def test_public_functions_and_defaults():
+    p, q = logits((4, 100)), logits((4, 100), seed=1)
+    assert torch.equal(vtw.kl_divergence(p, q), torch.ops.vtw_kernels.kl_divergence(p, q))
+    assert torch.equal(vtw.kl_divergence(p, q, 2.0), torch.ops.vtw_kernels.kl_divergence(p, q, temperature=2.0))
+    state = vtw.kl_state(p, q, 2.0)
+    assert torch.equal(vtw.kl_from_state(state), vtw.kl_divergence(p, q, 2.0))
+    parts = torch.stack([vtw.kl_state(p[:, i::2], q[:, i::2], 2.0) for i in (0, 1)])
+    assert torch.equal(vtw.merge_kl_states(parts), vtw.merge_kl_states([*parts]))
+    assert_kl(vtw.kl_from_state(vtw.merge_kl_states(parts)), kl_oracle(p, q, 2.0), p.dtype)
+    # The order of the arguments, against the torch function that takes them the other way round.
+    kl_div = torch.nn.functional.kl_div
+    swapped = kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(vtw.kl_divergence(p, q), swapped)
+
+
+# --- determinism --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("rows, vocabulary", [(1, 151936), (27, 32064), (3, 1000)])
+def test_equal_bits_for_any_number_of_threads(host_backend, dtype, rows, vocabulary, num_threads):
+    p, q = logits((1, vocabulary), dtype), logits((rows, vocabulary), dtype, seed=1)
+    seen = set()
+    for threads in (1, 2, 2, 3):
+        num_threads(threads)
+        kl, state = host_backend.kl_divergence_with_state(p, q, 1.0)
+        merged = host_backend.merge_kl_states([state, state])
+        grads = host_backend.kl_divergence_backward(torch.ones_like(state), p, q, state, 1.0, True, True)
+        seen.add(tuple(x.numpy().tobytes() if x.dtype != torch.bfloat16 else x.float().numpy().tobytes()
+                       for x in (kl, state, merged, *grads)))
+    assert len(seen) == 1
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------------
+
+
+def grad_oracle(p, q, temperature):
+    """d KL / d p and d KL / d q of each row, in fp64, with what they round against."""
+    oracle = kl_oracle(p, q, temperature)
+    ratio = np.where(oracle.p == 0, 0.0, oracle.log_ratio)
+    grad_p = oracle.p * (ratio - oracle.kl[..., None]) / temperature
+    grad_q = (oracle.q - oracle.p) / temperature
+    size_p = oracle.p * (1 + np.abs(ratio) + oracle.kl[..., None] + oracle.lse[..., None]) / temperature
+    size_q = (oracle.q + oracle.p) * (1 + oracle.lse[..., None]) / temperature
+    return (grad_p, size_p), (grad_q, size_q)
+
+
+def assert_grad(actual, expected, dtype):
+    want, size = expected
+    actual = actual.detach().cpu().double().numpy()
+    step = torch.finfo(dtype).eps
+    rounding = step * np.abs(want) + torch.finfo(dtype).tiny * step  # of the result to its dtype
+    error = np.abs(actual - want)
+    tolerance = (1e-13 if dtype == torch.float64 else 5e-6) * size + rounding
+    assert (error <= tolerance).all(), f"error {error.max()}, at most {(error / tolerance).max():.2f} of the tolerance"
+
+
+@over_dtypes
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("rows, vocabulary", [(3, 17), (2, 1000), (3, 32064), (1, 151936), (0, 5)])
+def test_backward(backend, dtype, temperature, rows, vocabulary):
+    """The op itself: the gradients that autograd passes for KL, each wanted or not."""
+    p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
+    q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
+    _, state = backend.kl_divergence_with_state(p, q, temperature)
+    _, z_p, a, _, z_q = state.double().unbind(-1)
+    zero = torch.zeros_like(z_p)
+    grad = torch.stack((zero, -(a / z_p + 1) / z_p, 1 / z_p, zero, 1 / z_q), -1).to(state.dtype)
+    expected = grad_oracle(p, q, temperature)
+    for need_p, need_q in ((True, True), (True, False), (False, True)):
+        grad_p, grad_q = backend.kl_divergence_backward(grad, p, q, state, temperature, need_p, need_q)
+        for needed, actual, want in ((need_p, grad_p, expected[0]), (need_q, grad_q, expected[1])):
+            assert actual.dtype == dtype
+            if needed:
+                assert actual.shape == p.shape
+                assert_grad(actual, want, dtype)
+            else:
+                assert actual.numel() == 0
+
+
+@over_dtypes
+def test_backward_of_strided_and_broadcast_logits(backend, dtype):
+    p = logits((1, 101, 3), dtype, device=backend.device).transpose(1, 2)
+    q = logits((2, 1, 202), dtype, seed=1, device=backend.device)[..., ::2]
+    _, state = backend.kl_divergence_with_state(p, q, 1.0)
+    grad = logits((2, 1, 5), state.dtype, 1.0, 2, backend.device).expand_as(state)
+    actual = backend.kl_divergence_backward(grad, p, q, state, 1.0, True, True)
+    plain = [x.expand(2, 3, 101).contiguous() for x in (p, q)]
+    expected = backend.kl_divergence_backward(grad.contiguous(), *plain, state, 1.0, True, True)
+    for x, y in zip(actual, expected):
+        torch.testing.assert_close(x, y, rtol=1e-5 if dtype == torch.float32 else None, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("wanted", ["p", "q", "pq"])
+def test_autograd(dtype, wanted):
+    p = logits((1, 3, 2003), dtype, seed=0).requires_grad_("p" in wanted)
+    q = logits((2, 1, 2003), dtype, seed=1).requires_grad_("q" in wanted)
+    weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
+    (vtw.kl_divergence(p, q, 2.0) * weight).sum().backward()
+    for x, (want, size), dim in zip((p, q), grad_oracle(p, q, 2.0), (0, 1)):
+        if not x.requires_grad:
+            assert x.grad is None
+            continue
+        weights = weight.double().numpy()[..., None]
+        assert x.grad.dtype == dtype and x.grad.shape == x.shape
+        # A sum over rows of low precision rounds once per row.
+        rounding = torch.finfo(dtype).eps * np.abs(want * weights).sum(dim, keepdims=True)
+        size = (size * np.abs(weights)).sum(dim, keepdims=True) + 2e5 * rounding
+        assert_grad(x.grad, ((want * weights).sum(dim, keepdims=True), size), dtype)
+
+
+def fp64(*shape, seed):
+    return logits(shape, torch.float64, 1.5, seed).requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("p_rows, q_rows", [((3,), (3,)), ((1,), (4,)), ((2, 1), (1, 3)), ((), ()), ((2,), ())])
+def test_gradcheck(p_rows, q_rows, temperature):
+    p, q = fp64(*p_rows, 9, seed=0), fp64(*q_rows, 9, seed=1)
+    for args in ((p, q), (p, q.detach()), (p.detach(), q)):
+        assert torch.autograd.gradcheck(lambda p, q: vtw.kl_divergence(p, q, temperature), args)
+
+
+@pytest.mark.parametrize("sizes", [[9], [4, 5], [1, 0, 6, 2]])
+def test_gradcheck_through_states(sizes):
+    def sharded(p, q):
+        states = [vtw.kl_state(a, b, 0.7) for a, b in zip(p.split(sizes, -1), q.split(sizes, -1))]
+        return vtw.kl_from_state(vtw.merge_kl_states([vtw.merge_kl_states(states[:1]), *states[1:]]))
+
+    p, q = fp64(2, 9, seed=0), fp64(1, 9, seed=1)
+    for args in ((p, q), (p, q.detach()), (p.detach(), q)):
+        assert torch.autograd.gradcheck(sharded, args)
+    whole = torch.autograd.grad(vtw.kl_divergence(p, q, 0.7).sum(), (p, q))
+    torch.testing.assert_close(torch.autograd.grad(sharded(p, q).sum(), (p, q)), whole)
+
+
+def test_gradients_of_zero_probabilities():
+    """An entry that has no probability gets no gradient, and its -inf doesn't spoil the others."""
+    p, q = logits((3, 50), torch.float64), logits((3, 50), torch.float64, seed=1)
+    p[0, :20] = -INF  # in p only
+    p[1, 30:], q[1, 30:] = -INF, -INF  # in both
+    p.requires_grad_(), q.requires_grad_()
+    vtw.kl_divergence(p, q).sum().backward()
+    for x, (want, size) in zip((p, q), grad_oracle(p, q, 1.0)):
+        assert_grad(x.grad, (want, np.nan_to_num(size)), torch.float64)
+        assert (x.grad[1, 30:] == 0).all()
+    assert (p.grad[0, :20] == 0).all()
+
+
+def test_equal_rows_have_no_gradient():
+    p = logits((2, 1000)).requires_grad_()
+    q = p.detach().clone().requires_grad_()
+    vtw.kl_divergence(p, q).sum().backward()
+    assert p.grad.abs().max() < 1e-8 and q.grad.abs().max() < 1e-8
+
+
+# --- everything at random -----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def any_pair(draw):
+    vocabulary = draw(st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 1000, 4097])))
+    rows = draw(st.lists(st.integers(1, 3), max_size=2))
+    dtype, scale = draw(st.sampled_from(FLOATS)), draw(st.sampled_from([0.0, 0.01, 1.0, 10.0, 100.0]))
+    pair = []
+    for seed in (0, 1):
+        own = [draw(st.sampled_from([1, n])) for n in rows]
+        shape = (*own[draw(st.integers(0, len(own))) :], vocabulary)
+        x = logits(shape, dtype, scale, seed + draw(st.integers(0, 100)))
+        infinite = draw(st.sampled_from([0.0, 0.0, 0.1, 0.9]))
+        x[torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < infinite] = -INF
+        order = draw(st.permutations(range(len(shape))))
+        steps = {-1: draw(st.sampled_from([1, 1, 2]))}
+        strides = dense(shape, order, steps, {-1: draw(st.integers(0, 3))})
+        memory = torch.full((2 + sum((n - 1) * s for n, s in zip(shape, strides)),), NAN, dtype=dtype)
+        pair.append(memory.as_strided(shape, strides, draw(st.integers(0, 1))).copy_(x))
+    return pair, draw(st.sampled_from([0.25, 1.0, 2.0]))
+
+
+@settings(derandomize=True, max_examples=150, deadline=None, database=None)
+@given(case=any_pair())
+def check_any_pair(backend, case):
+    (p, q), temperature = case
+    check_forward(backend, p.to(backend.device), q.to(backend.device), temperature)
+
+
+def test_any_pair(backend):
+    check_any_pair(backend)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None, database=None)
+@given(
+    vocabulary=st.integers(1, 400),
+    cuts=st.lists(st.integers(0, 400), max_size=6),
+    scale=st.sampled_from([1.0, 30.0]),
+    infinite=st.sampled_from([0.0, 0.5, 0.95]),
+)
+def check_any_shards(backend, vocabulary, cuts, scale, infinite):
+    edges = [0, *sorted(min(cut, vocabulary) for cut in cuts), vocabulary]
+    sizes = [b - a for a, b in zip(edges, edges[1:])]
+    p, q = logits((2, vocabulary), scale=scale), logits((2, vocabulary), scale=scale, seed=1)
+    masked = torch.rand(2, vocabulary, generator=torch.Generator().manual_seed(2)) < infinite
+    p, q = p.masked_fill(masked, -INF).to(backend.device), q.masked_fill(masked, -INF).to(backend.device)
+    expected = kl_oracle(p, q)
+    merged = backend.merge_kl_states(shard_states(backend, p, q, sizes))
+    check_state(merged, expected, p.dtype)
+    assert_kl(backend.kl_from_state(merged), expected, p.dtype)
+
+
+def test_any_shards(backend):
+    check_any_shards(backend)
+
+
+def test_the_tolerance_is_tight():
+    """The bound that these tests allow would not let one wrong entry of the vocabulary pass."""
+    p, q = logits((1, 32064)), logits((1, 32064), seed=1)
+    expected = kl_oracle(p, q)
+    top = p.argmax().item()
+    without = kl_oracle(*(torch.cat((x[:, :top], x[:, top + 1 :]), -1) for x in (p, q)))
+    assert abs(without.kl - expected.kl) > 100 * kl_tolerance(expected, p.dtype)
