@@ -24,8 +24,15 @@ from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from tqdm import trange
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from vtw_kernels import withdraw
 from vtw_kernels.demo import data
@@ -371,7 +378,19 @@ def print_curve(result: dict) -> None:
 def save(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """What ``from_pretrained`` reads, in half precision, and some test images enlarged for people to look at."""
     model.half().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    images = CLIPImageProcessor(
+        size={"height": 24, "width": 24},
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)
     for row, pixels in enumerate(data.load_images("test", directory)[:6]):
         Image.fromarray(pixels).resize((192, 192), Image.Resampling.NEAREST).save(directory / f"test_{row}.png")
 
@@ -381,7 +400,7 @@ def main() -> None:
     parser.add_argument("--withdraw-layer", type=int, default=4, help="first layer without visual tokens (%(default)s)")
     parser.add_argument("--no-withdrawal", action="store_true", help="train as usual; writes only the curve")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--tower-steps", type=int, default=400)
+    parser.add_argument("--tower-steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--together", type=float, default=0.25, help="last part of the steps that runs both ways")
