@@ -49,25 +49,34 @@ def find_cuda_home() -> Path | None:
     return next((Path(home).resolve() for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
 
 
+def nvcc_release(cuda_home: Path) -> tuple[int, int]:
+    major, minor = re.search(r"release (\d+)\.(\d+)", ask_nvcc(cuda_home / "bin" / "nvcc", "--version")).groups()
+    return int(major), int(minor)
+
+
 def decide_cuda() -> Path | None:
     """The CUDA toolkit to build with, or None for a build without CUDA."""
     mode = os.environ.get("VTW_KERNELS_BUILD_CUDA", "auto").lower()
     if mode not in ("0", "1", "auto"):
         stop(f"VTW_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got {mode!r}")
+    if mode == "0" or (mode == "auto" and torch.version.cuda is None):
+        return None
     home = find_cuda_home()
-    if mode == "1" and home is None:
-        stop("VTW_KERNELS_BUILD_CUDA=1, but there is no nvcc; install the CUDA toolkit or set CUDA_HOME")
-    if mode == "auto" and torch.version.cuda and home is None:
-        print("vtw_kernels: torch has CUDA, but there is no nvcc: building without CUDA kernels", file=sys.stderr)
-    wanted = mode == "1" or (mode == "auto" and torch.version.cuda is not None)
-    return home if wanted else None
+    if home is None:
+        problem = "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
+    elif torch.version.cuda and nvcc_release(home)[0] != int(torch.version.cuda.split(".")[0]):
+        problem = f"torch has CUDA {torch.version.cuda} and {home} is another major version; set CUDA_HOME"
+    else:
+        return home
+    if mode == "1":
+        stop(f"VTW_KERNELS_BUILD_CUDA=1, but {problem}")
+    print(f"vtw_kernels: building without CUDA kernels: {problem}", file=sys.stderr)
+    return None
 
 
 def default_arch_list(cuda_home: Path) -> str:
-    version = re.search(r"release (\d+)\.(\d+)", ask_nvcc(cuda_home / "bin" / "nvcc", "--version"))
-    release = tuple(int(part) for part in version.groups())
     archs = ["8.0", "8.6", "8.9", "9.0"]
-    if release >= (12, 8):
+    if nvcc_release(cuda_home) >= (12, 8):
         archs += ["10.0", "12.0"]
     return ";".join(archs) + "+PTX"
 
