@@ -238,9 +238,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
 
 
 def pretrain_tower(model: LlavaForConditionalGeneration, scans: Scans, args: argparse.Namespace) -> None:
-    """A vision tower is pretrained, as CLIP is: here to name the digit of each half, with a head thrown away after."""
+    """A vision tower comes pretrained, as CLIP does: this one to tell the side and the digit of each half.
+
+    Without this the decoder answers at chance for hundreds of steps. The head is thrown away.
+    """
     rng = np.random.default_rng(args.seed + 4)
-    tower, head = model.model.vision_tower, torch.nn.Linear(model.config.vision_config.hidden_size, 10)
+    tower, head = model.model.vision_tower, torch.nn.Linear(model.config.vision_config.hidden_size, 20)
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.tower_steps, cycle_momentum=False)
     progress = trange(args.tower_steps, desc="vision tower", mininterval=5)
@@ -249,7 +252,8 @@ def pretrain_tower(model: LlavaForConditionalGeneration, scans: Scans, args: arg
         pixels = data.preprocess(scans.draw_images(pairs, rng, augment=True))
         patches = tower(pixels).last_hidden_state[:, 1:].unflatten(1, (6, 2, 3))  # rows, halves, columns of a half
         logits = head(patches.mean((1, 3)))
-        loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(scans.digits[pairs].ravel()))
+        targets = torch.from_numpy(scans.digits[pairs] + [0, 10])
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -249,7 +249,8 @@ def special_rows(vocabulary: int, dtype: torch.dtype) -> dict[str, tuple[torch.T
         "nan_before_infinite": (put(p, places[0], NAN), put(q, places[-1], -INF), NAN),
         # Masked by the least finite number, as many models do.
         "least_p": (put(p, places[:-1], least), q, None),
-        "least_q": (p, put(q, places[0], least), None),
+        "least_leading_p": (put(p, slice(leading), least), q, None),
+        "least_q": (p, put(q, places[0], least / 2), None),
         "least_both": (put(p, slice(leading), least), put(q, slice(leading), least), None),
         "inf_p": (put(p, places[1], INF), q, NAN),
         "inf_q": (p, put(q, places[1], INF), NAN),
@@ -476,15 +477,18 @@ def test_gradcheck_through_states(sizes):
     torch.testing.assert_close(torch.autograd.grad(sharded(p, q).sum(), (p, q)), whole)
 
 
-def test_gradients_of_zero_probabilities():
-    """An entry that has no probability gets no gradient, and its -inf doesn't spoil the others."""
-    p, q = logits((3, 50), torch.float64), logits((3, 50), torch.float64, seed=1)
-    p[0, :20] = -INF  # in p only
-    p[1, 30:], q[1, 30:] = -INF, -INF  # in both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("masked", ["infinite", "least"])
+def test_gradients_of_zero_probabilities(dtype, masked):
+    """An entry that has no probability gets no gradient, and doesn't spoil the others."""
+    value = -INF if masked == "infinite" else torch.finfo(dtype).min
+    p, q = logits((3, 50), dtype), logits((3, 50), dtype, seed=1)
+    p[0, :20] = value  # in p only
+    p[1, 30:], q[1, 30:] = value, value  # in both
     p.requires_grad_(), q.requires_grad_()
     vtw.kl_divergence(p, q).sum().backward()
     for x, (want, size) in zip((p, q), grad_oracle(p, q, 1.0)):
-        assert_grad(x.grad, (want, np.nan_to_num(size)), torch.float64)
+        assert_grad(x.grad, (want, np.nan_to_num(size)), dtype)
         assert (x.grad[1, 30:] == 0).all()
     assert (p.grad[0, :20] == 0).all()
 

@@ -33,8 +33,7 @@ struct State {
     const double top_q = larger(m_q, other.m_q);
     const double p_here = rescale(m_p, top_p), p_there = rescale(other.m_p, top_p);
     z_p = z_p * p_here + other.z_p * p_there;
-    // An infinite divergence stays infinite, however small the probability that carries it has become.
-    a = (std::isinf(a) ? a : a * p_here) + (std::isinf(other.a) ? other.a : other.a * p_there);
+    a = weigh(a, p_here) + weigh(other.a, p_there);
     z_q = z_q * rescale(m_q, top_q) + other.z_q * rescale(other.m_q, top_q);
     m_p = top_p;
     m_q = top_q;
@@ -47,6 +46,9 @@ struct State {
     return kl < 0 ? 0 : kl;
   }
 
+  // An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has run
+  // to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0.
+  static double weigh(double a, double weight) { return a == INFINITY ? a : weight == 0 && !std::isnan(a) ? 0.0 : a * weight; }
   static double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
   // An empty or all -inf part has z = 0 and a = 0 and weighs nothing, where -inf - -inf would make it NaN.
   static double rescale(double m, double top) { return m == -INFINITY ? 0.0 : m == top ? 1.0 : std::exp(m - top); }
@@ -62,6 +64,7 @@ struct Sums {
 // infinity or NaN, and the block is done again by the careful version:
 //   p = -inf            adds nothing, whatever q is;
 //   q = -inf < p        adds +inf, even where e^(p - m_p) has underflowed to 0;
+//   e^(p - m_p) = 0     adds nothing to any other q, even if p - q overflows;
 //   NaN, +inf           make the sums NaN: x - x is 0 for every finite x and NaN for these.
 template <int Bytes, bool careful>
 VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, typename Simd<Bytes>::F m_p,
@@ -76,6 +79,7 @@ VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, 
     const F none = V::splat(-kInfinity), zero = V::splat(0.0f);
     e_p = p == none ? zero : e_p + (p - p);
     e_q = q == none ? zero : e_q + (q - q);
+    term = e_p == zero ? zero : term;
     term = q == none ? V::splat(kInfinity) : term;
     term = p == none ? zero : term;
   }
@@ -175,7 +179,7 @@ VTW_INLINE void backward_vector(typename Simd<Bytes>::F p, typename Simd<Bytes>:
   e_p = p == none ? zero : e_p + (p - p);
   if (grad_p) {
     const F slope = s.g_zp + s.g_a * ((p - q) * s.inverse_temperature + 1.0f);
-    V::store(grad_p, p == none ? zero : s.inverse_temperature * (slope * e_p));
+    V::store(grad_p, e_p == zero ? zero : s.inverse_temperature * (slope * e_p));
   }
   if (grad_q) {
     F e_q = V::exp2(q - s.m_q, scale);
@@ -210,7 +214,7 @@ VTW_INLINE void segment_backward(const double* p, const double* q, int64_t count
     const double e_p = p[i] == -INFINITY ? 0 : std::exp((p[i] - s.m_p) * scale);
     const double e_q = q[i] == -INFINITY ? 0 : std::exp((q[i] - s.m_q) * scale);
     const double slope = s.g_zp + s.g_a * ((p[i] - q[i]) * scale + 1);
-    if (grad_p) grad_p[i] = p[i] == -INFINITY ? 0 : scale * slope * e_p;
+    if (grad_p) grad_p[i] = e_p == 0 ? 0 : scale * slope * e_p;
     if (grad_q) grad_q[i] = scale * (s.g_zq * e_q - s.g_a * e_p);
   }
 }

@@ -101,12 +101,10 @@ struct Simd {
     return lanes[0];
   }
 
-  // 2^(x * scale) for x <= 0, with a relative error below 1.5e-7; what would be subnormal comes out as 2^-126.
-  // Adding 1.5 * 2^23 rounds to an integer, which ends up in the low bits; the rest, within ±1/2, goes through a
-  // polynomial of degree 5 (the best one for relative error, 7.5e-8).
+  // 2^(x * scale) for x <= 0, with a relative error below 1.5e-7, and 0 where that would be subnormal. Adding
+  // 1.5 * 2^23 rounds to an integer, which ends up in the low bits; the rest, within ±1/2, goes through a polynomial
+  // of degree 5 (the best one for relative error, 7.5e-8).
   static VTW_INLINE F exp2(F x, float scale) {
-    const F lowest = splat(-126.0f / scale);
-    x = x < lowest ? lowest : x;
     const F shifted = x * scale + 0x1.8p23f;
     const F r = x * scale - (shifted - 0x1.8p23f);
     F power = 1.32764721678e-3f * r + 9.67554133102e-3f;
@@ -114,7 +112,8 @@ struct Simd {
     power = power * r + 2.40221197240e-1f;
     power = power * r + 6.93146967065e-1f;
     power = power * r + 1.00000007165f;
-    return (F)((U)power + ((U)shifted << 23));
+    power = (F)((U)power + ((U)shifted << 23));
+    return x < splat(-126.0f / scale) ? F{} : power;
   }
 };
 

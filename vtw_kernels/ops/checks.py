@@ -77,6 +77,46 @@ def check_source_rows(op: str, source: Tensor, rows: int, rows_of: str) -> None:
         require(not left, op, "source", "a right-padded plan", "a left-padded one")
 
 
+def check_disjoint(tensors: list[Tensor]) -> None:
+    """In place, two elements at one address would leave whichever was written last.
+
+    Strides *nest* when each is at least as long as all that lies inside it; every view of a cache nests, and then
+    overlap has an exact answer. Anything else is refused rather than trusted.
+    """
+    extents = []
+    for i, x in enumerate(tensors):
+        if x.numel() == 0:
+            continue
+        item = x.element_size()
+        dims = sorted(((stride * item, size) for stride, size in zip(x.stride(), x.shape) if size > 1), reverse=True)
+        inside = item
+        for stride, size in reversed(dims):
+            own = f"strides {list(x.stride())}"
+            require(stride >= inside, "compact_", f"tensors[{i}]", "memory of its own for every element", own)
+            inside += stride * (size - 1)
+        extents.append((x.data_ptr(), x.data_ptr() + inside, i, item, dims))
+    extents.sort(key=lambda extent: extent[0])
+    for at, (begin, end, i, item, dims) in enumerate(extents):
+        for other_begin, _, j, other_item, other_dims in extents[at + 1 :]:
+            if other_begin >= end:
+                break
+            same = item == other_item and [stride for stride, _ in dims] == [stride for stride, _ in other_dims]
+            apart = same and not _meet(dims, other_dims, other_begin - begin, item)
+            require(apart, "compact_", f"tensors[{max(i, j)}]", f"memory apart from tensors[{min(i, j)}]", "an overlap")
+
+
+def _meet(dims: list[tuple[int, int]], other: list[tuple[int, int]], apart: int, item: int) -> bool:
+    """Do two tensors of equal strides, ``apart`` bytes from each other, share bytes? What lies inside a stride is
+    shorter than it, so only the two nearest multiples of it can make up the distance."""
+    if not dims:
+        return abs(apart) < item
+    (stride, size), (_, other_size) = dims[0], other[0]
+    nearest = (apart // stride, apart // stride + 1)
+    return any(
+        -other_size < steps < size and _meet(dims[1:], other[1:], apart - steps * stride, item) for steps in nearest
+    )
+
+
 def check_logits(op: str, p_logits: Tensor, q_logits: Tensor, temperature: float) -> None:
     require(p_logits.dtype in FLOATING_LOGITS, op, "p_logits", "a dtype of fp32, fp16, bf16 or fp64", str(p_logits.dtype))
     require(q_logits.dtype == p_logits.dtype, op, "q_logits", f"dtype {p_logits.dtype} of p_logits", str(q_logits.dtype))

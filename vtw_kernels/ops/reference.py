@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops.checks import (
+    check_disjoint,
     check_keep,
     check_logits,
     check_source_rows,
@@ -46,9 +47,6 @@ def compact_(tensors: list[Tensor], token_dims: list[int], batch_dims: list[int]
     dims = check_tensors("compact_", tensors, token_dims, batch_dims, source)
     for i, (x, (token_dim, _)) in enumerate(zip(tensors, dims)):
         check_source_rows("compact_", source, x.shape[token_dim], f"tensors[{i}]")
-        # torch.compile's functionalisation hands over tensors without memory; those can't overlap.
-        spans = [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
-        require(0 not in spans, "compact_", f"tensors[{i}]", "memory of its own for every element", f"strides {x.stride()}")
     check_disjoint(tensors)
     for x, (token_dim, batch_dim) in zip(tensors, dims):
         kept = min(source.shape[1], x.shape[token_dim])
@@ -71,18 +69,6 @@ def expand(
     inverse.scatter_(1, torch.where(source < 0, length, source).long(), slots)
     inverse = inverse[:, :length]
     return [_gather(x, token_dim, batch_dim, inverse) for x, (token_dim, batch_dim) in zip(tensors, dims)]
-
-
-def check_disjoint(tensors: list[Tensor]) -> None:
-    """No two tensors of one in-place list may share bytes: which write comes last would be a matter of luck."""
-    spans = []
-    for i, x in enumerate(tensors):
-        if x.numel() and x.device.type not in ("meta",):
-            reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-            spans.append((x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size(), i))
-    spans.sort()
-    for (_, end, i), (begin, _, j) in zip(spans, spans[1:]):
-        require(end <= begin, "compact_", f"tensors[{max(i, j)}]", f"memory apart from tensors[{min(i, j)}]", "an overlap")
 
 
 def _as_bytes(x: Tensor) -> Tensor:
@@ -129,7 +115,10 @@ def merge_kl_states(states: list[Tensor]) -> Tensor:
     check_states(states)
     m_p, z_p, a, m_q, z_q = torch.stack(list(states)).unbind(-1)
     scale_p, scale_q = _merge_scale(m_p), _merge_scale(m_q)
-    a = torch.where(a.isinf(), a, a * scale_p)  # inf * 0 would be NaN
+    # An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has
+    # run to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0.
+    weighed = torch.where((scale_p == 0) & ~a.isnan(), 0.0, a * scale_p)
+    a = torch.where(a == torch.inf, a, weighed)
     merged = (m_p.amax(0), (z_p * scale_p).sum(0), a.sum(0), m_q.amax(0), (z_q * scale_q).sum(0))
     return torch.stack(merged, dim=-1)
 

@@ -1,0 +1,282 @@
+"""Wrong input raises before any write, and says the op, the argument, what is wanted and what was given."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cases import bytes_of
+
+import vtw_kernels as vtw
+
+# One valid call of each op; a bad case changes some of its arguments.
+SOURCE = torch.tensor([[0, 2, 3, -1], [1, 2, 3, 4]], dtype=torch.int32)
+LEFT_PADDED = torch.tensor([[-1, 0, 2, 3], [1, 2, 3, 4]], dtype=torch.int32)
+
+
+def rows(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def zeros(*shape, **options) -> torch.Tensor:
+    return torch.zeros(shape, **options)
+
+
+def valid_calls() -> dict[str, dict[str, Any]]:
+    tensors = [torch.randn(2, 5, 3), torch.randn(4, 2, 5), torch.randn(2, 3, 6, 2)]
+    dims = dict(token_dims=[1, 2, -2], batch_dims=[0, 1, 0])
+    narrow = [x.narrow(d, 0, 4).clone() for x, d in zip(tensors, (1, 2, 2))]
+    logits = dict(p_logits=torch.randn(2, 1, 7), q_logits=torch.randn(3, 7), temperature=1.0)
+    state = torch.rand(2, 3, 5)
+    backward = dict(grad_state=state, state=state, need_p=True, need_q=True)
+    return {
+        "plan_compaction": dict(keep=torch.tensor([[True, False, True]]), length=-1, pad_left=False),
+        "compact": dict(tensors=tensors, **dims, source=SOURCE),
+        "compact_": dict(tensors=tensors, **dims, source=SOURCE),
+        "expand": dict(tensors=narrow, **dims, source=SOURCE, length=6),
+        "kl_divergence": logits,
+        "kl_state": logits,
+        "kl_divergence_with_state": logits,
+        "kl_divergence_backward": logits | backward,
+        "merge_kl_states": dict(states=[state, state]),
+        "kl_from_state": dict(state=state),
+    }
+
+
+@dataclass(frozen=True)
+class Bad:
+    ops: tuple[str, ...]
+    changes: dict[str, Any]
+    argument: str
+    wanted: str  # a part of what the message says is wanted
+    given: str  # and of what it says was given
+    device_values: bool = False  # about the values of a plan, which are looked at in host memory only
+
+    def arguments(self, op: str) -> dict[str, Any]:
+        arguments = valid_calls()[op]
+        for name, value in self.changes.items():
+            first = re.match(r"(\w+)\[(\d+)\]", name)
+            if first:  # one element of a list
+                arguments[first[1]] = list(arguments[first[1]])
+                arguments[first[1]][int(first[2])] = value
+            else:
+                arguments[name] = value
+        return arguments
+
+
+ALL = ("compact", "compact_", "expand")
+KL = ("kl_divergence", "kl_state", "kl_divergence_with_state", "kl_divergence_backward")
+BACKWARD = ("kl_divergence_backward",)
+PLAN = ("plan_compaction",)
+OVERLAPPING = torch.randn(60)
+SHARED = torch.randn(2, 5, 6)
+
+BAD = {
+    # plan_compaction
+    "keep_dtype": Bad(PLAN, {"keep": zeros(2, 3)}, "keep", "bool", "float32"),
+    "keep_int64": Bad(PLAN, {"keep": zeros(2, 3, dtype=torch.int64)}, "keep", "bool", "int64"),
+    "keep_1d": Bad(PLAN, {"keep": zeros(3, dtype=torch.bool)}, "keep", "2 dimensions", "[3]"),
+    "keep_3d": Bad(PLAN, {"keep": zeros(1, 2, 3, dtype=torch.bool)}, "keep", "2 dimensions", "[1, 2, 3]"),
+    "length_negative": Bad(PLAN, {"length": -2}, "length", "number of rows", "-2"),
+    # the plan
+    "source_int64": Bad(ALL, {"source": SOURCE.long()}, "source", "int32", "int64"),
+    "source_float": Bad(ALL, {"source": SOURCE.float()}, "source", "int32", "float32"),
+    "source_1d": Bad(ALL, {"source": SOURCE[0]}, "source", "2 dimensions", "[4]"),
+    "source_3d": Bad(ALL, {"source": SOURCE[None]}, "source", "2 dimensions", "[1, 2, 4]"),
+    "row_too_large": Bad(ALL, {"source": rows([0, 1, 2, 3], [0, 1, 2, 9])}, "source", "rows below", "9", True),
+    "row_at_the_end": Bad(("compact", "compact_"), {"source": rows([0, 5, -1], [0, 1, 2])}, "source", "below 5", "5", True),
+    "row_below_padding": Bad(ALL, {"source": rows([0, 1, 2, -2], [0, 1, 2, 3])}, "source", "-1 for padding", "-2", True),
+    "row_far_below": Bad(ALL, {"source": rows([0, 1, 2, 3], [-(2**31), 1, 2, 3])}, "source", "-1", str(-(2**31)), True),
+    "descending": Bad(ALL, {"source": rows([0, 1, 2, 3], [0, 2, 1, 3])}, "source", "ascending", "another order", True),
+    "repeated": Bad(ALL, {"source": rows([0, 1, 1, 3], [0, 1, 2, 3])}, "source", "ascending", "another order", True),
+    "padding_inside": Bad(ALL, {"source": rows([0, 1, -1, 3], [0, 1, 2, 3])}, "source", "one side", "another order", True),
+    "padding_both_sides_inside": Bad(ALL, {"source": rows([-1, 1, -1, 3], [0, 1, 2, 3])}, "source", "", "", True),
+    "descending_across_padding": Bad(ALL, {"source": rows([3, -1, -1, 1], [0, 1, 2, 3])}, "source", "", "", True),
+    "left_padded": Bad(("compact_",), {"source": LEFT_PADDED}, "source", "right-padded", "left-padded", True),
+    "length_of_expand": Bad(("expand",), {"length": -1}, "length", "number of rows", "-1"),
+    "row_beyond_length": Bad(("expand",), {"length": 4}, "source", "below 4 of length", "4", True),
+    # dimensions
+    "token_dims_few": Bad(ALL, {"token_dims": [1, 2]}, "token_dims", "3 tensors", "2"),
+    "token_dims_many": Bad(ALL, {"token_dims": [1, 2, 2, 1]}, "token_dims", "3 tensors", "4"),
+    "batch_dims_few": Bad(ALL, {"batch_dims": []}, "batch_dims", "3 tensors", "0"),
+    "token_dim_large": Bad(ALL, {"token_dims[1]": 3}, "token_dims[1]", "[-3, 2]", "3"),
+    "token_dim_negative": Bad(ALL, {"token_dims[2]": -5}, "token_dims[2]", "[-4, 3]", "-5"),
+    "batch_dim_large": Bad(ALL, {"batch_dims[2]": 4}, "batch_dims[2]", "[-4, 3]", "4"),
+    "batch_dim_negative": Bad(ALL, {"batch_dims[0]": -4}, "batch_dims[0]", "[-3, 2]", "-4"),
+    "equal_dims": Bad(ALL, {"batch_dims[1]": 2}, "batch_dims[1]", "token_dims[1]", "2"),
+    "equal_dims_by_sign": Bad(ALL, {"batch_dims[1]": -1}, "batch_dims[1]", "token_dims[1]", "2"),
+    # tensors
+    "tensor_1d": Bad(ALL, {"tensors[2]": zeros(5), "token_dims[2]": 0}, "tensors[2]", "batch and a token", "[5]"),
+    "tensor_0d": Bad(ALL, {"tensors[1]": zeros()}, "tensors[1]", "batch and a token", "[]"),
+    "batch_mismatch": Bad(ALL, {"tensors[2]": zeros(3, 3, 4, 2)}, "tensors[2]", "2 of source", "3"),
+    "batch_zero": Bad(ALL, {"tensors[0]": zeros(0, 4, 2)}, "tensors[0]", "2 of source", "0"),
+    "batch_one_in_place": Bad(("compact_",), {"tensors[2]": zeros(1, 3, 5, 2)}, "tensors[2]", "2 of source", "1"),
+    "tokens_mismatch": Bad(("expand",), {"tensors[2]": zeros(2, 3, 5, 2)}, "tensors[2]", "4 rows of source", "5"),
+    "device": Bad(ALL, {"tensors[1]": zeros(4, 2, 4, device="meta")}, "tensors[1]", "device", ""),
+    "source_device": Bad(ALL, {"source": SOURCE.to("meta")}, "tensors[0]", "device", ""),
+    # memory, in place
+    "same_tensor_twice": Bad(
+        ("compact_",),
+        {"tensors": [SHARED, torch.randn(2, 5), SHARED], "token_dims": [1, 1, 1], "batch_dims": [0, 0, 0]},
+        "tensors[2]",
+        "memory apart from tensors[0]",
+        "overlap",
+    ),
+    "overlapping_slices": Bad(
+        ("compact_",),
+        {"tensors": [SHARED[..., :4], SHARED[..., 3:]], "token_dims": [1, 1], "batch_dims": [0, 0]},
+        "tensors[1]",
+        "memory apart from tensors[0]",
+        "overlap",
+    ),
+    "overlapping_shift": Bad(
+        ("compact_",),
+        {"tensors": [OVERLAPPING[10:40].view(2, 5, 3), OVERLAPPING[:30].view(2, 5, 3)], "token_dims": [1] * 2, "batch_dims": [0] * 2},
+        "tensors[1]",
+        "memory apart from tensors[0]",
+        "overlap",
+    ),
+    "overlapping_other_dtype": Bad(
+        ("compact_",),
+        {"tensors": [SHARED, SHARED.view(torch.int32)], "token_dims": [1, 1], "batch_dims": [0, 0]},
+        "tensors[1]",
+        "memory apart from tensors[0]",
+        "overlap",
+    ),
+    "inside_another": Bad(
+        ("compact_",),
+        {"tensors": [SHARED, SHARED[:, :, 2:3]], "token_dims": [1, 1], "batch_dims": [0, 0]},
+        "tensors[1]",
+        "memory apart from tensors[0]",
+        "overlap",
+    ),
+    "expanded_inner": Bad(("compact_",), {"tensors[0]": zeros(2, 5, 1).expand(2, 5, 3)}, "tensors[0]", "memory of its own", "strides"),
+    "expanded_batch": Bad(("compact_",), {"tensors[2]": zeros(1, 3, 6, 2).expand(2, 3, 6, 2)}, "tensors[2]", "memory", "strides"),
+    "expanded_tokens": Bad(("compact_",), {"tensors[1]": zeros(4, 2, 1).expand(4, 2, 5)}, "tensors[1]", "memory", "strides"),
+    "sliding_windows": Bad(("compact_",), {"tensors[0]": zeros(30).as_strided((2, 5, 3), (8, 1, 1))}, "tensors[0]", "memory", ""),
+    # logits
+    "p_dtype": Bad(KL, {"p_logits": zeros(2, 1, 7, dtype=torch.int64)}, "p_logits", "fp32, fp16, bf16 or fp64", "int64"),
+    "p_bool": Bad(KL, {"p_logits": zeros(2, 1, 7, dtype=torch.bool)}, "p_logits", "fp32, fp16, bf16 or fp64", "bool"),
+    "p_complex": Bad(KL, {"p_logits": zeros(2, 1, 7, dtype=torch.cfloat)}, "p_logits", "fp32, fp16, bf16 or fp64", ""),
+    "q_dtype": Bad(KL, {"q_logits": zeros(3, 7).bfloat16()}, "q_logits", "float32 of p_logits", "bfloat16"),
+    "q_integer": Bad(KL, {"q_logits": zeros(3, 7, dtype=torch.int32)}, "q_logits", "float32 of p_logits", "int32"),
+    "q_device": Bad(KL, {"q_logits": zeros(3, 7, device="meta")}, "q_logits", "device", ""),
+    "vocabulary": Bad(KL, {"q_logits": zeros(3, 8)}, "q_logits", "7 of p_logits", "8"),
+    "vocabulary_of_one": Bad(KL, {"q_logits": zeros(3, 1)}, "q_logits", "7 of p_logits", "1"),
+    "leading": Bad(KL, {"p_logits": zeros(2, 7)}, "q_logits", "broadcast", "[2, 7] and [3, 7]"),
+    "p_scalar": Bad(KL, {"p_logits": zeros()}, "p_logits", "1 dimension", "scalar"),
+    "q_scalar": Bad(KL, {"q_logits": zeros()}, "q_logits", "1 dimension", "scalar"),
+    **{
+        f"temperature_{value}": Bad(KL, {"temperature": value}, "temperature", "above 0", str(value).split(".")[0])
+        for value in (0.0, -0.0, -1.0, float("nan"), float("inf"), float("-inf"))
+    },
+    # what autograd hands to the backward
+    "slope_shape": Bad(BACKWARD, {"grad_state": zeros(3, 5)}, "grad_state", "[2, 3, 5]", "[3, 5]"),
+    "slope_dtype": Bad(BACKWARD, {"grad_state": zeros(2, 3, 5).double()}, "grad_state", "float32", "float64"),
+    "state_shape": Bad(BACKWARD, {"state": zeros(2, 5)}, "state", "[2, 3, 5]", "[2, 5]"),
+    "state_dtype_": Bad(BACKWARD, {"state": zeros(2, 3, 5).double()}, "state", "float32", "float64"),
+    # states
+    "state_last_dim": Bad(("kl_from_state",), {"state": zeros(3, 4)}, "state", "[..., 5]", "[3, 4]"),
+    "state_0d": Bad(("kl_from_state",), {"state": zeros()}, "state", "[..., 5]", "[]"),
+    "state_dtype": Bad(("kl_from_state",), {"state": zeros(5).half()}, "state", "fp32 or fp64", "float16"),
+    "states_empty": Bad(("merge_kl_states",), {"states": []}, "states", "at least one", "0"),
+    "states_last_dim": Bad(("merge_kl_states",), {"states[1]": zeros(2, 3, 6)}, "states[1]", "[..., 5]", "[2, 3, 6]"),
+    "states_dtype": Bad(("merge_kl_states",), {"states[0]": zeros(5, dtype=torch.int32)}, "states[0]", "fp32 or fp64", "int32"),
+    "states_shape": Bad(("merge_kl_states",), {"states[1]": zeros(3, 5)}, "states[1]", "[2, 3, 5] of states[0]", "[3, 5]"),
+    "states_dtypes": Bad(("merge_kl_states",), {"states[1]": zeros(2, 3, 5).double()}, "states[1]", "float32 of", "float64"),
+    "states_device": Bad(("merge_kl_states",), {"states[1]": zeros(2, 3, 5, device="meta")}, "states[1]", "device", ""),
+}
+
+
+def moved(value, device):
+    """To the device, once per memory, so that what overlaps still does."""
+    if isinstance(value, list):
+        return [moved(x, device) for x in value]
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or device == "cpu":
+        return value
+    storage = torch.empty(0, dtype=value.dtype, device=device).set_(STORAGES.setdefault(
+        (value.untyped_storage().data_ptr(), device), value.untyped_storage().to(device=device)
+    ), value.storage_offset(), value.shape, value.stride())
+    return storage
+
+
+STORAGES: dict = {}
+
+
+@pytest.mark.parametrize(
+    "case, op", [pytest.param(case, op, id=f"{op}-{name}") for name, case in BAD.items() for op in case.ops]
+)
+def test_bad_input(backend, case, op):
+    if case.device_values and not backend.checks_rows:
+        return
+    arguments = {name: moved(value, backend.device) for name, value in case.arguments(op).items()}
+    on_host = [x for x in arguments.get("tensors", []) if x.device.type != "meta"]
+    before = [bytes_of(x) for x in on_host]
+    # kl_divergence, kl_state and the backward are one op to those who read a message.
+    named = "kl_divergence" if op in KL else op
+    with pytest.raises(RuntimeError) as raised:
+        getattr(backend, op)(*arguments.values() if op != "kl_divergence_backward" else in_order(arguments))
+    message = str(raised.value).splitlines()[0]
+    found = re.fullmatch(rf"{re.escape(named)}\w*: {re.escape(case.argument)}: expected (.+), got (.+)", message)
+    assert found, message
+    assert case.wanted in found[1] and case.given in found[2], message
+    assert [bytes_of(x) for x in on_host] == before
+
+
+def in_order(arguments):
+    names = ("grad_state", "p_logits", "q_logits", "state", "temperature", "need_p", "need_q")
+    return [arguments[name] for name in names]
+
+
+@pytest.mark.parametrize("op", valid_calls())
+def test_valid_input(backend, op):
+    """What the cases above change is itself accepted: each fails for the reason that it names."""
+    arguments = {name: moved(value, backend.device) for name, value in valid_calls()[op].items()}
+    getattr(backend, op)(*arguments.values() if op != "kl_divergence_backward" else in_order(arguments))
+
+
+@pytest.mark.parametrize(
+    "strides", [(6, 12, 1), (3, 6, 1), (30, 3, 1)], ids=["batches_inside_tokens", "dense_reversed", "padded"]
+)
+def test_unusual_memory_that_is_not_shared(backend, strides):
+    x = torch.randn(100, device=backend.device).as_strided((2, 5, 3), strides)
+    want = x.clone()
+    for b, kept in enumerate(([0, 2, 3], [1, 2, 3, 4])):
+        want[b, : len(kept)] = x[b, kept]
+    backend.compact_([x], [1], [0], SOURCE.to(backend.device))
+    assert torch.equal(x, want)
+
+
+# --- the public functions -----------------------------------------------------------------------------------------------
+
+PUBLIC_PLAN = vtw.CompactionPlan(SOURCE, torch.tensor([3, 4]))
+
+
+@pytest.mark.parametrize("op", [vtw.compact, vtw.compact_, vtw.expand], ids=lambda op: op.__name__)
+def test_one_tensor_instead_of_a_list(op):
+    length = [4] if op is vtw.expand else []
+    with pytest.raises(TypeError, match=f"{op.__name__}: tensors: expected a list of tensors, got one tensor"):
+        op(torch.zeros(2, 5, 3), PUBLIC_PLAN, *length, 1)
+
+
+@pytest.mark.parametrize("pad", ["middle", "", None, "Right"])
+def test_pad(pad):
+    with pytest.raises(ValueError, match=rf"plan_compaction: pad: expected 'right' or 'left', got {pad!r}"):
+        vtw.plan_compaction(torch.ones(1, 2, dtype=torch.bool), pad=pad)
+
+
+@pytest.mark.parametrize("length", [-1, -7])
+def test_negative_length(length):
+    with pytest.raises(RuntimeError, match=f"plan_compaction: length: expected .*, got {length}"):
+        vtw.plan_compaction(torch.ones(1, 2, dtype=torch.bool), length=length)
+    with pytest.raises(RuntimeError, match=f"expand: length: expected .*, got {length}"):
+        vtw.expand([torch.zeros(2, 4, 3)], PUBLIC_PLAN, length, 1)
+
+
+def test_no_second_derivative():
+    """The gradients of the divergence can't be differentiated again: that must be said, not computed wrongly."""
+    p = torch.randn(2, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(vtw.kl_divergence(p, torch.randn(2, 5)).sum(), p, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.square().sum(), p)

@@ -1,0 +1,364 @@
+"""The ops as torch sees them: schemas, fakes, autograd, compile, export; and which backend is chosen by the environment.
+
+opcheck runs every op on a few inputs that differ in kind (lists, broadcast, dtypes, gradients, sizes of zero), because what
+it checks does not depend on values.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import plan_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+import vtw_kernels as vtw
+
+OPS = torch.ops.vtw_kernels
+NAMES = [
+    *("plan_compaction", "compact", "compact_", "expand"),
+    *("kl_divergence", "kl_state", "merge_kl_states", "kl_from_state", "kl_divergence_with_state", "kl_divergence_backward"),
+]
+PLAN = plan_of("images", 2, 9, "shorter")
+SOURCE = PLAN.source
+KEEP = torch.from_numpy(PLAN.keep)
+
+
+def normal(*shape, grad=False, dtype=torch.float32, seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return x.requires_grad_(grad)
+
+
+def decoder(grad=False, tokens=9):
+    tensors = [
+        normal(2, tokens, 3, grad=grad),
+        normal(1, tokens, 4, grad=grad, dtype=torch.bfloat16),
+        torch.arange(3 * 2 * tokens).reshape(3, 2, tokens),
+        normal(2, 2, tokens, 4).transpose(0, 1).contiguous().transpose(0, 1),
+    ]
+    return tensors, [1, 1, 2, -2], [0, 0, 1, 0]
+
+
+def in_place(tensors, token_dims, batch_dims):
+    kept = [0, 2, 3]
+    return [tensors[i] for i in kept], [token_dims[i] for i in kept], [batch_dims[i] for i in kept]
+
+
+def state(*shape, grad=False):
+    x = vtw.kl_state(normal(*shape, 7), normal(*shape, 7, seed=1))
+    return x.detach().requires_grad_(grad)
+
+
+def samples() -> dict[str, list[tuple]]:
+    wide, narrow = decoder(), decoder(tokens=4)
+    pairs = [
+        (normal(3, 7), normal(3, 7, seed=1), 1.0),
+        (normal(1, 7, grad=True), normal(3, 7, grad=True, seed=1), 0.5),
+        (normal(2, 1, 7, grad=True), normal(3, 7, seed=1), 2.0),
+        (normal(2, 7, dtype=torch.bfloat16), normal(2, 7, grad=True, dtype=torch.bfloat16, seed=1), 1.0),
+        (normal(7, dtype=torch.float64, grad=True), normal(7, dtype=torch.float64), 1.0),
+        (normal(0, 7), normal(1, 7), 1.0),
+        (normal(4, 14)[:, ::2], normal(7, 4).t(), 1.0),
+    ]
+    return {
+        "plan_compaction": [(KEEP, -1, False), (KEEP, 4, True), (KEEP, 20, False), (KEEP[:0], 0, False), (KEEP.t(), 3, True)],
+        "compact": [(*wide, SOURCE), (*decoder(grad=True), SOURCE), ([], [], [], SOURCE), (*wide, SOURCE[:, :0])],
+        "compact_": [(*in_place(*wide), SOURCE), ([], [], [], SOURCE)],
+        "expand": [(*narrow, SOURCE, 9), (*decoder(grad=True, tokens=4), SOURCE, 12), ([], [], [], SOURCE, 9)],
+        "kl_divergence": pairs,
+        "kl_state": [*pairs, (normal(2, 0), normal(2, 0), 1.0)],
+        "kl_divergence_with_state": pairs,
+        "kl_divergence_backward": [
+            (state(3), normal(3, 7), normal(3, 7, seed=1), state(3), 1.0, True, True),
+            (state(3), normal(1, 7), normal(3, 7, seed=1), state(3), 0.5, True, False),
+            (state(3), normal(3, 7).half(), normal(7).half(), state(3), 0.5, False, True),
+        ],
+        "merge_kl_states": [
+            ([state(3)],),
+            ([state(2, 3), state(2, 3)],),
+            ([state(3, grad=True), state(3), state(3, grad=True)],),
+        ],
+        "kl_from_state": [(state(2, 3),), (state(2, 3, grad=True),), (state(0),), (state(2).double(),)],
+    }
+
+
+def test_every_op_is_sampled():
+    prefix = "vtw_kernels::"
+    names = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    assert names == set(NAMES) == set(samples())
+
+
+@pytest.mark.parametrize("name, index", [(name, i) for name, calls in samples().items() for i in range(len(calls))])
+def test_opcheck(name, index):
+    opcheck(getattr(OPS, name).default, samples()[name][index])
+
+
+def test_schemas():
+    """The names that users and other frameworks call."""
+    schemas = {name: str(getattr(OPS, name).default._schema) for name in NAMES}
+    assert schemas["plan_compaction"] == (
+        "vtw_kernels::plan_compaction(Tensor keep, int length=-1, bool pad_left=False) -> (Tensor source, Tensor lengths)"
+    )
+    assert schemas["compact"] == (
+        "vtw_kernels::compact(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> Tensor[]"
+    )
+    assert schemas["compact_"] == (
+        "vtw_kernels::compact_(Tensor(a!)[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> ()"
+    )
+    assert schemas["expand"] == (
+        "vtw_kernels::expand(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source, int length) -> Tensor[]"
+    )
+    pair = "(Tensor p_logits, Tensor q_logits, float temperature=1.) -> Tensor"
+    assert schemas["kl_divergence"] == f"vtw_kernels::kl_divergence{pair}"
+    assert schemas["kl_state"] == f"vtw_kernels::kl_state{pair}"
+    assert schemas["merge_kl_states"] == "vtw_kernels::merge_kl_states(Tensor[] states) -> Tensor"
+    assert schemas["kl_from_state"] == "vtw_kernels::kl_from_state(Tensor state) -> Tensor"
+
+
+# --- compile and export -------------------------------------------------------------------------------------------------
+
+
+def withdraw_step(hidden, positions, keys, values, keep):
+    plan = vtw.plan_compaction(keep, length=5)
+    hidden, positions = vtw.compact([hidden * 2, positions], plan, [1, 2], [0, 1])
+    keys, values = keys + 1, values + 1
+    vtw.compact_([keys, values], plan, 2)
+    (wide,) = vtw.expand([hidden.sin()], plan, keep.shape[1], 1)
+    return wide, positions, keys, values, plan.lengths
+
+
+def step_inputs(tokens=9):
+    keep = torch.from_numpy(plan_of("prefix_suffix", 2, tokens).keep)
+    hidden, positions = normal(2, tokens, 3), torch.arange(6 * tokens).reshape(3, 2, tokens)
+    return hidden, positions, normal(2, 2, tokens, 4, seed=1), normal(2, 2, tokens, 4, seed=2), keep
+
+
+def drop_in_cache(keys, values, keep):
+    """Writes to the inputs of the graph."""
+    vtw.compact_([keys, values], vtw.plan_compaction(keep), 2)
+    return keys.sum() + values.sum()
+
+
+def sharded_kl(p, q):
+    states = [vtw.kl_state(a, b, 2.0) for a, b in zip(p.split(5, -1), q.split(5, -1))]
+    return vtw.kl_from_state(vtw.merge_kl_states(states))
+
+
+@pytest.fixture(params=["aot_eager", "inductor"])
+def compiled(request):
+    torch._dynamo.reset()
+    yield lambda function, **options: torch.compile(function, fullgraph=True, backend=request.param, **options)
+    torch._dynamo.reset()
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_compaction(compiled, dynamic):
+    function = compiled(withdraw_step, dynamic=dynamic)
+    for tokens in (9, 12):
+        inputs = step_inputs(tokens)
+        assert_equal(function(*inputs), withdraw_step(*inputs))
+
+
+def test_compile_in_place_on_inputs(compiled):
+    (_, _, keys, values, keep), (_, _, *expected, _) = step_inputs(), step_inputs()
+    function = compiled(drop_in_cache)
+    assert_equal(function(keys, values, keep), drop_in_cache(*expected, keep))
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+
+
+@pytest.mark.parametrize("function", [vtw.kl_divergence, sharded_kl], ids=["whole", "sharded"])
+def test_compile_kl(compiled, function):
+    grads = []
+    for run in (compiled(function), function):
+        p, q = normal(1, 13, grad=True), normal(3, 13, grad=True, seed=1)
+        kl = run(p * 2, q)
+        (kl * kl).sum().backward()
+        grads.append((kl.detach(), p.grad, q.grad))
+    assert_equal(*grads)
+
+
+def test_compile_compaction_backward(compiled):
+    def loss(hidden, rotary, ids, keep):
+        plan = vtw.plan_compaction(keep, length=6, pad="left")
+        hidden, rotary, ids = vtw.compact([hidden, rotary, ids], plan, 1)
+        (wide,) = vtw.expand([hidden * rotary + ids.unsqueeze(-1)], plan, keep.shape[1], 1)
+        return wide.square().sum()
+
+    results = []
+    for run in (compiled(loss), loss):
+        hidden, rotary = normal(2, 9, 3, grad=True), normal(1, 9, 3, grad=True, seed=1)
+        value = run(hidden, rotary, torch.arange(18).reshape(2, 9), KEEP)
+        value.backward()
+        results.append((value.detach(), hidden.grad, rotary.grad))
+    assert_equal(*results)
+
+
+class Withdrawing(torch.nn.Module):
+    def forward(self, hidden, positions, keys, values, keep):
+        wide, *rest = withdraw_step(hidden, positions, keys, values, keep)
+        return vtw.kl_divergence(wide, hidden[:1], 0.5), sharded_kl(hidden, wide), *rest
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export(dynamic, tmp_path):
+    tokens = torch.export.Dim("tokens", min=6, max=64)
+    shapes = ({1: tokens}, {2: tokens}, {2: tokens}, {2: tokens}, {1: tokens})
+    program = torch.export.export(Withdrawing(), step_inputs(), dynamic_shapes=shapes if dynamic else None)
+    torch.export.save(program, tmp_path / "withdrawing.pt2")
+    loaded = torch.export.load(tmp_path / "withdrawing.pt2").module()
+    for count in (9, 20) if dynamic else (9,):
+        assert_equal(loaded(*step_inputs(count)), Withdrawing()(*step_inputs(count)))
+
+
+# A torch without CUDA can't run autograd on fake CUDA tensors, so gradients have fakes on the CPU here.
+@pytest.mark.parametrize("device, grad", [("cuda", False), ("cuda", torch.cuda.is_available()), ("cpu", True)])
+def test_fakes(device, grad):
+    on = dict(device=device)
+    with FakeTensorMode():
+        plan = vtw.plan_compaction(torch.empty(3, 9, dtype=torch.bool, **on), 4, "left")
+        assert [(*x.shape, x.dtype, x.device.type) for x in plan] == [(3, 4, torch.int32, device), (3, torch.int32, device)]
+        assert vtw.plan_compaction(torch.empty(3, 9, dtype=torch.bool, **on)).source.shape == (3, 9)
+        tensors = [
+            torch.empty(3, 9, 8, dtype=torch.bfloat16, requires_grad=grad, **on),
+            torch.empty(2, 1, 9, dtype=torch.int64, **on),
+            torch.empty(3, 2, 12, 4, dtype=torch.float8_e4m3fn, **on).transpose(1, 2),
+        ]
+        dims = dict(token_dims=[1, 2, -3], batch_dims=[0, 1, 0])
+        out = vtw.compact(tensors, plan, **dims)
+        assert [x.shape for x in out] == [(3, 4, 8), (2, 3, 4), (3, 4, 2, 4)]
+        assert [x.dtype for x in out] == [x.dtype for x in tensors]
+        assert all(x.device.type == device and x.is_contiguous() for x in out)
+        assert [x.shape for x in vtw.expand(out, plan, 20, **dims)] == [(3, 20, 8), (2, 3, 20), (3, 20, 2, 4)]
+        assert vtw.compact_(tensors[2:], plan, 1) is None
+
+        p = torch.empty(5, 1, 100, dtype=torch.float16, requires_grad=grad, **on)
+        q = torch.empty(7, 100, dtype=torch.float16, requires_grad=grad, **on)
+        kl = vtw.kl_divergence(p, q)
+        assert (*kl.shape, kl.dtype, kl.device.type) == (5, 7, torch.float32, device)
+        state = vtw.kl_state(p, q)
+        merged = vtw.merge_kl_states([state, state])
+        assert (*merged.shape, merged.dtype, merged.device.type) == (5, 7, 5, torch.float32, device)
+        assert vtw.kl_from_state(merged).shape == (5, 7)
+        assert vtw.kl_divergence(p.double(), q.double()).dtype == torch.float64
+        slopes = OPS.kl_divergence_backward(state.detach(), p.detach(), q.detach(), state.detach(), 1.0, True, False)
+        assert [(*x.shape, x.dtype, x.device.type) for x in slopes] == [
+            (5, 7, 100, torch.float16, device),
+            (0, torch.float16, device),
+        ]
+        if grad:
+            (kl.sum() + out[0].sum()).backward()
+            assert [(x.grad.shape, x.grad.dtype) for x in (p, q, tensors[0])] == [
+                (x.shape, x.dtype) for x in (p, q, tensors[0])
+            ]
+
+
+def test_fakes_check_as_the_kernels_do():
+    with FakeTensorMode():
+        source = torch.empty(2, 4, dtype=torch.int32, device="cuda")
+        plan = vtw.CompactionPlan(source, None)
+        with pytest.raises(RuntimeError, match=r"compact: token_dims\[0\]: expected a dimension in \[-3, 2\], got 3"):
+            vtw.compact([torch.empty(2, 5, 3, device="cuda")], plan, 3)
+        with pytest.raises(RuntimeError, match=r"compact: tensors\[0\]: expected .*device"):
+            vtw.compact([torch.empty(2, 5, 3)], plan, 1)
+        with pytest.raises(RuntimeError, match="kl_divergence: q_logits: expected vocabulary size 7 of p_logits, got 8"):
+            vtw.kl_divergence(torch.empty(2, 7, device="cuda"), torch.empty(2, 8, device="cuda"))
+
+
+def test_inference_mode():
+    """Tensors made there have no version to count."""
+    with torch.inference_mode():
+        plan = vtw.plan_compaction(KEEP, 4)
+        x = normal(2, 9, 3)
+        (out,) = vtw.compact([x], plan, 1)
+        vtw.compact_([x], plan, 1)
+        p, q = normal(3, 50), normal(3, 50, seed=1)
+        inside = vtw.kl_divergence(p, q)
+    for i, length in enumerate(plan.lengths.tolist()):
+        assert torch.equal(x[i, :length], out[i, :length])
+    assert torch.equal(inside, vtw.kl_divergence(normal(3, 50), normal(3, 50, seed=1)))
+
+
+def test_in_place_counts_as_a_write():
+    """Autograd must notice when a saved tensor is compacted under it."""
+    weight = normal(2, 9, 3, grad=True)
+    x = normal(2, 9, 3)
+    version = x._version
+    loss = (weight * x).sum()
+    vtw.compact_([x], vtw.CompactionPlan(SOURCE, None), 1)
+    assert x._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_on_a_leaf_that_requires_grad():
+    with pytest.raises(RuntimeError):
+        vtw.compact_([normal(2, 9, 3, grad=True)], vtw.CompactionPlan(SOURCE, None), 1)
+
+
+# --- the environment ----------------------------------------------------------------------------------------------------
+
+USES_EVERY_OP = """
+import torch, vtw_kernels as vtw
+plan = vtw.plan_compaction(torch.tensor([[True, False, True, False]]), 2)
+x = torch.arange(4.0).reshape(1, 4, 1).requires_grad_()
+(y,) = vtw.compact([x], plan, 1)
+(z,) = vtw.expand([y], plan, 4, 1)
+vtw.compact_([x.detach()], plan, 1)
+p = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+kl = vtw.kl_from_state(vtw.merge_kl_states([vtw.kl_state(p, p.detach().flip(-1))])) + vtw.kl_divergence(p, p.detach().flip(-1))
+(kl.sum() + z.sum()).backward()
+print(y.flatten().tolist(), round(kl.item(), 5), x.grad.flatten().tolist())
+"""
+EXPECTED = "[0.0, 2.0] 2.30071 [1.0, 0.0, 1.0, 0.0]"
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if name != "VTW_KERNELS_BACKEND"}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("forced", ["", "reference", "cpu"])
+def test_forced_backend(forced):
+    code = USES_EVERY_OP + 'print(set(ops["cpu"] for ops in vtw.backend_info()["ops"].values()), vtw.backend_info()["forced"])'
+    done = run_python("-c", code, VTW_KERNELS_BACKEND=forced)
+    assert done.returncode == 0, done.stderr
+    result, used = done.stdout.splitlines()
+    assert result == EXPECTED
+    assert used == f"{{{forced or 'cpu'!r}}} {forced or None!r}"
+
+
+def test_forced_backend_that_does_not_serve_the_device():
+    done = run_python("-c", USES_EVERY_OP, VTW_KERNELS_BACKEND="cuda")
+    assert done.returncode != 0 and "vtw_kernels::plan_compaction" in done.stderr
+
+
+def test_unknown_backend():
+    done = run_python("-c", "import vtw_kernels", VTW_KERNELS_BACKEND="fpga")
+    assert done.returncode != 0
+    assert "VTW_KERNELS_BACKEND: expected one of cuda, triton, cpu, reference, got 'fpga'" in done.stderr.splitlines()[-1]
+
+
+CAPABILITIES = ["default", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("wanted", CAPABILITIES)
+def test_cpu_capability(wanted):
+    """One build holds every vector set; those below what this machine has are run by asking for them."""
+    ask = "import vtw_kernels as vtw; print(vtw.backend_info()['build']['cpu_capability'])"
+    has = run_python("-c", ask, ATEN_CPU_CAPABILITY="").stdout.strip()
+    gets = run_python("-c", ask, ATEN_CPU_CAPABILITY=wanted).stdout.strip()
+    assert gets == min(wanted, has, key=CAPABILITIES.index)
+    if wanted == has:
+        return  # what all other tests ran
+    selection = "cpu and (every_tail or special or large_logits or strides or backward) or autograd or bits_for_any"
+    tests = str(Path(__file__).with_name("test_kl_divergence.py"))
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", selection, ATEN_CPU_CAPABILITY=wanted)
+    assert done.returncode == 0, done.stdout[-3000:]
