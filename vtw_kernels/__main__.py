@@ -1,0 +1,7 @@
+"""``python -m vtw_kernels`` is ``vtw-kernels``."""
+
+import sys
+
+from vtw_kernels.cli import main
+
+sys.exit(main())
