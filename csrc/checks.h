@@ -134,8 +134,7 @@ inline std::vector<TokenDims> check_tensors(Op which, const std::vector<Tensor>&
   return resolved;
 }
 
-inline void check_logits(const Tensor& p, const Tensor& q, double temperature) {
-  const char* op = "kl_divergence";
+inline void check_logits(const char* op, const Tensor& p, const Tensor& q, double temperature) {
   const auto dtype = p.scalar_type();
   const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
                         dtype == ScalarType::Double;

@@ -15,11 +15,11 @@
 #endif
 
 STABLE_TORCH_LIBRARY(vtw_kernels, m) {
-  // Compaction.
-  m.def("plan_compaction(Tensor keep, int length=-1, bool pad_left=False) -> (Tensor source, Tensor lengths)");
+  // Compaction. A length may be symbolic while a graph is traced; kernels are only ever called with numbers.
+  m.def("plan_compaction(Tensor keep, SymInt length=-1, bool pad_left=False) -> (Tensor source, Tensor lengths)");
   m.def("compact(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> Tensor[]");
   m.def("compact_(Tensor(a!)[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> ()");
-  m.def("expand(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source, int length) -> Tensor[]");
+  m.def("expand(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source, SymInt length) -> Tensor[]");
 
   // KL divergence. kl_divergence and kl_state are the two halves of kl_divergence_with_state (Python says so to the
   // dispatcher), which alone has kernels and a gradient.

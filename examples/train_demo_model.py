@@ -88,7 +88,7 @@ class Scans:
         """Rows [count, 2]; a third of the pairs shows one digit twice, so left, right and neither are as likely."""
         rows = rng.integers(len(self.digits), size=(count, 2))
         for pair in rows:
-            while (self.digits[pair[0]] == self.digits[pair[1]]) or pair[0] == pair[1]:
+            while self.digits[pair[0]] == self.digits[pair[1]]:
                 pair[1] = rng.integers(len(self.digits))
             if rng.random() < 1 / 3:
                 pair[1] = rng.choice(self.rows_of[self.digits[pair[0]]])
@@ -306,7 +306,9 @@ def train(model: LlavaForConditionalGeneration, conversations: Conversations, ar
 
 
 @torch.no_grad()
-def answer(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, batches: list[data.Batch]):
+def answer(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, batches: list[data.Batch]
+) -> tuple[list[str], Tensor]:
     """Greedy answers, and the log-probabilities of the first answer token, float32 [questions, vocabulary]."""
     answers, first = [], []
     for batch in batches:
@@ -379,22 +381,26 @@ def print_curve(result: dict) -> None:
 # ----------------------------------------------------------------------------------------------------------- output
 
 
-def save(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """What ``from_pretrained`` reads, in half precision, and some test images enlarged for people to look at."""
-    model.half().save_pretrained(directory)
-    images = CLIPImageProcessor(
+def save_processor(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Tokenizer and image settings; ``AutoProcessor`` reads them and does the same as ``data.encode``."""
+    image_processor = CLIPImageProcessor(
         size={"height": 24, "width": 24},
         do_center_crop=False,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
     LlavaProcessor(
-        images,
+        image_processor,
         tokenizer,
         patch_size=4,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     ).save_pretrained(directory)
+
+
+def save_model(model: LlavaForConditionalGeneration, directory: Path) -> None:
+    """Weights in half precision, and some test images enlarged for people to look at."""
+    model.half().save_pretrained(directory)
     for row, pixels in enumerate(data.load_images("test", directory)[:6]):
         Image.fromarray(pixels).resize((192, 192), Image.Resampling.NEAREST).save(directory / f"test_{row}.png")
 
@@ -403,10 +409,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--withdraw-layer", type=int, default=4, help="first layer without visual tokens (%(default)s)")
     parser.add_argument("--no-withdrawal", action="store_true", help="train as usual; writes only the curve")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--tower-steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--together", type=float, default=0.25, help="last part of the steps that runs both ways")
     parser.add_argument("--consistency", type=float, default=1.0, help="weight of KL(withdrawn || full) in that part")
     parser.add_argument("--seed", type=int, default=0)
@@ -419,7 +425,7 @@ def main() -> None:
 
     scans = load_scans(args.seed)
     tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(args.output)
+    save_processor(tokenizer, args.output)
     write_split("test", scans["test"], 200, args.seed + 1, args.output)
     write_split("calibration", scans["calibration"], 60, args.seed + 2, args.output)
 
@@ -429,11 +435,11 @@ def main() -> None:
     train(model, Conversations(tokenizer, scans["train"], args.seed + 3), args)
     seconds = time.perf_counter() - start
     if not args.no_withdrawal:
-        save(model, tokenizer, args.output)
+        save_model(model, args.output)
         model = data.load_model(args.output)  # what is measured is what was stored
     result = evaluate(model, args.output)
     result["training seconds"] = round(seconds)
-    result["settings"] = {name: value for name, value in vars(args).items() if name not in ("output", "no_withdrawal")}
+    result["settings"] = {name: value for name, value in vars(args).items() if name != "output"}
     result["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# --- backends ---------------------------------------------------------------------------------------------------------
+# --- backends -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Backend:
-    """``ops`` holds callables with the signatures of the schemas. ``checks_rows``: are the values of a plan checked? On a
-    device this would be a synchronisation."""
+    """``ops`` holds callables with the signatures of the schemas."""
 
     name: str
     ops: object
@@ -31,13 +30,14 @@ class Backend:
 
     @property
     def checks_rows(self) -> bool:
+        """Are the values of a plan checked? On a device this would be a synchronisation."""
         return self.device == "cpu"
 
     def __getattr__(self, op: str) -> Callable:
         return getattr(self.ops, op)
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# --- plans ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ PLANS = {
     for pad_left in (False, True)
 }
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -132,8 +132,8 @@ DTYPES = [
 
 
 def dense(shape: tuple[int, ...], order=None, steps=None, pads=None) -> list[int]:
-    """Strides of a tensor whose dimensions lie in memory in this order, outermost first; ``steps`` leaves gaps between the
-    elements of a dimension, ``pads`` behind its end."""
+    """Strides of a tensor whose dimensions lie in memory in this order, outermost first; ``steps`` leaves gaps between
+    the elements of a dimension, ``pads`` behind its end; both count dimensions from the end."""
     strides, running = [0] * len(shape), 1
     for d in reversed(order or range(len(shape))):
         d %= len(shape)
@@ -223,8 +223,8 @@ def bytes_of(x: Tensor) -> bytes:
     return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-# What a decoder keeps per token, in the shapes that models give it. KV is [B, H, S, D]; positions of M-RoPE are [3, B, S];
-# a 4-D mask has a token axis for queries and one for keys; rotary tables may have batch size 1.
+# What a decoder keeps per token, in the shapes that models give it. KV is [B, H, S, D]; positions of M-RoPE are
+# [3, B, S]; a 4-D mask has a token axis for queries and one for keys; rotary tables may have batch size 1.
 def decoder_specs(batch: int, tokens: int) -> dict[str, Spec]:
     kv = (batch, 2, tokens, 6)
     return {
@@ -295,7 +295,10 @@ def make_cases() -> dict[str, Case]:
             cases[f"dtype-{str(dtype)[6:]}-{layout}"] = Case(plan_of("random", 3, 13), (spec,))
     # Widths around those of a vector and of a cache line.
     for width in (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129):
-        specs = (Spec((2, 21, width), 1, dtype=torch.uint8), Spec((2, 21, width), 1, dtype=torch.uint8, layout="unaligned"))
+        specs = (
+            Spec((2, 21, width), 1, dtype=torch.uint8),
+            Spec((2, 21, width), 1, dtype=torch.uint8, layout="unaligned"),
+        )
         cases[f"width-{width}"] = Case(plan_of("prefix_suffix", 2, 21), specs)
     # Zero and one, everywhere.
     for batch in (0, 1, 2):
@@ -305,7 +308,9 @@ def make_cases() -> dict[str, Case]:
                 case = Case(plan, tuple(decoder_specs(batch, tokens).values()) + (Spec((batch, tokens, 0), 1),))
                 cases[f"size-B{batch}-S{tokens}-{length}"] = case
     cases["size-empty_list"] = Case(plan_of("random", 2, 3), ())
-    cases["size-H0"] = Case(plan_of("random", 3, 13), (Spec((3, 0, 13, 4), 2), Spec((3, 13, 4), 1), Spec((3, 13, 0), 1)))
+    cases["size-H0"] = Case(
+        plan_of("random", 3, 13), (Spec((3, 0, 13, 4), 2), Spec((3, 13, 4), 1), Spec((3, 13, 0), 1))
+    )
     # A static cache is longer than its prompt: lists may differ in S.
     longer = (Spec((2, 2, 20, 4), 2), Spec((2, 13, 4), 1), Spec((2, 2, 33, 4), 2, dtype=torch.float16))
     cases["different_S"] = Case(plan_of("images", 2, 13), longer)
@@ -316,9 +321,13 @@ def make_cases() -> dict[str, Case]:
     cases["large-kv_ragged_left"] = Case(Plan(ragged(4, 700), 650, True), kv[:2])
     cases["large-hidden"] = Case(plan_of("prefix_suffix", 1, 661), (Spec((1, 661, 512), 1),))
     cases["large-hidden_wide"] = Case(plan_of("images", 1, 331), (Spec((1, 331, 8191), 1, layout="unaligned_padded"),))
-    cases["large-hidden_by_one"] = Case(plan_of("first_dropped", 2, 900), (Spec((2, 900, 1031), 1, layout="unaligned"),))
+    cases["large-hidden_by_one"] = Case(
+        plan_of("first_dropped", 2, 900), (Spec((2, 900, 1031), 1, layout="unaligned"),)
+    )
     for layout in ("swapped", "row_padded", "longer_cache", "unaligned_padded", "step_2"):
-        specs = tuple(replace(kv[0], shape=(2, 8, 700, 129), dtype=dtype, layout=layout) for dtype in (torch.uint8, torch.float32))
+        specs = tuple(
+            replace(kv[0], shape=(2, 8, 700, 129), dtype=dtype, layout=layout) for dtype in (torch.uint8, torch.float32)
+        )
         cases[f"large-{layout}"] = Case(plan_of("images", 2, 700), specs)
     cases["large-ids"] = Case(plan_of("random", 3, 60000), (Spec((3, 60000), 1, dtype=torch.int64),))
     cases["large-mask_keys"] = Case(plan_of("images", 2, 900), (Spec((2, 1, 900, 900), 3, dtype=torch.bool),))
@@ -328,7 +337,7 @@ def make_cases() -> dict[str, Case]:
 CASES = make_cases()
 IN_PLACE_CASES = {name: case.in_place() for name, case in CASES.items() if case.in_place()}
 
-# --- compaction oracles -----------------------------------------------------------------------------------------------
+# --- compaction oracles ---------------------------------------------------------------------------
 
 
 def compact_oracle(x: np.ndarray, token_dim: int, batch_dim: int, rows: list[list[int]], kept: int) -> np.ndarray:
@@ -363,7 +372,7 @@ def compact_inplace_oracle(built: Built, rows: list[list[int]]) -> np.ndarray:
     return memory
 
 
-# --- KL oracle --------------------------------------------------------------------------------------------------------
+# --- KL oracle ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

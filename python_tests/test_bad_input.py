@@ -85,12 +85,18 @@ BAD = {
     "source_1d": Bad(ALL, {"source": SOURCE[0]}, "source", "2 dimensions", "[4]"),
     "source_3d": Bad(ALL, {"source": SOURCE[None]}, "source", "2 dimensions", "[1, 2, 4]"),
     "row_too_large": Bad(ALL, {"source": rows([0, 1, 2, 3], [0, 1, 2, 9])}, "source", "rows below", "9", True),
-    "row_at_the_end": Bad(("compact", "compact_"), {"source": rows([0, 5, -1], [0, 1, 2])}, "source", "below 5", "5", True),
-    "row_below_padding": Bad(ALL, {"source": rows([0, 1, 2, -2], [0, 1, 2, 3])}, "source", "-1 for padding", "-2", True),
+    "row_at_the_end": Bad(
+        ("compact", "compact_"), {"source": rows([0, 5, -1], [0, 1, 2])}, "source", "below 5", "5", True
+    ),
+    "row_below_padding": Bad(
+        ALL, {"source": rows([0, 1, 2, -2], [0, 1, 2, 3])}, "source", "-1 for padding", "-2", True
+    ),
     "row_far_below": Bad(ALL, {"source": rows([0, 1, 2, 3], [-(2**31), 1, 2, 3])}, "source", "-1", str(-(2**31)), True),
     "descending": Bad(ALL, {"source": rows([0, 1, 2, 3], [0, 2, 1, 3])}, "source", "ascending", "another order", True),
     "repeated": Bad(ALL, {"source": rows([0, 1, 1, 3], [0, 1, 2, 3])}, "source", "ascending", "another order", True),
-    "padding_inside": Bad(ALL, {"source": rows([0, 1, -1, 3], [0, 1, 2, 3])}, "source", "one side", "another order", True),
+    "padding_inside": Bad(
+        ALL, {"source": rows([0, 1, -1, 3], [0, 1, 2, 3])}, "source", "one side", "another order", True
+    ),
     "padding_both_sides_inside": Bad(ALL, {"source": rows([-1, 1, -1, 3], [0, 1, 2, 3])}, "source", "", "", True),
     "descending_across_padding": Bad(ALL, {"source": rows([3, -1, -1, 1], [0, 1, 2, 3])}, "source", "", "", True),
     "left_padded": Bad(("compact_",), {"source": LEFT_PADDED}, "source", "right-padded", "left-padded", True),
@@ -132,7 +138,11 @@ BAD = {
     ),
     "overlapping_shift": Bad(
         ("compact_",),
-        {"tensors": [OVERLAPPING[10:40].view(2, 5, 3), OVERLAPPING[:30].view(2, 5, 3)], "token_dims": [1] * 2, "batch_dims": [0] * 2},
+        {
+            "tensors": [OVERLAPPING[10:40].view(2, 5, 3), OVERLAPPING[:30].view(2, 5, 3)],
+            "token_dims": [1] * 2,
+            "batch_dims": [0] * 2,
+        },
         "tensors[1]",
         "memory apart from tensors[0]",
         "overlap",
@@ -151,12 +161,22 @@ BAD = {
         "memory apart from tensors[0]",
         "overlap",
     ),
-    "expanded_inner": Bad(("compact_",), {"tensors[0]": zeros(2, 5, 1).expand(2, 5, 3)}, "tensors[0]", "memory of its own", "strides"),
-    "expanded_batch": Bad(("compact_",), {"tensors[2]": zeros(1, 3, 6, 2).expand(2, 3, 6, 2)}, "tensors[2]", "memory", "strides"),
-    "expanded_tokens": Bad(("compact_",), {"tensors[1]": zeros(4, 2, 1).expand(4, 2, 5)}, "tensors[1]", "memory", "strides"),
-    "sliding_windows": Bad(("compact_",), {"tensors[0]": zeros(30).as_strided((2, 5, 3), (8, 1, 1))}, "tensors[0]", "memory", ""),
+    "expanded_inner": Bad(
+        ("compact_",), {"tensors[0]": zeros(2, 5, 1).expand(2, 5, 3)}, "tensors[0]", "memory of its own", "strides"
+    ),
+    "expanded_batch": Bad(
+        ("compact_",), {"tensors[2]": zeros(1, 3, 6, 2).expand(2, 3, 6, 2)}, "tensors[2]", "memory", "strides"
+    ),
+    "expanded_tokens": Bad(
+        ("compact_",), {"tensors[1]": zeros(4, 2, 1).expand(4, 2, 5)}, "tensors[1]", "memory", "strides"
+    ),
+    "sliding_windows": Bad(
+        ("compact_",), {"tensors[0]": zeros(30).as_strided((2, 5, 3), (8, 1, 1))}, "tensors[0]", "memory", ""
+    ),
     # logits
-    "p_dtype": Bad(KL, {"p_logits": zeros(2, 1, 7, dtype=torch.int64)}, "p_logits", "fp32, fp16, bf16 or fp64", "int64"),
+    "p_dtype": Bad(
+        KL, {"p_logits": zeros(2, 1, 7, dtype=torch.int64)}, "p_logits", "fp32, fp16, bf16 or fp64", "int64"
+    ),
     "p_bool": Bad(KL, {"p_logits": zeros(2, 1, 7, dtype=torch.bool)}, "p_logits", "fp32, fp16, bf16 or fp64", "bool"),
     "p_complex": Bad(KL, {"p_logits": zeros(2, 1, 7, dtype=torch.cfloat)}, "p_logits", "fp32, fp16, bf16 or fp64", ""),
     "q_dtype": Bad(KL, {"q_logits": zeros(3, 7).bfloat16()}, "q_logits", "float32 of p_logits", "bfloat16"),
@@ -182,26 +202,41 @@ BAD = {
     "state_dtype": Bad(("kl_from_state",), {"state": zeros(5).half()}, "state", "fp32 or fp64", "float16"),
     "states_empty": Bad(("merge_kl_states",), {"states": []}, "states", "at least one", "0"),
     "states_last_dim": Bad(("merge_kl_states",), {"states[1]": zeros(2, 3, 6)}, "states[1]", "[..., 5]", "[2, 3, 6]"),
-    "states_dtype": Bad(("merge_kl_states",), {"states[0]": zeros(5, dtype=torch.int32)}, "states[0]", "fp32 or fp64", "int32"),
-    "states_shape": Bad(("merge_kl_states",), {"states[1]": zeros(3, 5)}, "states[1]", "[2, 3, 5] of states[0]", "[3, 5]"),
-    "states_dtypes": Bad(("merge_kl_states",), {"states[1]": zeros(2, 3, 5).double()}, "states[1]", "float32 of", "float64"),
+    "states_dtype": Bad(
+        ("merge_kl_states",), {"states[0]": zeros(5, dtype=torch.int32)}, "states[0]", "fp32 or fp64", "int32"
+    ),
+    "states_shape": Bad(
+        ("merge_kl_states",), {"states[1]": zeros(3, 5)}, "states[1]", "[2, 3, 5] of states[0]", "[3, 5]"
+    ),
+    "states_dtypes": Bad(
+        ("merge_kl_states",), {"states[1]": zeros(2, 3, 5).double()}, "states[1]", "float32 of", "float64"
+    ),
     "states_device": Bad(("merge_kl_states",), {"states[1]": zeros(2, 3, 5, device="meta")}, "states[1]", "device", ""),
 }
 
 
-def moved(value, device):
-    """To the device, once per memory, so that what overlaps still does."""
-    if isinstance(value, list):
-        return [moved(x, device) for x in value]
-    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or device == "cpu":
-        return value
-    storage = torch.empty(0, dtype=value.dtype, device=device).set_(STORAGES.setdefault(
-        (value.untyped_storage().data_ptr(), device), value.untyped_storage().to(device=device)
-    ), value.storage_offset(), value.shape, value.stride())
-    return storage
+def on_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    """Copies all tensors but those of another device; two that share memory share its copy."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def moved(value):
+        if isinstance(value, list):
+            return [moved(x) for x in value]
+        if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+            return value
+        memory = value.untyped_storage()
+        copy = storages.setdefault(memory.data_ptr(), memory.clone() if device == "cpu" else memory.to(device=device))
+        empty = torch.empty(0, dtype=value.dtype, device=device)
+        return empty.set_(copy, value.storage_offset(), value.shape, value.stride())
+
+    return {name: moved(value) for name, value in arguments.items()}
 
 
-STORAGES: dict = {}
+def call(backend, op: str, arguments: dict[str, Any]):
+    if op == "kl_divergence_backward":
+        names = ("grad_state", "p_logits", "q_logits", "state", "temperature", "need_p", "need_q")
+        arguments = {name: arguments[name] for name in names}
+    return getattr(backend, op)(*arguments.values())
 
 
 @pytest.mark.parametrize(
@@ -210,30 +245,24 @@ STORAGES: dict = {}
 def test_bad_input(backend, case, op):
     if case.device_values and not backend.checks_rows:
         return
-    arguments = {name: moved(value, backend.device) for name, value in case.arguments(op).items()}
-    on_host = [x for x in arguments.get("tensors", []) if x.device.type != "meta"]
-    before = [bytes_of(x) for x in on_host]
+    arguments = on_device(case.arguments(op), backend.device)
+    written = [x for x in arguments.get("tensors", []) if x.device.type != "meta"]
+    before = [bytes_of(x) for x in written]
     # kl_divergence, kl_state and the backward are one op to those who read a message.
     named = "kl_divergence" if op in KL else op
     with pytest.raises(RuntimeError) as raised:
-        getattr(backend, op)(*arguments.values() if op != "kl_divergence_backward" else in_order(arguments))
+        call(backend, op, arguments)
     message = str(raised.value).splitlines()[0]
     found = re.fullmatch(rf"{re.escape(named)}\w*: {re.escape(case.argument)}: expected (.+), got (.+)", message)
     assert found, message
     assert case.wanted in found[1] and case.given in found[2], message
-    assert [bytes_of(x) for x in on_host] == before
-
-
-def in_order(arguments):
-    names = ("grad_state", "p_logits", "q_logits", "state", "temperature", "need_p", "need_q")
-    return [arguments[name] for name in names]
+    assert [bytes_of(x) for x in written] == before
 
 
 @pytest.mark.parametrize("op", valid_calls())
 def test_valid_input(backend, op):
     """What the cases above change is itself accepted: each fails for the reason that it names."""
-    arguments = {name: moved(value, backend.device) for name, value in valid_calls()[op].items()}
-    getattr(backend, op)(*arguments.values() if op != "kl_divergence_backward" else in_order(arguments))
+    call(backend, op, on_device(valid_calls()[op], backend.device))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +277,7 @@ def test_unusual_memory_that_is_not_shared(backend, strides):
     assert torch.equal(x, want)
 
 
-# --- the public functions -----------------------------------------------------------------------------------------------
+# --- the public functions -------------------------------------------------------------------------
 
 PUBLIC_PLAN = vtw.CompactionPlan(SOURCE, torch.tensor([3, 4]))
 

@@ -72,7 +72,7 @@ def check_compact_inplace(backend, case):
         assert np.array_equal(x.snapshot(), want), x.spec
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# --- plans ----------------------------------------------------------------------------------------
 
 
 def check_plan(backend, plan, keep):
@@ -120,7 +120,7 @@ def test_plan_defaults():
     assert source.tolist() == PLANS["random-S-right"].rows and lengths.tolist() == PLANS["random-S-right"].lengths
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 @over(CASES)
@@ -158,9 +158,13 @@ def test_strided_source(backend, layout):
     built = [spec.build(backend.device) for spec in case.specs]
     args = ([x.tensor for x in built], case.token_dims, case.batch_dims, source)
     for out, x in zip(backend.compact(*args), built):
-        assert bytes_of(out) == compact_oracle(x.numpy(), x.spec.token_dim, x.spec.batch_dim, case.plan.rows, 13).tobytes()
+        assert (
+            bytes_of(out) == compact_oracle(x.numpy(), x.spec.token_dim, x.spec.batch_dim, case.plan.rows, 13).tobytes()
+        )
     for out, x in zip(backend.expand(*args, 13), built):
-        assert bytes_of(out) == expand_oracle(x.numpy(), x.spec.token_dim, x.spec.batch_dim, case.plan.rows, 13).tobytes()
+        assert (
+            bytes_of(out) == expand_oracle(x.numpy(), x.spec.token_dim, x.spec.batch_dim, case.plan.rows, 13).tobytes()
+        )
     expected = [compact_inplace_oracle(x, case.plan.rows) for x in built]
     backend.compact_(*args)
     assert all(np.array_equal(x.snapshot(), want) for x, want in zip(built, expected))
@@ -203,7 +207,7 @@ def test_conjugate_and_negated_views(backend):
         assert torch.equal(out.resolve_conj().resolve_neg().cpu(), torch.from_numpy(want))
 
 
-# --- offsets beyond 32 bits -------------------------------------------------------------------------------------------
+# --- offsets beyond 32 bits -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16], ids=str)
@@ -234,7 +238,7 @@ def test_offsets_beyond_32_bits(backend, dtype, far):
     assert np.array_equal(x.cpu().numpy().take([kept], token_dim), values.take([kept], token_dim))
 
 
-# --- determinism ------------------------------------------------------------------------------------------------------
+# --- determinism ----------------------------------------------------------------------------------
 
 
 @over({name: CASES[name] for name in ("large-kv_random", "large-hidden", "large-hidden_by_one", "large-row_padded")})
@@ -251,7 +255,7 @@ def test_equal_bits_for_any_number_of_threads(host_backend, case, num_threads):
     assert len(seen) == 1
 
 
-# --- the public functions ---------------------------------------------------------------------------------------------
+# --- the public functions -------------------------------------------------------------------------
 
 
 def test_one_dim_for_all_or_one_each():
@@ -263,7 +267,9 @@ def test_one_dim_for_all_or_one_each():
     b = vtw.compact((keys, values, positions), public, (2, -2, 2), [0, 0, 1])
     assert isinstance(a, list) and [bytes_of(x) for x in a] == [bytes_of(x) for x in b[:2]]
     assert b[2].shape == (3, 2, 13)
-    assert [bytes_of(x) for x in vtw.expand(a, public, 13, 2)] == [bytes_of(x) for x in vtw.expand(b[:2], public, 13, [2, 2])]
+    assert [bytes_of(x) for x in vtw.expand(a, public, 13, 2)] == [
+        bytes_of(x) for x in vtw.expand(b[:2], public, 13, [2, 2])
+    ]
     vtw.compact_([keys, values], public, token_dims=2)
     for x, out in zip((keys, values), a):
         for i, length in enumerate(public.lengths.tolist()):
@@ -315,7 +321,7 @@ def test_integer_results_need_no_gradient():
     assert hidden.requires_grad and not ids.requires_grad
 
 
-# --- everything at random ---------------------------------------------------------------------------------------------
+# --- everything at random -------------------------------------------------------------------------
 
 
 @st.composite

@@ -44,25 +44,32 @@ def check_state(state, expected, dtype, temperature=1.0):
     same_inf = np.isposinf(want[..., 2]) & np.isposinf(actual[..., 2])
     with np.errstate(invalid="ignore"):
         # p - q rounds too: by half a unit of the larger of the two.
-        error, magnitude = np.abs(actual[..., 2] - want[..., 2]), terms + want[..., 1] * (1 + np.abs(want[..., [0, 3]]).max(-1))
+        error, magnitude = (
+            np.abs(actual[..., 2] - want[..., 2]),
+            terms + want[..., 1] * (1 + np.abs(want[..., [0, 3]]).max(-1)),
+        )
         assert (same_inf | (error <= tolerance * magnitude)).all()
 
 
-# --- sizes, dtypes, strides -------------------------------------------------------------------------------------------
+# --- sizes, dtypes, strides -----------------------------------------------------------------------
 
 
 @over_dtypes
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("rows", [0, 1, 3, 27])
 def test_sizes(backend, dtype, vocabulary, rows):
+    if rows * vocabulary > 100_000 and dtype != torch.bfloat16:
+        rows = 2
     if rows * vocabulary > 1_000_000:
-        rows = 6  # more rows than threads and less than a vector of them
+        rows = 5
     p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
     q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
     check_forward(backend, p, q)
 
 
-@pytest.mark.parametrize("vocabulary", [*range(1, 70), 127, 129, 255, 257, 511, 513, 1023, 1025, 2047, 4095, 4097, 8193])
+@pytest.mark.parametrize(
+    "vocabulary", [*range(1, 70), 127, 129, 255, 257, 511, 513, 1023, 1025, 2047, 4095, 4097, 8193]
+)
 def test_every_tail(backend, vocabulary):
     """The maximum of p is the last element and that of q the first: neither may be lost at the end of a vector."""
     for dtype in FLOATS:
@@ -134,7 +141,7 @@ def test_offsets_beyond_32_bits(backend, dtype):
     check_forward(backend, logits((2, 4), dtype, seed=3, device=backend.device), far_entries)
 
 
-# --- magnitudes, temperature ------------------------------------------------------------------------------------------
+# --- magnitudes, temperature ----------------------------------------------------------------------
 
 
 @over_dtypes
@@ -147,7 +154,9 @@ def test_temperature(backend, dtype, temperature, vocabulary):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("dtype, size", [(torch.float32, 1e4), (torch.float16, 6e4), (torch.bfloat16, 1e4), (torch.float64, 1e4)])
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float32, 1e4), (torch.float16, 6e4), (torch.bfloat16, 1e4), (torch.float64, 1e4)]
+)
 def test_large_logits(backend, dtype, size, temperature):
     p = logits((4, 3001), dtype, 0.5 * size, 0).clamp(-size, size)
     q = logits((4, 3001), dtype, 0.5 * size, 1).clamp(-size, size)
@@ -157,25 +166,25 @@ def test_large_logits(backend, dtype, size, temperature):
 
 @pytest.mark.parametrize("rising", [True, False])
 def test_sorted_logits(backend, rising):
-    """A new maximum in every vector, or only in the first; with it the running sums are rescaled each time, or never."""
+    """A new maximum in every vector, so that the running sums are always rescaled, or only in the first."""
     p = torch.linspace(-80, 80, 4099, device=backend.device)
     p = p if rising else p.flip(0)
     check_forward(backend, p, p.flip(0))
     check_forward(backend, p, logits(4099, device=backend.device))
 
 
-# --- equal and near -----------------------------------------------------------------------------------------------------
+# --- equal and near -------------------------------------------------------------------------------
 
 
 @over_dtypes
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("vocabulary", VOCABULARIES[1:])
-def test_equal_rows_give_exactly_zero(backend, dtype, vocabulary, temperature):
-    p = logits((3, vocabulary), dtype, 5.0, device=backend.device)
+def test_equal_rows_give_exactly_zero(backend, dtype, vocabulary):
+    p = logits((2, vocabulary), dtype, 5.0, device=backend.device)
     if vocabulary > 1:
         p[1, ::2] = -INF
-    assert (backend.kl_divergence(p, p.clone(), temperature) == 0).all()
-    assert (backend.kl_divergence(p, p[:1], temperature)[0] == 0).all()
+    for temperature in (1.0, 0.7, 3.0) if vocabulary < 32000 else (0.7,):
+        assert (backend.kl_divergence(p, p.clone(), temperature) == 0).all()
+    assert backend.kl_divergence(p, p[:1])[0] == 0
 
 
 @over_dtypes
@@ -207,7 +216,7 @@ def test_order_of_the_vocabulary_does_not_matter(backend, dtype):
         assert_kl(kl, expected, dtype)
 
 
-# --- infinities and NaN -------------------------------------------------------------------------------------------------
+# --- infinities and NaN ---------------------------------------------------------------------------
 
 
 def special_rows(vocabulary: int, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor, float | None]]:
@@ -234,7 +243,11 @@ def special_rows(vocabulary: int, dtype: torch.dtype) -> dict[str, tuple[torch.T
         "leading_q": (p, put(q, slice(leading), -INF), INF),
         "leading_both": (put(p, slice(leading), -INF), put(q, slice(leading), -INF), None),
         "leading_p_more": (put(p, slice(leading), -INF), put(q, slice(leading // 2), -INF), None),
-        "trailing_both": (put(p, slice(vocabulary - leading, None), -INF), put(q, slice(vocabulary - leading, None), -INF), None),
+        "trailing_both": (
+            put(p, slice(vocabulary - leading, None), -INF),
+            put(q, slice(vocabulary - leading, None), -INF),
+            None,
+        ),
         "one_hot_p": (only, q, None),
         "one_hot_both": (only, only, 0.0),
         "one_hot_apart": (only, put(none, places[0], 1.0), INF),
@@ -259,7 +272,7 @@ def special_rows(vocabulary: int, dtype: torch.dtype) -> dict[str, tuple[torch.T
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: str(x)[6:])
-@pytest.mark.parametrize("vocabulary", [3, 17, 100, 5001, 12007])
+@pytest.mark.parametrize("vocabulary", [3, 17, 5001, 12007])
 def test_special_values(backend, dtype, vocabulary):
     rows = special_rows(vocabulary, dtype)
     wrong = []
@@ -279,19 +292,29 @@ def test_empty_vocabulary_is_the_neutral_state(backend):
     state = backend.kl_state(empty, empty)
     assert state.tolist() == [[-INF, 0.0, 0.0, -INF, 0.0]] * 2
     assert backend.kl_from_state(state).isnan().all()
+    assert torch.equal(backend.merge_kl_states([state, state]), state)
     other = backend.kl_state(logits((2, 50), device=backend.device), logits((2, 50), seed=1, device=backend.device))
     for states in ([state, other], [other, state], [state, other, state]):
         assert torch.equal(backend.merge_kl_states(states), other)
 
 
-# --- states -------------------------------------------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------------
 
 
 def shard_states(backend, p, q, sizes, temperature=1.0):
     return [backend.kl_state(a, b, temperature) for a, b in zip(p.split(sizes, -1), q.split(sizes, -1))]
 
 
-SHARDS = [[5003], [2501, 2502], [1, 5002], [0, 5003, 0], [1, 1, 1, 5000], [17, 0, 4000, 986], [500] * 10 + [3], [7] * 714 + [5]]
+SHARDS = [
+    [5003],
+    [2501, 2502],
+    [1, 5002],
+    [0, 5003, 0],
+    [1, 1, 1, 5000],
+    [17, 0, 4000, 986],
+    [500] * 10 + [3],
+    [7] * 714 + [5],
+]
 
 
 @over_dtypes
@@ -355,7 +378,7 @@ def test_public_functions_and_defaults():
     torch.testing.assert_close(vtw.kl_divergence(p, q), swapped)
 
 
-# --- determinism --------------------------------------------------------------------------------------------------------
+# --- determinism ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
@@ -373,7 +396,7 @@ def test_equal_bits_for_any_number_of_threads(host_backend, dtype, rows, vocabul
     assert len(seen) == 1
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def grad_oracle(p, q, temperature):
@@ -397,20 +420,27 @@ def assert_grad(actual, expected, dtype):
     assert (error <= tolerance).all(), f"error {error.max()}, at most {(error / tolerance).max():.2f} of the tolerance"
 
 
-@over_dtypes
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-@pytest.mark.parametrize("rows, vocabulary", [(3, 17), (2, 1000), (3, 32064), (1, 151936), (0, 5)])
-def test_backward(backend, dtype, temperature, rows, vocabulary):
-    """The op itself: the gradients that autograd passes for KL, each wanted or not."""
-    p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
-    q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
+def gradients(backend, p, q, temperature=1.0, need_p=True, need_q=True):
+    """What autograd does: the slope of KL in its state, then the op."""
     _, state = backend.kl_divergence_with_state(p, q, temperature)
     _, z_p, a, _, z_q = state.double().unbind(-1)
     zero = torch.zeros_like(z_p)
-    grad = torch.stack((zero, -(a / z_p + 1) / z_p, 1 / z_p, zero, 1 / z_q), -1).to(state.dtype)
+    slope = torch.stack((zero, -(a / z_p + 1) / z_p, 1 / z_p, zero, 1 / z_q), -1).to(state.dtype)
+    return backend.kl_divergence_backward(slope, p, q, state, temperature, need_p, need_q)
+
+
+@over_dtypes
+@pytest.mark.parametrize(
+    "rows, vocabulary, temperature",
+    [(3, 17, 1.0), (3, 17, 0.5), (2, 1031, 1.0), (2, 1031, 3.0), (2, 32064, 1.0), (1, 151936, 3.0), (0, 5, 1.0)],
+)
+def test_backward(backend, dtype, rows, vocabulary, temperature):
+    """The op itself: the gradients that autograd passes for KL, each wanted or not."""
+    p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
+    q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
     expected = grad_oracle(p, q, temperature)
     for need_p, need_q in ((True, True), (True, False), (False, True)):
-        grad_p, grad_q = backend.kl_divergence_backward(grad, p, q, state, temperature, need_p, need_q)
+        grad_p, grad_q = gradients(backend, p, q, temperature, need_p, need_q)
         for needed, actual, want in ((need_p, grad_p, expected[0]), (need_q, grad_q, expected[1])):
             assert actual.dtype == dtype
             if needed:
@@ -479,18 +509,30 @@ def test_gradcheck_through_states(sizes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("masked", ["infinite", "least"])
-def test_gradients_of_zero_probabilities(dtype, masked):
+def test_gradients_of_zero_probabilities(backend, dtype, masked):
     """An entry that has no probability gets no gradient, and doesn't spoil the others."""
     value = -INF if masked == "infinite" else torch.finfo(dtype).min
-    p, q = logits((3, 50), dtype), logits((3, 50), dtype, seed=1)
+    p, q = logits((3, 50), dtype, device=backend.device), logits((3, 50), dtype, seed=1, device=backend.device)
     p[0, :20] = value  # in p only
     p[1, 30:], q[1, 30:] = value, value  # in both
+    grads = gradients(backend, p, q)
+    for grad, (want, size) in zip(grads, grad_oracle(p, q, 1.0)):
+        assert_grad(grad, (want, np.nan_to_num(size)), dtype)
+        assert (grad[1, 30:] == 0).all()
+    assert (grads[0][0, :20] == 0).all()
+
+
+def test_gradients_through_states_without_probability():
+    """Two shards of nothing but -inf, merged before there is anything else."""
+    p, q = logits((2, 9), torch.float64), logits((2, 9), torch.float64, seed=1)
+    p[0, :6], p[1, :6], q[1, :6] = -INF, -INF, -INF
     p.requires_grad_(), q.requires_grad_()
-    vtw.kl_divergence(p, q).sum().backward()
-    for x, (want, size) in zip((p, q), grad_oracle(p, q, 1.0)):
-        assert_grad(x.grad, (want, np.nan_to_num(size)), dtype)
-        assert (x.grad[1, 30:] == 0).all()
-    assert (p.grad[0, :20] == 0).all()
+    first, second, third = (vtw.kl_state(a, b) for a, b in zip(p.split(3, -1), q.split(3, -1)))
+    kl = vtw.kl_from_state(vtw.merge_kl_states([vtw.merge_kl_states([first, second]), third]))
+    whole = torch.autograd.grad(vtw.kl_divergence(p, q).sum(), (p, q))
+    torch.testing.assert_close(torch.autograd.grad(kl.sum(), (p, q)), whole)
+    for grad, (want, size) in zip(whole, grad_oracle(p, q, 1.0)):
+        assert_grad(grad, (want, np.nan_to_num(size)), torch.float64)
 
 
 def test_equal_rows_have_no_gradient():
@@ -500,7 +542,7 @@ def test_equal_rows_have_no_gradient():
     assert p.grad.abs().max() < 1e-8 and q.grad.abs().max() < 1e-8
 
 
-# --- everything at random -----------------------------------------------------------------------------------------------
+# --- everything at random -------------------------------------------------------------------------
 
 
 @st.composite

@@ -1,7 +1,7 @@
-"""The ops as torch sees them: schemas, fakes, autograd, compile, export; and which backend is chosen by the environment.
+"""The ops as torch sees them: schemas, fakes, autograd, compile, export; and the backend that the environment chooses.
 
-opcheck runs every op on a few inputs that differ in kind (lists, broadcast, dtypes, gradients, sizes of zero), because what
-it checks does not depend on values.
+opcheck runs every op on a few inputs that differ in kind (lists, broadcast, dtypes, gradients, sizes of zero), because
+what it checks does not depend on values.
 """
 
 import os
@@ -20,7 +20,14 @@ import vtw_kernels as vtw
 OPS = torch.ops.vtw_kernels
 NAMES = [
     *("plan_compaction", "compact", "compact_", "expand"),
-    *("kl_divergence", "kl_state", "merge_kl_states", "kl_from_state", "kl_divergence_with_state", "kl_divergence_backward"),
+    *(
+        "kl_divergence",
+        "kl_state",
+        "merge_kl_states",
+        "kl_from_state",
+        "kl_divergence_with_state",
+        "kl_divergence_backward",
+    ),
 ]
 PLAN = plan_of("images", 2, 9, "shorter")
 SOURCE = PLAN.source
@@ -64,7 +71,13 @@ def samples() -> dict[str, list[tuple]]:
         (normal(4, 14)[:, ::2], normal(7, 4).t(), 1.0),
     ]
     return {
-        "plan_compaction": [(KEEP, -1, False), (KEEP, 4, True), (KEEP, 20, False), (KEEP[:0], 0, False), (KEEP.t(), 3, True)],
+        "plan_compaction": [
+            (KEEP, -1, False),
+            (KEEP, 4, True),
+            (KEEP, 20, False),
+            (KEEP[:0], 0, False),
+            (KEEP.t(), 3, True),
+        ],
         "compact": [(*wide, SOURCE), (*decoder(grad=True), SOURCE), ([], [], [], SOURCE), (*wide, SOURCE[:, :0])],
         "compact_": [(*in_place(*wide), SOURCE), ([], [], [], SOURCE)],
         "expand": [(*narrow, SOURCE, 9), (*decoder(grad=True, tokens=4), SOURCE, 12), ([], [], [], SOURCE, 9)],
@@ -97,28 +110,24 @@ def test_opcheck(name, index):
 
 
 def test_schemas():
-    """The names that users and other frameworks call."""
-    schemas = {name: str(getattr(OPS, name).default._schema) for name in NAMES}
-    assert schemas["plan_compaction"] == (
-        "vtw_kernels::plan_compaction(Tensor keep, int length=-1, bool pad_left=False) -> (Tensor source, Tensor lengths)"
-    )
-    assert schemas["compact"] == (
-        "vtw_kernels::compact(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> Tensor[]"
-    )
-    assert schemas["compact_"] == (
-        "vtw_kernels::compact_(Tensor(a!)[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> ()"
-    )
-    assert schemas["expand"] == (
-        "vtw_kernels::expand(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source, int length) -> Tensor[]"
-    )
+    """What users and other frameworks call; an int may be symbolic or not."""
+    dims = "int[] token_dims, int[] batch_dims"
     pair = "(Tensor p_logits, Tensor q_logits, float temperature=1.) -> Tensor"
-    assert schemas["kl_divergence"] == f"vtw_kernels::kl_divergence{pair}"
-    assert schemas["kl_state"] == f"vtw_kernels::kl_state{pair}"
-    assert schemas["merge_kl_states"] == "vtw_kernels::merge_kl_states(Tensor[] states) -> Tensor"
-    assert schemas["kl_from_state"] == "vtw_kernels::kl_from_state(Tensor state) -> Tensor"
+    schemas = {
+        "plan_compaction": "(Tensor keep, int length=-1, bool pad_left=False) -> (Tensor source, Tensor lengths)",
+        "compact": f"(Tensor[] tensors, {dims}, Tensor source) -> Tensor[]",
+        "compact_": f"(Tensor(a!)[] tensors, {dims}, Tensor source) -> ()",
+        "expand": f"(Tensor[] tensors, {dims}, Tensor source, int length) -> Tensor[]",
+        "kl_divergence": pair,
+        "kl_state": pair,
+        "merge_kl_states": "(Tensor[] states) -> Tensor",
+        "kl_from_state": "(Tensor state) -> Tensor",
+    }
+    for name, schema in schemas.items():
+        assert str(getattr(OPS, name).default._schema).replace("SymInt", "int") == f"vtw_kernels::{name}{schema}"
 
 
-# --- compile and export -------------------------------------------------------------------------------------------------
+# --- compile and export ---------------------------------------------------------------------------
 
 
 def withdraw_step(hidden, positions, keys, values, keep):
@@ -223,7 +232,10 @@ def test_fakes(device, grad):
     on = dict(device=device)
     with FakeTensorMode():
         plan = vtw.plan_compaction(torch.empty(3, 9, dtype=torch.bool, **on), 4, "left")
-        assert [(*x.shape, x.dtype, x.device.type) for x in plan] == [(3, 4, torch.int32, device), (3, torch.int32, device)]
+        assert [(*x.shape, x.dtype, x.device.type) for x in plan] == [
+            (3, 4, torch.int32, device),
+            (3, torch.int32, device),
+        ]
         assert vtw.plan_compaction(torch.empty(3, 9, dtype=torch.bool, **on)).source.shape == (3, 9)
         tensors = [
             torch.empty(3, 9, 8, dtype=torch.bfloat16, requires_grad=grad, **on),
@@ -267,7 +279,9 @@ def test_fakes_check_as_the_kernels_do():
             vtw.compact([torch.empty(2, 5, 3, device="cuda")], plan, 3)
         with pytest.raises(RuntimeError, match=r"compact: tensors\[0\]: expected .*device"):
             vtw.compact([torch.empty(2, 5, 3)], plan, 1)
-        with pytest.raises(RuntimeError, match="kl_divergence: q_logits: expected vocabulary size 7 of p_logits, got 8"):
+        with pytest.raises(
+            RuntimeError, match="kl_divergence: q_logits: expected vocabulary size 7 of p_logits, got 8"
+        ):
             vtw.kl_divergence(torch.empty(2, 7, device="cuda"), torch.empty(2, 8, device="cuda"))
 
 
@@ -302,7 +316,7 @@ def test_in_place_on_a_leaf_that_requires_grad():
         vtw.compact_([normal(2, 9, 3, grad=True)], vtw.CompactionPlan(SOURCE, None), 1)
 
 
-# --- the environment ----------------------------------------------------------------------------------------------------
+# --- the environment ------------------------------------------------------------------------------
 
 USES_EVERY_OP = """
 import torch, vtw_kernels as vtw
@@ -312,7 +326,8 @@ x = torch.arange(4.0).reshape(1, 4, 1).requires_grad_()
 (z,) = vtw.expand([y], plan, 4, 1)
 vtw.compact_([x.detach()], plan, 1)
 p = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
-kl = vtw.kl_from_state(vtw.merge_kl_states([vtw.kl_state(p, p.detach().flip(-1))])) + vtw.kl_divergence(p, p.detach().flip(-1))
+q = p.detach().flip(-1)
+kl = vtw.kl_from_state(vtw.merge_kl_states([vtw.kl_state(p, q)])) + vtw.kl_divergence(p, q)
 (kl.sum() + z.sum()).backward()
 print(y.flatten().tolist(), round(kl.item(), 5), x.grad.flatten().tolist())
 """
@@ -327,12 +342,10 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize("forced", ["", "reference", "cpu"])
 def test_forced_backend(forced):
-    code = USES_EVERY_OP + 'print(set(ops["cpu"] for ops in vtw.backend_info()["ops"].values()), vtw.backend_info()["forced"])'
+    code = USES_EVERY_OP + 'info = vtw.backend_info(); print(info["forced"], *{x["cpu"] for x in info["ops"].values()})'
     done = run_python("-c", code, VTW_KERNELS_BACKEND=forced)
     assert done.returncode == 0, done.stderr
-    result, used = done.stdout.splitlines()
-    assert result == EXPECTED
-    assert used == f"{{{forced or 'cpu'!r}}} {forced or None!r}"
+    assert done.stdout.splitlines() == [EXPECTED, f"{forced or None} {forced or 'cpu'}"]
 
 
 def test_forced_backend_that_does_not_serve_the_device():
@@ -343,7 +356,9 @@ def test_forced_backend_that_does_not_serve_the_device():
 def test_unknown_backend():
     done = run_python("-c", "import vtw_kernels", VTW_KERNELS_BACKEND="fpga")
     assert done.returncode != 0
-    assert "VTW_KERNELS_BACKEND: expected one of cuda, triton, cpu, reference, got 'fpga'" in done.stderr.splitlines()[-1]
+    assert (
+        "VTW_KERNELS_BACKEND: expected one of cuda, triton, cpu, reference, got 'fpga'" in done.stderr.splitlines()[-1]
+    )
 
 
 CAPABILITIES = ["default", "avx2", "avx512"]
@@ -358,7 +373,9 @@ def test_cpu_capability(wanted):
     assert gets == min(wanted, has, key=CAPABILITIES.index)
     if wanted == has:
         return  # what all other tests ran
-    selection = "cpu and (every_tail or special or large_logits or strides or backward) or autograd or bits_for_any"
+    selection = "cpu and (every_tail or special_values or large_logits or backward) or autograd"
     tests = str(Path(__file__).with_name("test_kl_divergence.py"))
-    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", selection, ATEN_CPU_CAPABILITY=wanted)
+    done = run_python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", selection, ATEN_CPU_CAPABILITY=wanted
+    )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,5 +1,7 @@
 """Visual tokens withdrawal for vision-language models: fused kernels, and their use in transformers."""
 
+from typing import Any
+
 from vtw_kernels.ops import (
     CompactionPlan,
     backend_info,
@@ -13,8 +15,11 @@ from vtw_kernels.ops import (
     plan_compaction,
 )
 
+INTEGRATION = ("apply", "withdraw")  # imported when asked for, so that the ops work without transformers
+
 __all__ = [
     "CompactionPlan",
+    "apply",
     "backend_info",
     "compact",
     "compact_",
@@ -24,4 +29,13 @@ __all__ = [
     "kl_state",
     "merge_kl_states",
     "plan_compaction",
+    "withdraw",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in INTEGRATION:
+        from vtw_kernels import integration
+
+        return getattr(integration, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,6 +29,25 @@ def register(name: str, *, reference: Callable, fake: Callable) -> None:
         _library.impl(name, reference, "CompositeExplicitAutograd")
 
 
+def register_mutation(name: str, mutated: Callable) -> None:
+    """Tells autograd what an in-place op writes, as torch's own in-place ops do.
+
+    Args:
+        mutated: from the op's arguments to the list of tensors that it writes to.
+    """
+    op = getattr(torch.ops.vtw_kernels, name).default
+
+    def record(keyset, *args):
+        for i, x in enumerate(mutated(*args)):
+            if x.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(f"{name}: tensors[{i}]: expected one that requires no gradient, got one that does")
+        torch.autograd.graph.increment_version(mutated(*args))
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(name, record, "ADInplaceOrView", with_keyset=True)
+
+
 def register_composite(name: str, function: Callable) -> None:
     """Registers an op that only calls other ops: kernels, fakes and gradients are theirs."""
     _library.impl(name, function, "CompositeImplicitAutograd")

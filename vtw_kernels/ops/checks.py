@@ -138,6 +138,17 @@ def check_state(op: str, argument: str, state: Tensor) -> None:
     require(state.dim() >= 1 and state.shape[-1] == 5, op, argument, wanted, f"shape {list(state.shape)}")
 
 
+def check_backward(grad_state: Tensor, p_logits: Tensor, q_logits: Tensor, state: Tensor, temperature: float) -> None:
+    op = "kl_divergence_backward"
+    check_logits(op, p_logits, q_logits, temperature)
+    rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
+    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    for argument, x in (("state", state), ("grad_state", grad_state)):
+        require(x.dtype == dtype, op, argument, f"dtype {dtype}", str(x.dtype))
+        require(x.device == p_logits.device, op, argument, f"device {p_logits.device} of p_logits", str(x.device))
+        require(x.shape == (*rows, 5), op, argument, f"shape {[*rows, 5]}", f"shape {list(x.shape)}")
+
+
 def check_states(states: list[Tensor]) -> None:
     op = "merge_kl_states"
     require(len(states) > 0, op, "states", "at least one state", 0)

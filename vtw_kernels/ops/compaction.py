@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import register
+from vtw_kernels.ops._registration import register, register_mutation
 from vtw_kernels.ops.checks import check_keep, check_tensors, require
 
 
@@ -91,7 +91,8 @@ def compact_(
     ``B`` and memory of its own for each element.
 
     Raises:
-        RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself or another one.
+        RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself or another one, or one
+            that requires a gradient.
     """
     tensors = _as_list("compact_", tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
@@ -209,5 +210,6 @@ register("plan_compaction", reference=reference.plan_compaction, fake=_plan_comp
 register("compact", reference=reference.compact, fake=_compact_fake)
 register("compact_", reference=reference.compact_, fake=_compact_inplace_fake)
 register("expand", reference=reference.expand, fake=_expand_fake)
+register_mutation("compact_", lambda tensors, token_dims, batch_dims, source: tensors)
 torch.library.register_autograd("vtw_kernels::compact", _compact_backward, setup_context=_setup_context)
 torch.library.register_autograd("vtw_kernels::expand", _expand_backward, setup_context=_setup_context)

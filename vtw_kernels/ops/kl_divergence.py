@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtw_kernels.ops import reference
 from vtw_kernels.ops._registration import register, register_composite
-from vtw_kernels.ops.checks import check_logits, check_state, check_states
+from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -83,6 +83,7 @@ def _from_state_fake(state: Tensor) -> Tensor:
 
 
 def _backward_fake(grad_state, p_logits, q_logits, state, temperature, need_p, need_q):
+    check_backward(grad_state, p_logits, q_logits, state, temperature)
     shape = torch.broadcast_shapes(p_logits.shape, q_logits.shape)
     return p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
 
@@ -97,23 +98,30 @@ def _grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
 
 def _with_state_setup(ctx, inputs, output):
     p_logits, q_logits, ctx.temperature = inputs
+    ctx.set_materialize_grads(False)  # whoever uses one output only has no gradient of the other, not even zeros
     ctx.save_for_backward(p_logits, q_logits, output[1])
 
 
 def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None):
     p_logits, q_logits, state = ctx.saved_tensors
-    grad = state.new_zeros(()) if grad_state is None else grad_state
+    grads = [] if grad_state is None else [grad_state]
     if grad_kl is not None:
-        grad = grad + _grad_of_kl(state, grad_kl)
+        grads.append(_grad_of_kl(state, grad_kl))
+    if not grads:
+        return None, None, None
     need_p, need_q = ctx.needs_input_grad[:2]
     grad_p, grad_q = torch.ops.vtw_kernels.kl_divergence_backward(
-        grad.expand_as(state), p_logits, q_logits, state, ctx.temperature, need_p, need_q
+        sum(grads), p_logits, q_logits, state, ctx.temperature, need_p, need_q
     )
     return (
         grad_p.sum_to_size(p_logits.shape) if need_p else None,
         grad_q.sum_to_size(q_logits.shape) if need_q else None,
         None,
     )
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("kl_divergence: expected to be differentiated once, got a second derivative")
 
 
 def _merge_setup(ctx, inputs, output):
@@ -149,5 +157,6 @@ register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fa
 torch.library.register_autograd(
     "vtw_kernels::kl_divergence_with_state", _with_state_backward, setup_context=_with_state_setup
 )
+torch.library.register_autograd("vtw_kernels::kl_divergence_backward", _no_second_derivative)
 torch.library.register_autograd("vtw_kernels::merge_kl_states", _merge_backward, setup_context=_merge_setup)
 torch.library.register_autograd("vtw_kernels::kl_from_state", _from_state_backward, setup_context=_from_state_setup)

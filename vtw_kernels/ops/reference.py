@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops.checks import (
+    check_backward,
     check_disjoint,
     check_keep,
     check_logits,
@@ -134,6 +135,7 @@ def kl_from_state(state: Tensor) -> Tensor:
 def kl_divergence_backward(
     grad_state: Tensor, p_logits: Tensor, q_logits: Tensor, state: Tensor, temperature: float, need_p: bool, need_q: bool
 ) -> tuple[Tensor, Tensor]:
+    check_backward(grad_state, p_logits, q_logits, state, temperature)
     p, q = torch.broadcast_tensors(_scaled(p_logits, temperature), _scaled(q_logits, temperature))
     m_p, _, _, m_q, _ = state.unsqueeze(-2).unbind(-1)
     _, g_zp, g_a, _, g_zq = grad_state.unsqueeze(-2).unbind(-1)

@@ -1,0 +1,93 @@
+"""The build: what the extension may depend on, what setup.py says when something is missing, and the command line."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vtw_kernels import _C
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_setup(tmp_path, **environment):
+    """setup.py up to the point where it has made its decisions."""
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "clean"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_only_the_stable_abi():
+    """No symbol of libtorch's C++ API is needed, so that the binary survives a torch upgrade."""
+    symbols = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "aoti_torch" in symbols
+    assert not re.findall(r"^.*\b(?:at|c10|torch)::.*$", symbols, flags=re.MULTILINE)
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert set(info) == {"torch", "compiler", "cpu_capability", "cuda", "cuda_archs"}
+    assert info["cpu_capability"] in ("default", "avx2", "avx512")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"VTW_KERNELS_BUILD_CUDA": "perhaps"}, "VTW_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got 'perhaps'"),
+        ({"CXX": "no-such-compiler"}, "a C++17 compiler is needed"),
+    ],
+)
+def test_setup_says_what_is_wrong_in_one_line(tmp_path, environment, message):
+    result = run_setup(tmp_path, **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_setup_without_nvcc(tmp_path):
+    """VTW_KERNELS_BUILD_CUDA=1 without nvcc is an error; the search for nvcc is made to find none."""
+    code = (
+        "import pathlib, runpy, shutil, sys; which = shutil.which; exists = pathlib.Path.exists;"
+        "shutil.which = lambda name, *a, **k: None if name == 'nvcc' else which(name, *a, **k);"
+        "pathlib.Path.exists = lambda path, *a, **k: path.name != 'nvcc' and exists(path, *a, **k);"
+        "sys.argv = ['setup.py', '--quiet', 'clean']; runpy.run_path('setup.py')"
+    )
+    environment = {**os.environ, "VTW_KERNELS_BUILD_CUDA": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "VTW_KERNELS_BUILD_CUDA=1, but there is no nvcc" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_extension(tmp_path):
+    """A package without its compiled half says in one line what to run."""
+    package = tmp_path / "vtw_kernels"
+    package.mkdir()
+    (package / "ops").symlink_to(ROOT / "vtw_kernels" / "ops")
+    (package / "__init__.py").symlink_to(ROOT / "vtw_kernels" / "__init__.py")
+    code = f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; sys.path.insert(0, {str(tmp_path)!r}); import vtw_kernels"
+    result = run_python(code)
+    last = result.stderr.strip().splitlines()[-1]
+    assert "ImportError: vtw_kernels is not compiled" in last
+    assert "pip install --no-build-isolation ." in last
+
+
+def test_info_command():
+    result = subprocess.run([sys.executable, "-m", "vtw_kernels", "info"], capture_output=True, text=True, check=True)
+    for word in ("avx" if _C.build_info()["cpu_capability"] != "default" else "default", "compact_", "reference"):
+        assert word in result.stdout

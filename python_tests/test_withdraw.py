@@ -1,0 +1,561 @@
+"""Withdrawal in transformers against the plain model that hides visual keys (oracle.py)."""
+
+import copy
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from oracle import visual_keys_hidden
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, Batch, append, make_batch, make_model
+
+import vtw_kernels as vtw
+
+TOLERANCE = 1e-4
+DECODE_STEPS = 8
+
+models = {}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def model_of(family: str, attention: str = "sdpa"):
+    if (family, attention) not in models:
+        models[family, attention] = make_model(family, attention)
+    return models[family, attention]
+
+
+@pytest.fixture
+def model(family):
+    return model_of(family)
+
+
+@pytest.fixture
+def llava():
+    return model_of("llava")
+
+
+def make_cache(model, kind: str, length: int):
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=length)
+    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
+
+
+@torch.no_grad()
+def run(model, batch: Batch, ends: list[int], cache=None, begin: int = 0) -> torch.Tensor:
+    """Logits [B, S, V] of the forwards that end at ``ends``, one after the other on one cache."""
+    positions = batch.positions(model)
+    cache = DynamicCache() if cache is None else cache
+    logits = []
+    for end in ends:
+        inputs = batch.inputs(begin, end)
+        logits.append(model(**inputs, position_ids=positions[..., begin:end], past_key_values=cache).logits)
+        begin = end
+    return torch.cat(logits, dim=1)
+
+
+def with_decode_steps(batch: Batch, steps: int = DECODE_STEPS) -> tuple[Batch, list[int]]:
+    """The batch followed by tokens to feed one by one, and the ends of the forwards."""
+    length = batch.ids.shape[1]
+    longer = append(batch, make_batch(batch.family, [[steps]] * len(batch.ids), seed=1))
+    return longer, list(range(length, length + steps + 1))
+
+
+def assert_equal_to_oracle(model, layer: int, batch: Batch, ends: list[int], cache: str = "dynamic") -> None:
+    length = batch.ids.shape[1] + 3
+    with visual_keys_hidden(model, layer, batch.visual):
+        wanted = run(model, batch, ends, make_cache(model, cache, length))
+    with vtw.withdraw(model, layer):
+        given = run(model, batch, ends, make_cache(model, cache, length))
+    plain = run(model, batch, ends, make_cache(model, cache, length))
+    rows = (batch.mask != 0) & ~batch.visual
+    assert given.shape == wanted.shape
+    assert (given - wanted)[rows].abs().max() <= TOLERANCE
+    if layer < LAYERS:
+        assert (given[batch.visual] == 0).all()
+        after_image = rows & (batch.visual.cumsum(1) > 0)
+        assert (plain - wanted)[after_image].abs().max() > 1000 * TOLERANCE  # so the comparison can fail
+    else:
+        assert torch.equal(given, plain)
+
+
+def generated(model, inputs: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    output = model.generate(
+        **inputs, return_dict_in_generate=True, output_logits=True, **{"max_new_tokens": 10, "do_sample": False} | options
+    )
+    return output.sequences, torch.stack(output.logits)
+
+
+# ------------------------------------------------------------------------------------------------------ equivalence
+
+
+@pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [1, 3, LAYERS])
+def test_prefill_and_decode(family, layer, attention, cache, rows):
+    batch, ends = with_decode_steps(make_batch(family, rows))
+    assert_equal_to_oracle(model_of(family, attention), layer, batch, ends, cache)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_layouts(family, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def below(n):
+        return int(torch.randint(n, (), generator=generator))
+
+    rows = []
+    for i in range(1 + below(4)):
+        row = [below(4)]  # a sequence may begin with an image, and images may touch
+        for _ in range(1 + below(3) if i == 0 else below(3)):
+            row += [4 * (1 + below(2)), below(4)]
+        row[-1] += 1
+        rows.append(row)
+    batch, ends = with_decode_steps(make_batch(family, rows, seed=seed), steps=3)
+    model = model_of(family, ("eager", "sdpa")[below(2)])
+    assert_equal_to_oracle(model, 1 + below(LAYERS - 1), batch, ends, ("dynamic", "static", "lazy")[below(3)])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [[[5]], [[4, 4, 2]], [[3]]],  # text, an image, text
+        [ONE, [[2, 4, 3, 8, 2]], [[1, 4, 1]]],
+        [RAGGED, [[3], [6, 4, 2], [2, 8, 1]], [[4]] * 3],  # images where there were none
+    ],
+    ids=["text first", "new images", "ragged"],
+)
+def test_turns_on_one_cache(family, attention, cache, turns):
+    batch, ends = make_batch(family, turns[0]), []
+    for i, rows in enumerate(turns[1:]):
+        batch, steps = with_decode_steps(batch, steps=2)
+        ends += steps
+        batch = append(batch, make_batch(family, rows, seed=2 + i))
+    assert_equal_to_oracle(model_of(family, attention), 2, batch, [*ends, batch.ids.shape[1]], cache)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("rows", [ONE, [[2, 8, 3, 4, 4], [9, 4, 8]]], ids=["one", "two"])
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_chunks_inside_an_image(family, attention, rows, chunk):
+    """Merged embeddings in chunks, some without a single text token."""
+    model = model_of(family, attention)
+    batch, ends = with_decode_steps(make_batch(family, rows), steps=3)
+    ends = sorted({*range(chunk, ends[0], chunk), *ends})
+    with torch.no_grad():
+        embeds = merged_embeddings(model, batch)
+    kept = (batch.mask != 0) & ~batch.visual
+
+    @torch.no_grad()
+    def states():
+        cache, begin, states = DynamicCache(), 0, []
+        for end in ends:
+            output = model.model(
+                inputs_embeds=embeds[:, begin:end],
+                attention_mask=batch.mask[:, :end],
+                position_ids=batch.positions(model)[..., begin:end],
+                past_key_values=cache,
+            )
+            states.append(output.last_hidden_state)
+            begin = end
+        return torch.cat(states, dim=1)
+
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted = states()
+    with vtw.withdraw(model, 2, visual_mask=batch.visual):
+        given = states()
+    assert (given - wanted)[kept].abs().max() <= TOLERANCE
+    assert (given[batch.visual] == 0).all()
+
+
+def merged_embeddings(model, batch: Batch) -> torch.Tensor:
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**batch.inputs(), position_ids=batch.positions(model))
+    hook.remove()
+    return seen["inputs_embeds"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_gradients(family, attention, pad):
+    model = model_of(family, attention)
+    batch = make_batch(family, [[2, 4, 3, 4, 4], [9], [4, 4, 3]], pad)
+    labels = batch.ids.masked_fill((batch.mask == 0) | batch.visual, -100)
+    labels[:, 1:][batch.visual[:, :-1]] = -100
+
+    def gradients():
+        model.zero_grad()
+        output = model(**batch.inputs(), labels=labels, use_cache=False)
+        output.loss.backward()
+        return output.loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted, wanted_grads = gradients()
+    with vtw.withdraw(model, 2):
+        given, given_grads = gradients()
+    plain, plain_grads = gradients()
+    model.zero_grad()
+    torch.testing.assert_close(given, wanted)
+    assert wanted_grads.keys() == given_grads.keys() == plain_grads.keys()
+    for name, grad in wanted_grads.items():
+        assert (given_grads[name] - grad).abs().max() <= TOLERANCE * (1e-3 + grad.abs().max()), name
+    assert any((plain_grads[name] - grad).abs().max() > 0.1 * grad.abs().max() for name, grad in wanted_grads.items())
+
+
+def test_gradient_checkpointing(family):
+    """The backward pass may come after the context: what is recomputed keeps its compacted inputs."""
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    model.train()
+
+    def gradients():
+        model.zero_grad()
+        with vtw.withdraw(model, 2):
+            loss = model(**batch.inputs(), use_cache=False).logits[:, -1].log_softmax(-1)[:, 11].sum()
+        loss.backward()
+        return [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+    wanted = gradients()
+    model.gradient_checkpointing_enable()
+    for grad, want in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
+# --------------------------------------------------------------------------------------------------------- generate
+
+GREEDY = {}
+SAMPLING = {"do_sample": True, "num_return_sequences": 2}
+BEAMS = {"num_beams": 3, "num_return_sequences": 2}
+LOOKUP = {"prompt_lookup_num_tokens": 3}
+
+
+@pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLING, BEAMS], ids=["greedy", "sampling", "beams"])
+def test_generate(family, model, options, cache, rows):
+    batch = make_batch(family, rows)
+    options = options | ({"use_cache": False} if cache == "none" else {"cache_implementation": cache})
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted, wanted_logits = generated(model, batch.inputs(), **options)
+    with vtw.withdraw(model, 2):
+        given, given_logits = generated(model, batch.inputs(), **options)
+    assert torch.equal(given, wanted)
+    assert (given_logits - wanted_logits).abs().max() <= TOLERANCE
+    assert (generated(model, batch.inputs(), **options)[1] - wanted_logits).abs().max() > 1000 * TOLERANCE
+
+
+def test_assisted_decoding(family, model):
+    """Rejected tokens are cropped from caches of different lengths."""
+    batch = make_batch(family, ONE)
+    rejected = Counter()
+    crop = DynamicCache.crop
+    with pytest.MonkeyPatch.context() as patch, vtw.withdraw(model, 2):
+        patch.setattr(DynamicCache, "crop", lambda cache, n: rejected.update([n]) or crop(cache, n))
+        given, _ = generated(model, batch.inputs(), max_new_tokens=30, **LOOKUP)
+    with vtw.withdraw(model, 2):
+        wanted, _ = generated(model, batch.inputs(), max_new_tokens=30)
+    assert torch.equal(given, wanted)
+    assert min(rejected) < 0
+
+
+def test_generate_second_turn(family, model):
+    """The answer and a second question with a new image, on the cache of the first."""
+    first, question = make_batch(family, ONE), make_batch(family, [[2, 8, 4]], seed=3)
+
+    def turns():
+        options = {"return_dict_in_generate": True, "max_new_tokens": 5, "do_sample": False}
+        output = model.generate(**first.inputs(), **options)
+        answer = output.sequences[:, first.ids.shape[1] :]
+        batch = append(append(first, Batch(family, answer, torch.ones_like(answer))), question)
+        inputs = batch.inputs()
+        if family == "llava":  # merges only what is new; Qwen2-VL wants all grids, for positions
+            inputs["pixel_values"] = question.images[0]["pixels"]
+        output = model.generate(**inputs, past_key_values=output.past_key_values, output_logits=True, **options)
+        return output.sequences, torch.stack(output.logits), batch.visual
+
+    answer = generated(model, first.inputs(), max_new_tokens=5)
+    assert answer is not None
+    with vtw.withdraw(model, 2):
+        given, given_logits, visual = turns()
+    with visual_keys_hidden(model, 2, visual):
+        wanted, wanted_logits, _ = turns()
+    assert torch.equal(given, wanted)
+    assert (given_logits - wanted_logits).abs().max() <= TOLERANCE
+
+
+def test_inputs_embeds_with_placeholders(llava):
+    batch = make_batch("llava", RAGGED)
+    inputs = batch.inputs()
+    with torch.no_grad(), vtw.withdraw(llava, 2):
+        wanted = llava(**inputs).logits
+        embeds = llava.get_input_embeddings()(inputs.pop("input_ids"))
+        given = llava(**inputs, inputs_embeds=embeds).logits
+    assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_visual_mask_overrides(family, attention):
+    """Any tokens may be withdrawn, here some text tokens, and their rows are repeated for beams."""
+    model, batch = model_of(family, attention), make_batch(family, [[9], [12]])
+    chosen = torch.zeros_like(batch.visual)
+    chosen[:, 4:7] = True
+    with visual_keys_hidden(model, 1, chosen):
+        wanted = generated(model, batch.inputs(), **BEAMS)
+    with vtw.withdraw(model, 1, visual_mask=chosen):
+        given = generated(model, batch.inputs(), **BEAMS)
+    assert torch.equal(given[0], wanted[0])
+    assert (given[1] - wanted[1]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("rows", [[[9]], [[9], [5]]], ids=["one", "padded"])
+def test_text_only_is_bit_identical(family, model, cache, rows):
+    batch = make_batch(family, rows)
+    wanted = generated(model, batch.inputs(), cache_implementation=cache)
+    with vtw.withdraw(model, 1):
+        given = generated(model, batch.inputs(), cache_implementation=cache)
+    assert torch.equal(given[0], wanted[0])
+    assert torch.equal(given[1], wanted[1])
+
+
+def test_sampled_placeholder_is_text(family, model):
+    """Without an image of its own, a token that looks like a placeholder is one more token of the answer."""
+    batch = make_batch(family, ONE)
+    tokens = torch.tensor([[20, IMAGE, 30, IMAGE]])
+    longer = append(batch, Batch(family, tokens, torch.ones_like(tokens)))
+    ends = list(range(batch.ids.shape[1], longer.ids.shape[1] + 1))
+    positions = append(batch, make_batch(family, [[4]])).positions(model)
+    longer.positions = lambda model: positions
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted = run(model, longer, ends)
+    with vtw.withdraw(model, 2):
+        given = run(model, longer, ends)
+    assert (given - wanted)[:, batch.ids.shape[1] :].abs().max() <= TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------------ cost and outputs
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
+def test_one_compact_per_forward(family, attention, rows):
+    model, batch = model_of(family, attention), make_batch(family, rows)
+    with vtw.withdraw(model, 1), CountOps() as prefill:
+        run(model, batch, [batch.ids.shape[1]])
+    assert prefill.calls[torch.ops.vtw_kernels.compact.default] == 1
+    assert prefill.calls[torch.ops.vtw_kernels.expand.default] == 1
+    longer, ends = with_decode_steps(batch)
+    with vtw.withdraw(model, 1), CountOps() as decode:
+        run(model, longer, ends)
+    assert decode.calls[torch.ops.vtw_kernels.compact.default] == 1  # decoding moves no rows
+
+
+def test_cache_is_smaller(family, model):
+    batch, ends = with_decode_steps(make_batch(family, RAGGED))
+    cache = DynamicCache(config=model.config)
+    with vtw.withdraw(model, 1):
+        run(model, batch, ends, cache)
+    tokens = batch.ids.shape[1]
+    slots = (~batch.visual).sum(1).max()
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [tokens] + [slots] * (LAYERS - 1)
+    assert [cache.get_seq_length(i) for i in range(LAYERS)] == [tokens] * LAYERS
+
+
+def test_outputs_keep_their_length(family, model):
+    batch = make_batch(family, RAGGED)
+    with torch.no_grad(), vtw.withdraw(model, 2):
+        output = model(**batch.inputs(), output_hidden_states=True)
+        last = model(**batch.inputs(), logits_to_keep=1).logits
+    assert {x.shape for x in output.hidden_states} == {(*batch.ids.shape, 32)}
+    assert (output.hidden_states[3][batch.visual] == 0).all() and (output.hidden_states[2][batch.visual] != 0).any()
+    assert (output.logits[batch.visual] == 0).all() and (output.logits[~batch.visual] != 0).any()
+    torch.testing.assert_close(last, output.logits[:, -1:])
+
+
+# ------------------------------------------------------------------------------------------------- life and errors
+
+
+def test_leaves_no_trace(family, model):
+    batch = make_batch(family, ONE)
+    wanted = run(model, batch, [batch.ids.shape[1]])
+    handle = vtw.apply(model, 1)
+    assert not torch.equal(run(model, batch, [batch.ids.shape[1]]), wanted)
+    handle.remove()
+    handle.remove()
+    with pytest.raises(ZeroDivisionError), vtw.withdraw(model, 2):
+        1 / 0
+    with vtw.withdraw(model, 1):
+        with pytest.raises(Exception, match="(?i)image"):  # images that do not fit the placeholders
+            model(**batch.inputs() | {"pixel_values": batch.inputs()["pixel_values"][:0]})
+        inside = run(model, batch, [batch.ids.shape[1]])
+    with visual_keys_hidden(model, 1, batch.visual):
+        oracle = run(model, batch, [batch.ids.shape[1]])
+    assert (inside - oracle)[~batch.visual[:, :]].abs().max() <= TOLERANCE
+    assert torch.equal(run(model, batch, [batch.ids.shape[1]]), wanted)
+    hooks = [len(x._forward_hooks) + len(x._forward_pre_hooks) for x in model.modules()]
+    assert sum(hooks) == sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in make_model(family).modules())
+
+
+def test_threads_share_a_model(llava):
+    """Different prompts at the same time, each on a cache of its own."""
+    batches = [make_batch("llava", rows, seed=i) for i, rows in enumerate([ONE, RAGGED, [[2, 4, 9]], [[7]]])]
+    with vtw.withdraw(llava, 2):
+        wanted = [generated(llava, batch.inputs())[0] for batch in batches]
+        given, errors = {}, []
+
+        def work(i):
+            try:
+                given[i] = [llava.generate(**batches[i].inputs(), max_new_tokens=10, do_sample=False) for _ in range(5)]
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=[i]) for i in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    assert all(torch.equal(x, wanted[i]) for i in given for x in given[i])
+
+
+def test_caches_copy_select_and_crop(family, model):
+    batch, ends = with_decode_steps(make_batch(family, RAGGED))
+    rows = torch.tensor([2, 0])
+    with vtw.withdraw(model, 2):
+        wanted = run(model, batch, ends)
+        cache = DynamicCache()
+        run(model, batch, ends[:4], cache)
+        cache = copy.deepcopy(cache)
+        cache.crop(-2)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(2 * rows)
+        images = [image for image in batch.images if image["row"] != 1]
+        some = Batch(family, batch.ids[rows], batch.mask[rows], images)
+        positions = batch.positions(model)[..., rows, :]
+        some.positions = lambda model: positions
+        given = run(model, some, ends[2:], cache, begin=ends[1])
+        with pytest.raises(ValueError, match="crop: expected to remove as many text tokens"):
+            cache.crop(-(batch.ids.shape[1] - 5))
+    assert (given - wanted[rows][:, ends[1] :]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cache_of_another_kind(llava, kind):
+    batch, ends = with_decode_steps(make_batch("llava", ONE), steps=1)
+    full, withdrawn = make_cache(llava, kind, 30), make_cache(llava, kind, 30)
+    run(llava, batch, ends[:1], full)
+    with vtw.withdraw(llava, 2):
+        run(llava, batch, ends[:1], withdrawn)
+        with pytest.raises(ValueError, match=r"withdraw\(layer=2\) or an empty one, got one filled without withdrawal"):
+            run(llava, batch, ends[1:], full, begin=ends[0])
+        with pytest.raises(TypeError, match="past_key_values: expected a Cache"):
+            llava(input_ids=batch.ids, past_key_values=((1, 2),))
+    with vtw.withdraw(llava, 3), pytest.raises(ValueError, match=r"layer=3\).*got one filled under withdraw\(layer=2\)"):
+        run(llava, batch, ends[1:], withdrawn, begin=ends[0])
+    assert withdrawn.get_seq_length() == ends[0]  # raised before anything was cached
+    with vtw.withdraw(llava, 2):
+        run(llava, batch, ends[1:], copy.deepcopy(withdrawn), begin=ends[0])
+    with pytest.raises(ValueError, match=r"filled under withdraw\(layer=2\).*a forward without withdrawal"):
+        run(llava, batch, ends[1:], withdrawn, begin=ends[0])
+    withdrawn.reset()  # empty again, and free to be used in any way
+    assert torch.equal(run(llava, batch, ends, withdrawn), run(llava, batch, ends, make_cache(llava, kind, 30)))
+    with vtw.withdraw(llava, 2), pytest.raises(ValueError, match="got one filled without withdrawal"):
+        run(llava, batch, ends[1:], withdrawn, begin=ends[0])
+
+
+def bad_call(model, match, error=ValueError, layer=2, visual_mask=None, **inputs):
+    return pytest.param(model, match, error, layer, visual_mask, inputs, id=match)
+
+
+EMBEDS = torch.zeros(1, 5, 32)
+
+
+@pytest.mark.parametrize(
+    "family, match, error, layer, visual_mask, inputs",
+    [
+        bad_call("llava", r"layer: expected 1\.\.4 \(4 withdraws nothing\), got 0", layer=0),
+        bad_call("llava", r"layer: expected 1\.\.4 .* got 5", layer=5),
+        bad_call("llava", "layer: expected an int, got bool", TypeError, layer=True),
+        bad_call("llava", "layer: expected an int, got float", TypeError, layer=2.0),
+        bad_call("llava", "visual_mask: expected a tensor, got list", TypeError, visual_mask=[[True]]),
+        bad_call("llava", "visual_mask: expected bool .* got torch.int64", visual_mask=torch.ones(1, 5).long()),
+        bad_call(
+            "llava", "visual_mask: expected 1 rows, or a divisor", visual_mask=torch.ones(2, 5).bool(), input_ids=[[1, 2]]
+        ),
+        bad_call("llava", "inputs_embeds without placeholder tokens", inputs_embeds=EMBEDS),
+        bad_call("llava", "last token is text.*row 1", input_ids=[[IMAGE, 2, 3], [4, 5, IMAGE]]),
+        bad_call("qwen2_vl", "last token is text.*row 0", input_ids=[[4, IMAGE, PAD]], attention_mask=[[1, 1, 0]]),
+        bad_call("llama", "names no visual token"),
+        bad_call("linear", "expected a model of transformers, got Linear", TypeError),
+    ],
+)
+def test_errors(family, match, error, layer, visual_mask, inputs):
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=4, num_attention_heads=1))
+    else:
+        model = torch.nn.Linear(2, 2) if family == "linear" else model_of(family)
+    inputs = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    with pytest.raises(error, match=match), vtw.withdraw(model, layer, visual_mask=visual_mask):
+        model(**inputs)
+
+
+def test_context_errors(llava):
+    with vtw.withdraw(llava, 2), pytest.raises(ValueError, match=r"got one with withdraw\(layer=2\) in effect"):
+        vtw.apply(llava, 3)
+    with pytest.raises(ValueError, match="not compiled yet"):
+        vtw.apply(torch.compile(llava), 2)
+    with vtw.withdraw(llava, 2), pytest.raises(RuntimeError, match="ran outside a forward of its model"):
+        llava.model.language_model.layers[2](torch.zeros(1, 3, 32))
+    config = llava.model.language_model.config
+    with vtw.withdraw(llava, 2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+        with pytest.raises(ValueError, match="attention 'eager' or 'sdpa', got 'flash_attention_2'"):
+            llava(input_ids=torch.tensor([[1, 2]]))
+    with vtw.withdraw(llava, 2), pytest.raises(TypeError, match=r"attention_mask: expected \[B, heads, q, keys\]"):
+        compaction = vtw.integration.LayerCompaction(2, vtw.plan_compaction(torch.tensor([[True, False]]), 1))
+        compaction({"attention_mask": torch.ones(1, 2)})
+
+
+def test_models_that_do_not_apply(llava):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(llava.config), "model_type", "mllama")
+        with pytest.raises(ValueError, match="not supported: images reach its text through cross-attention"):
+            vtw.apply(llava, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llava.config.text_config, "layer_types", ["linear_attention"] * 4, raising=False)
+        with pytest.raises(ValueError, match="layers of type linear_attention"):
+            vtw.apply(llava, 2)
+
+
+def test_text_model_with_visual_mask():
+    """A model that the table does not know, given a mask."""
+    config = LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=4, num_attention_heads=1, intermediate_size=8)
+    model = LlamaForCausalLM(config).eval()
+    ids, mask = torch.arange(10)[None], torch.zeros(1, 10, dtype=torch.bool)
+    mask[:, 2:5] = True
+    with torch.no_grad(), vtw.withdraw(model, 1, visual_mask=mask):
+        output = model(ids)
+        direct = model.model(ids).last_hidden_state
+    assert (output.logits[mask] == 0).all() and (direct[mask] == 0).all()
+    assert output.past_key_values.layers[1].keys.shape[-2] == 7

@@ -1,0 +1,131 @@
+"""Tiny random vision-language models and batches for them, with real images all the way through the vision towers."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+LAYERS, VOCABULARY, PAD, IMAGE = 4, 100, 0, 7
+FAMILIES = ("llava", "qwen2_vl")
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    initializer_range=0.25,
+    pad_token_id=PAD,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+
+
+def make_model(family: str, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    if family == "llava":
+        vision = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        )
+        config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, image_seq_length=4)
+        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+    else:
+        vision = dict(depth=2, embed_dim=16, num_heads=2, hidden_size=32, patch_size=4, spatial_merge_size=2, mlp_ratio=2)
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        config = Qwen2VLConfig(
+            text_config=TEXT | {"rope_parameters": rope},
+            vision_config=vision,
+            image_token_id=IMAGE,
+            video_token_id=8,
+            vision_start_token_id=5,
+            vision_end_token_id=6,
+        )
+        model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention)
+    model.generation_config.suppress_tokens = [IMAGE, 8]  # a random model would say them
+    model.generation_config.pad_token_id = PAD
+    return model.eval()
+
+
+@dataclass
+class Batch:
+    """Sequences of equal length. ``ids``, ``mask`` int64 [B, S]; ``images``: features of image i and the end of its
+    tokens in ``ids``, for telling which belong to a chunk."""
+
+    family: str
+    ids: Tensor
+    mask: Tensor
+    images: list[dict] = field(default_factory=list)
+
+    @property
+    def visual(self) -> Tensor:
+        return self.ids == IMAGE
+
+    def inputs(self, begin: int = 0, end: int | None = None) -> dict[str, Tensor]:
+        """Keyword arguments for the tokens [begin, end), whose images must be complete; the mask covers [0, end)."""
+        end = self.ids.shape[1] if end is None else end
+        images = [image for image in self.images if begin < image["end"] <= end]
+        inputs = {"input_ids": self.ids[:, begin:end], "attention_mask": self.mask[:, :end]}
+        if images:
+            inputs["pixel_values"] = torch.cat([image["pixels"] for image in images])
+        if self.family == "qwen2_vl":
+            inputs["mm_token_type_ids"] = self.visual[:, begin:end].int()
+            if images:
+                inputs["image_grid_thw"] = torch.stack([image["grid"] for image in images])
+        return inputs
+
+    def positions(self, model) -> Tensor:
+        """Of all tokens: [B, S] or, for M-RoPE, [3, B, S]."""
+        if self.family == "llava":
+            return (self.mask.cumsum(-1) - 1).clamp(min=0)
+        grid = torch.stack([image["grid"] for image in self.images]) if self.images else None
+        types = self.visual.int()
+        return model.model.get_rope_index(self.ids, types, image_grid_thw=grid, attention_mask=self.mask)[0]
+
+
+def make_batch(family: str, rows: list[list[int]], pad: str = "left", seed: int = 0) -> Batch:
+    """``rows``: per sequence the lengths of its segments, in turn text and images; images have 4 tokens, those of
+    Qwen2-VL as many as the number says (4 or 8)."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences, images = [], []
+    for row in rows:
+        ids = []
+        for i, length in enumerate(row):
+            if i % 2 == 0:
+                ids += torch.randint(10, VOCABULARY, (length,), generator=generator).tolist()
+                continue
+            if family == "llava":
+                length, image = 4, {"pixels": torch.randn(1, 3, 8, 8, generator=generator)}
+            else:
+                grid = torch.tensor([1, 4, length])
+                image = {"pixels": torch.randn(int(grid.prod()), 3 * 2 * 4 * 4, generator=generator), "grid": grid}
+            ids += [IMAGE] * length
+            images.append(image | {"row": len(sequences), "end": len(ids)})
+        sequences.append(ids)
+    longest = max(map(len, sequences))
+    for image in images:
+        image["end"] += (longest - len(sequences[image["row"]])) * (pad == "left")
+    fill = [[PAD] * (longest - len(ids)) for ids in sequences]
+    ids = torch.tensor([f + s if pad == "left" else s + f for f, s in zip(fill, sequences)])
+    return Batch(family, ids, (ids != PAD).long(), images)
+
+
+ONE = [[3, 4, 5]]
+RAGGED = [[2, 4, 3, 8, 4], [9], [4, 4, 3]]  # two images, text only, one image; left padding of different lengths
+
+
+def append(first: Batch, second: Batch) -> Batch:
+    """The second batch continues the first."""
+    length = first.ids.shape[1]
+    images = first.images + [image | {"end": image["end"] + length} for image in second.images]
+    images.sort(key=lambda image: image["row"])  # the order of placeholders within a forward and within the sequence
+    return Batch(
+        first.family, torch.cat([first.ids, second.ids], 1), torch.cat([first.mask, second.mask], 1), images
+    )

@@ -1,0 +1,355 @@
+"""Visual Tokens Withdrawal (VTW, arXiv 2405.05803) in transformers, by hooks and cache layers alone.
+
+Before decoder layer ``K``, the rows of the visual tokens are compacted away; the other tokens keep their positions.
+Two rules make that independent of the model: masks are gathered, never rebuilt (kept rows, kept columns), and cache
+layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py``).
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticLayer
+
+from vtw_kernels.integration.cache import EMPTY, Slots, tokens_seen, wrap_layers
+from vtw_kernels.integration.families import find_parts, find_visual_tokens
+from vtw_kernels.ops import CompactionPlan, compact, expand, plan_compaction
+
+VISUAL_INPUTS = ("pixel", "image", "video", "mm_encoder")  # parts of the names of inputs that carry visual features
+
+
+@contextmanager
+def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None) -> Iterator["Withdrawal"]:
+    """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
+
+    Equal to hiding the visual keys from every query in those layers. All of ``generate``, training, and further turns on
+    the same cache work as without; text-only prompts take exactly the usual path. ``last_hidden_state``, ``logits`` and
+    ``hidden_states`` keep their length, with zeros in rows that were withdrawn; so labels stay aligned, but a label
+    that such a row would predict (the first text token after an image) must be -100: its logits do not
+    depend on the model. ``attentions`` of the later layers are short.
+
+    Args:
+        model: of transformers, with attention "eager" or "sdpa"; with or without its language modelling head.
+        layer: 1..number of decoder layers; the latter withdraws nothing.
+        visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
+            of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
+            ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
+            in the same forward (a sampled one) is text.
+
+    Raises:
+        TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that cannot be handled,
+            among them a prompt whose last token is visual, which leaves no row to predict from. Chunks of a prompt that
+            end in an image go to ``model.base_model``, which makes no logits.
+
+    Threads may share the model: what belongs to a forward is kept per thread. Compile the model inside the context:
+    torch skips hooks that were added after it compiled.
+    """
+    handle = apply(model, layer, visual_mask=visual_mask)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def apply(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None) -> "Withdrawal":
+    """``withdraw`` until ``remove()`` of the returned handle is called."""
+    return Withdrawal(model, layer, visual_mask)
+
+
+class LayerCompaction:
+    """Compacts what one forward passes to its decoder layers: rows by a plan, and mask columns by what is cached.
+
+    Results are remembered, so that tensors shared by all layers are compacted once, together, in one ``compact`` call.
+
+    Args:
+        tokens: rows of the forward before compaction, ``q``.
+        plan: which of them survive; None for all.
+        columns: int ``[B, keys]``, the token that each key stands for, or -1 for one that nothing may attend to. By
+            default those of the plan: the keys are the rows. None together with no plan leaves masks alone.
+        past: tokens before this forward.
+        padded: whether -1 may be among ``columns``; then a mask of None (plain causal) is written out.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        plan: CompactionPlan | None,
+        columns: Tensor | None = None,
+        past: int = 0,
+        padded: bool = True,
+    ):
+        self.tokens, self.plan, self.past, self.padded = tokens, plan, past, padded
+        self.columns = plan.source if columns is None and plan is not None else columns
+        self.done: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the full-length tensor, which is kept alive
+        self.causal: Tensor | None = None
+
+    def __call__(
+        self, kwargs: dict[str, Any], hidden_states: Tensor | None = None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Compacts the keyword arguments of a decoder layer and, if given, its full-length input ``[..., B, q, H]``.
+
+        Raises:
+            TypeError: an attention mask that is neither None nor a tensor ``[B, heads, q, keys]``.
+        """
+        if self.columns is None:
+            return kwargs, hidden_states
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+            given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"attention_mask: expected [B, heads, q, keys] or None, as eager and sdpa attention, got {given}")
+
+        new: dict[int, tuple[Tensor, int, int]] = {}
+        for name, value in kwargs.items():
+            for x in _tensors(value):
+                if id(x) not in self.done and (dims := self._dims(name, x)) is not None:
+                    new[id(x)] = (x, *dims)
+        moved = [x for x, *_ in new.values()]
+        if self.plan is not None:
+            rows = [*new.values()] if hidden_states is None else [*new.values(), (hidden_states, -2, -3)]
+            if rows:
+                moved, token_dims, batch_dims = map(list, zip(*rows))
+                device = moved[-1].device
+                moved = compact([x.to(device) for x in moved], self._plan_on(device), token_dims, batch_dims)
+            if hidden_states is not None:
+                hidden_states = moved.pop()
+        for (x, *_), result in zip(new.values(), moved):
+            self.done[id(x)] = (x, self._take_columns(result) if x is mask else result)
+
+        kwargs = _replace(self.done, kwargs)
+        if mask is None and self.padded and "attention_mask" in kwargs:
+            self.causal = self._causal_mask() if self.causal is None else self.causal
+            kwargs["attention_mask"] = self.causal
+        return kwargs, hidden_states
+
+    def _dims(self, name: str, x: Tensor) -> tuple[int, int] | None:
+        """The token and the batch dimension of a layer's keyword argument, or None for one that has no tokens."""
+        if name == "attention_mask":
+            return -2, 0
+        if self.plan is None:
+            return None
+        if name.startswith("position_embeddings"):
+            return -2, -3
+        if name == "position_ids":
+            return -1, -2
+        return (1, 0) if x.shape[:2] == (self.plan.source.shape[0], self.tokens) else None
+
+    def _plan_on(self, device: torch.device) -> CompactionPlan:
+        return CompactionPlan(*(x.to(device) for x in self.plan))
+
+    def _take_columns(self, mask: Tensor) -> Tensor:
+        columns = self.columns.to(mask.device)[:, None, None, :]
+        mask = torch.take_along_dim(mask, columns.clamp(min=0).long(), dim=-1)
+        return mask.masked_fill_(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+    def _causal_mask(self) -> Tensor:
+        source = torch.arange(self.tokens, device=self.columns.device)[None] if self.plan is None else self.plan.source
+        rows, columns = _shifted(source, self.past)[:, None, :, None], self.columns[:, None, None, :]
+        return (columns >= 0) & (columns <= rows)
+
+
+@dataclass
+class _Forward:
+    tokens: int
+    past: int
+    slots: Slots  # of the withdrawn layers, once this forward is through
+    plan: CompactionPlan | None = None
+    cache: Cache | None = None
+    compaction: LayerCompaction | None = None
+
+
+class Withdrawal:
+    """What ``apply`` returns: the hooks of one model. Its state is that of the forwards that are running."""
+
+    def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None):
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            raise ValueError("model: expected one that is not compiled yet, as torch skips hooks added later, got a compiled one")
+        self.parts = find_parts(model)
+        first, last = self.parts.min_layer, len(self.parts.layers)
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layer: expected an int, got {type(layer).__name__}")
+        if not first <= layer <= last:
+            raise ValueError(f"layer: expected {first}..{last} ({last} withdraws nothing), got {layer}")
+        if visual_mask is not None and not isinstance(visual_mask, Tensor):
+            raise TypeError(f"visual_mask: expected a tensor, got {type(visual_mask).__name__}")
+        if visual_mask is not None and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
+            raise ValueError(
+                f"visual_mask: expected bool [B, S], got {visual_mask.dtype} with shape {list(visual_mask.shape)}"
+            )
+        if visual_mask is None and not self.parts.token_ids:
+            find_visual_tokens(self.parts, {})  # raises, and says why a mask is needed
+        if (active := getattr(self.parts.decoder, "_vtw_withdrawal", None)) is not None:
+            raise ValueError(f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect")
+        self.layer, self.visual_mask = layer, visual_mask
+        self._forwards: dict[int, _Forward] = {}  # by thread
+        self._makes_logits: set[int] = set()  # threads
+        self.parts.decoder._vtw_withdrawal = self
+        self._hooks = self._register(model) if layer < last else []
+
+    def remove(self) -> None:
+        """Restores the model; calling it again does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if getattr(self.parts.decoder, "_vtw_withdrawal", None) is self:
+            del self.parts.decoder._vtw_withdrawal
+
+    def _register(self, model: nn.Module) -> list:
+        body, decoder, layers = self.parts[:3]
+        hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head)]
+        for module in dict.fromkeys((body, decoder)):
+            hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for i in range(self.layer, len(layers)):
+            hooks.append(layers[i].register_forward_pre_hook(partial(self._enter_layer, i), with_kwargs=True))
+        for module in dict.fromkeys((decoder, body)):
+            hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        return hooks
+
+    def _enter_head(self, module: nn.Module, args: tuple) -> None:
+        self._makes_logits.add(get_ident())
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Decides, before anything is computed or cached, which rows this forward drops."""
+        if get_ident() in self._forwards:
+            return  # the decoder, within the body
+        makes_logits = get_ident() in self._makes_logits
+        self._makes_logits.discard(get_ident())
+        inputs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs
+        sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        if sequence is None:
+            return  # the model says it better
+        attention = self.parts.decoder.config._attn_implementation
+        if any(kind in attention for kind in ("flash", "flex", "paged")):
+            raise ValueError(f"model: expected attention 'eager' or 'sdpa', got {attention!r}")
+
+        (batch, tokens), device = sequence.shape[:2], sequence.device
+        cache = inputs.get("past_key_values")
+        past = tokens_seen(cache, self.layer)
+        slots = cache.layers[self.layer].slots if past else EMPTY
+        visual = self._visual_tokens(inputs, batch, tokens, past, device)
+        plan = None
+        padded = slots.padded
+        if visual is not None:
+            attended = inputs.get("attention_mask")
+            if isinstance(attended, Tensor) and attended.ndim == 2 and attended.shape[1] >= past + tokens:
+                last = (attended[:, past : past + tokens] != 0).long().cumsum(1).argmax(1)
+            else:
+                last = torch.full((batch,), tokens - 1, device=device)
+            kept, ends_visual = torch.stack([(~visual).sum(1), visual.gather(1, last[:, None])[:, 0]]).tolist()
+            if makes_logits and any(ends_visual):
+                raise ValueError(
+                    "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a visual "
+                    f"one in row {ends_visual.index(1)}; chunks of a prompt that end in an image go to model.base_model"
+                )
+            if min(kept) < tokens:
+                length = max(1, *kept)  # layers do not run on no rows at all
+                plan = plan_compaction(~visual, length, pad="left")
+                padded = padded or min(kept) < length
+        columns = slots.columns
+        if plan is not None or columns is not None:
+            if columns is None:
+                columns = torch.arange(past, device=device).expand(batch, past)
+            new = torch.arange(past, past + tokens, device=device).expand(batch, tokens)
+            columns = torch.cat([columns, new if plan is None else _shifted(plan.source, past)], dim=1)
+        self._forwards[get_ident()] = _Forward(tokens, past, Slots(past + tokens, columns, padded), plan)
+
+    def _visual_tokens(
+        self, inputs: dict, batch: int, tokens: int, past: int, device: torch.device
+    ) -> Tensor | None:
+        """Those of this forward, bool ``[B, q]``; None for none, known without asking the device."""
+        if self.visual_mask is None:
+            has_features = any(v is not None and any(part in k for part in VISUAL_INPUTS) for k, v in inputs.items())
+            if past and inputs.get("input_ids") is not None and not has_features:
+                return None
+            return find_visual_tokens(self.parts, inputs)
+        visual = self.visual_mask[:, past : past + tokens].to(device)
+        if batch % len(visual):
+            raise ValueError(f"visual_mask: expected {batch} rows, or a divisor, as the inputs have, got {len(visual)}")
+        if visual.shape[1] == 0:
+            return None
+        return F.pad(visual, (0, tokens - visual.shape[1])).repeat_interleave(batch // len(visual), dim=0)
+
+    def _enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        forward = self._forwards.get(get_ident())
+        if forward is None:
+            raise RuntimeError(
+                f"withdraw: decoder layer {index} ran outside a forward of its model; is it recomputed for gradient "
+                "checkpointing? That needs transformers 5"
+            )
+        if len(args) > 1:
+            names = list(inspect.signature(module.forward).parameters)
+            args, kwargs = args[:1], dict(zip(names[1:], args[1:])) | kwargs
+        first = index == self.layer
+        if first:
+            self._start(forward, kwargs.get("past_key_values"))
+        if forward.cache is not None:
+            forward.cache.layers[index].incoming = forward.slots
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs, compacted = forward.compaction(kwargs, hidden if first else None)
+        if not first:
+            return args, kwargs
+        return ((compacted,), kwargs) if args else ((), kwargs | {"hidden_states": compacted})
+
+    def _start(self, forward: _Forward, cache: Cache | None) -> None:
+        columns, padded = forward.slots.columns, forward.slots.padded
+        if cache is not None:
+            wrap_layers(cache, self.layer, len(self.parts.layers))
+            forward.cache = cache
+            layer = cache.layers[self.layer]
+            if columns is not None and isinstance(layer, StaticLayer):
+                # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
+                padded = padded or (forward.plan is not None and forward.plan.source.shape[1] == 1)
+                columns = F.pad(columns, (0, layer.max_cache_len - columns.shape[1]), value=-1)
+        forward.compaction = LayerCompaction(forward.tokens, forward.plan, columns, forward.past, padded)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Puts rows back; also runs after an exception, then without an output."""
+        forward = self._forwards.pop(get_ident(), None)
+        if forward is None:
+            return None
+        if forward.cache is not None:
+            for layer in forward.cache.layers[self.layer :]:
+                layer.incoming = None
+        if output is None or forward.plan is None:
+            return None
+        if forward.compaction is None:
+            raise RuntimeError(f"withdraw: the decoder did not run its layer {self.layer}; nothing was withdrawn")
+        states = [output[0], *(getattr(output, "hidden_states", None) or ())[self.layer + 1 :]]
+        short = [x for x in states if x is not None]
+        plan = CompactionPlan(*(x.to(short[0].device) for x in forward.plan))
+        full = iter(expand(short, plan, forward.tokens, token_dims=-2, batch_dims=-3))
+        states = [x if x is None else next(full) for x in states]
+        if isinstance(output, tuple):
+            return (states[0], *output[1:])
+        output.last_hidden_state = states[0]
+        if len(states) > 1:
+            output.hidden_states = (*output.hidden_states[: self.layer + 1], *states[1:])
+        return output
+
+
+def _shifted(source: Tensor, past: int) -> Tensor:
+    """Rows of a forward as tokens of the sequence: int64, -1 stays."""
+    return torch.where(source < 0, -1, source.long() + past)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in plain containers: a cache, say, is nobody's business here."""
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (tuple, list, dict):
+        for x in value.values() if type(value) is dict else value:
+            yield from _tensors(x)
+
+
+def _replace(done: dict[int, tuple[Tensor, Tensor]], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return done.get(id(value), (value, value))[1]
+    if type(value) in (tuple, list):
+        return type(value)(_replace(done, x) for x in value)
+    return {key: _replace(done, x) for key, x in value.items()} if type(value) is dict else value
