@@ -19,6 +19,15 @@ DECODE_STEPS = 8
 models = {}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors of a few numbers are slower on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
@@ -113,9 +122,10 @@ def test_random_layouts(family, seed):
 
     rows = []
     for i in range(1 + below(4)):
-        row = [below(4)]  # a sequence may begin with an image, and images may touch
+        row = [below(4)]  # a sequence may begin with an image
         for _ in range(1 + below(3) if i == 0 else below(3)):
-            row += [4 * (1 + below(2)), below(4)]
+            # Images may touch, but Qwen2-VL's own positions take touching ones for one.
+            row += [4 * (1 + below(2)), below(4) + (family == "qwen2_vl")]
         row[-1] += 1
         rows.append(row)
     batch, ends = with_decode_steps(make_batch(family, rows, seed=seed), steps=3)
@@ -193,7 +203,7 @@ def test_gradients(family, attention, pad):
     model = model_of(family, attention)
     batch = make_batch(family, [[2, 4, 3, 4, 4], [9], [4, 4, 3]], pad)
     labels = batch.ids.masked_fill((batch.mask == 0) | batch.visual, -100)
-    labels[:, 1:][batch.visual[:, :-1]] = -100
+    labels[:, 1:][batch.visual[:, :-1] | (batch.mask[:, :-1] == 0)] = -100  # predicted from rows without meaning
 
     def gradients():
         model.zero_grad()
@@ -278,14 +288,15 @@ def test_generate_second_turn(family, model):
         output = model.generate(**first.inputs(), **options)
         answer = output.sequences[:, first.ids.shape[1] :]
         batch = append(append(first, Batch(family, answer, torch.ones_like(answer))), question)
-        inputs = batch.inputs()
-        if family == "llava":  # merges only what is new; Qwen2-VL wants all grids, for positions
-            inputs["pixel_values"] = question.images[0]["pixels"]
+        inputs = batch.inputs()  # Qwen2-VL wants all grids, for positions, but only the features that are new
+        image = question.images[0]
+        inputs["pixel_values"] = image["pixels"]
+        if family == "qwen2_vl":
+            features = model.get_image_features(inputs.pop("pixel_values"), image["grid"][None])
+            inputs["mm_encoder_outputs"] = {"image": features}
         output = model.generate(**inputs, past_key_values=output.past_key_values, output_logits=True, **options)
         return output.sequences, torch.stack(output.logits), batch.visual
 
-    answer = generated(model, first.inputs(), max_new_tokens=5)
-    assert answer is not None
     with vtw.withdraw(model, 2):
         given, given_logits, visual = turns()
     with visual_keys_hidden(model, 2, visual):
@@ -406,7 +417,7 @@ def test_leaves_no_trace(family, model):
     with pytest.raises(ZeroDivisionError), vtw.withdraw(model, 2):
         1 / 0
     with vtw.withdraw(model, 1):
-        with pytest.raises(Exception, match="(?i)image"):  # images that do not fit the placeholders
+        with pytest.raises(RuntimeError, match="cannot reshape"):  # no image for the placeholders
             model(**batch.inputs() | {"pixel_values": batch.inputs()["pixel_values"][:0]})
         inside = run(model, batch, [batch.ids.shape[1]])
     with visual_keys_hidden(model, 1, batch.visual):

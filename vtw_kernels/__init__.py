@@ -15,15 +15,17 @@ from vtw_kernels.ops import (
     plan_compaction,
 )
 
-INTEGRATION = ("apply", "withdraw")  # imported when asked for, so that the ops work without transformers
+INTEGRATION = ("LayerSearch", "apply", "find_layer", "withdraw")  # imported when asked for, so that the ops work without transformers
 
 __all__ = [
     "CompactionPlan",
+    "LayerSearch",
     "apply",
     "backend_info",
     "compact",
     "compact_",
     "expand",
+    "find_layer",
     "kl_divergence",
     "kl_from_state",
     "kl_state",

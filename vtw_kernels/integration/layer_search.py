@@ -9,6 +9,7 @@ batch of text-only continuations that each layer runs once, right after its full
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vtw_kernels.ops import kl_divergence
+from vtw_kernels.integration.families import Parts, find_parts, find_visual_tokens
+from vtw_kernels.integration.withdraw import LayerCompaction
+from vtw_kernels.ops import kl_divergence, plan_compaction
 
 PAPER_THRESHOLD = 0.003
 
@@ -99,3 +102,137 @@ class LayerSearch:
         content = json.loads(Path(path).read_text())
         fields = {name: content[name] for name in ("candidates", "threshold", "num_layers", "model")}
         return cls(per_sample=torch.tensor(content["per_sample"], dtype=torch.float32), **fields)
+
+
+def find_layer(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    threshold: float = PAPER_THRESHOLD,
+    candidates: Sequence[int] | None = None,
+    progress: bool = True,
+) -> LayerSearch:
+    """Searches the first layer at which the visual tokens can be withdrawn.
+
+    Args:
+        model: as for ``withdraw``.
+        batches: keyword arguments of the model's forward, as its processor makes them: ``input_ids`` ``[B, S]``, pixels,
+            and ``attention_mask`` where there is padding, on either side. Every sample must have a visual token, and
+            end in text. Take them from data that you don't evaluate on.
+        threshold: the largest acceptable mean KL(withdrawn‖full) of the next token, in nats.
+        candidates: layers to try; by default every layer from the first that the model allows.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A ``LayerSearch``; its ``layer`` is None when no candidate qualifies.
+
+    Raises:
+        TypeError, ValueError: an unsupported model, a candidate out of range, no batches, a sample without visual tokens
+            or with nothing after them, a threshold that is not a number of at least 0.
+    """
+    parts = find_parts(model)
+    candidates = check_candidates(candidates, parts)
+    if not threshold >= 0:
+        raise ValueError(f"threshold: expected a number of nats, at least 0, got {threshold}")
+    if hasattr(parts.decoder, "_vtw_withdrawal"):
+        raise ValueError("model: expected one without withdrawal, got one inside withdraw")
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            results = [_search_batch(model, parts, batch, candidates) for batch in tqdm(batches, "search", disable=not progress)]
+    finally:
+        model.train(was_training)
+    if not results:
+        raise ValueError("batches: expected at least one batch, got none")
+    return LayerSearch(candidates, torch.cat(results), float(threshold), len(parts.layers), type(model).__name__)
+
+
+def attended_tokens(attention_mask: Tensor | None, like: Tensor) -> Tensor:
+    """bool ``[B, S]``: all tokens but padding."""
+    return torch.ones_like(like) if attention_mask is None else attention_mask.bool()
+
+
+def check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int]:
+    first, last = parts.min_layer, len(parts.layers) - 1
+    chosen = sorted(set(range(first, last + 1) if candidates is None else candidates))
+    if not chosen or not first <= chosen[0] <= chosen[-1] <= last:
+        raise ValueError(f"candidates: expected layers in {first}..{last}, got {chosen}")
+    return chosen
+
+
+def _search_batch(model: nn.Module, parts: Parts, batch: Mapping[str, Any], candidates: list[int]) -> Tensor:
+    """KL(withdrawn‖full) at the last position: fp32 ``[B, candidates]``, on the CPU."""
+    inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in batch.items() if name != "labels"}
+    visual = find_visual_tokens(parts, inputs)
+    real = attended_tokens(inputs.get("attention_mask"), visual)
+    last = real.long().cumsum(1).argmax(1)
+    kept = (real & ~visual).sum(1)
+    for wrong, what in (
+        (~visual.any(1), "at least one visual token in each sample, got none"),
+        (visual.gather(1, last[:, None])[:, 0], "samples that end in text, got a visual token at the end"),
+    ):
+        if wrong.any():
+            raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
+
+    plan = plan_compaction(real & ~visual, int(kept.max()), pad="left")
+    padded = int(kept.min()) < int(kept.max())
+    rows = _Continuations(LayerCompaction(visual.shape[1], plan, padded=padded), candidates, last)
+    hooks = []
+    try:
+        for i, layer in enumerate(parts.layers):
+            hooks.append(layer.register_forward_pre_hook(partial(rows.before_layer, i), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(rows.after_layer))
+        hooks.append(parts.layers[-1].register_forward_hook(rows.after_last_layer))
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Row 0 of the leading dimension is the full run, the others are the candidates.
+    full, *withdrawn = logits.float().unflatten(0, (1 + len(candidates), -1))
+    return kl_divergence(torch.stack(withdrawn), full).T.cpu()
+
+
+class _Continuations:
+    """The text-only continuations of one batch, candidate by candidate: ``[joined * B, T, H]``."""
+
+    def __init__(self, compaction: LayerCompaction, candidates: list[int], last: Tensor):
+        self.compaction, self.candidates, self.last = compaction, candidates, last
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A candidate joins with the text rows that enter its layer in the full run."""
+        if index in self.candidates:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.kwargs, joining = self.compaction(kwargs, hidden)
+            self.hidden = joining if self.hidden is None else torch.cat((self.hidden, joining))
+        elif self.hidden is not None:
+            self.kwargs, _ = self.compaction(kwargs)
+        self.kwargs.pop("hidden_states", None)
+
+    def after_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.hidden is None:
+            return
+        batch = len(self.last)
+        kwargs = {name: _repeat(name, x, batch, len(self.hidden) // batch) for name, x in self.kwargs.items()}
+        result = module.forward(self.hidden, **kwargs)  # not module(...), which would run these hooks again
+        self.hidden = result[0] if isinstance(result, tuple) else result
+
+    def after_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Hands the last rows of all runs to the rest of the model, which makes logits of them as it does of any."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        full = hidden[torch.arange(len(self.last), device=hidden.device), self.last]
+        ends = torch.cat((full, self.hidden[:, -1]))[:, None]
+        return (ends, *output[1:]) if isinstance(output, tuple) else ends
+
+
+def _repeat(name: str, value: Any, batch: int, copies: int) -> Any:
+    """A compacted keyword argument of a decoder layer, for ``copies`` batches one after another."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_repeat(name, x, batch, copies) for x in value)
+    if not isinstance(value, Tensor):
+        return value
+    dim = -3 if name.startswith("position_embeddings") else -2 if name == "position_ids" else 0
+    return torch.cat([value] * copies, dim) if value.dim() > 1 and value.shape[dim] == batch else value
