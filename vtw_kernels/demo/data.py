@@ -53,6 +53,12 @@ def load_samples(split: str, directory: Path | str = ASSETS) -> list[dict]:
     return [json.loads(line) for line in (Path(directory) / f"{split}.jsonl").read_text().splitlines()]
 
 
+def load_training_curves(directory: Path | str = ASSETS) -> dict:
+    """Accuracy and KL at every layer as measured after training, for this model ("with withdrawal") and for the same
+    one "as usual"; with the settings that reproduce them."""
+    return json.loads((Path(directory) / "training_curves.json").read_text())
+
+
 def preprocess(images: np.ndarray | Tensor) -> Tensor:
     """uint8 [images, 24, 24] to pixel_values float32 [images, 3, 24, 24] in [-1, 1]. Needs no torchvision."""
     pixels = torch.as_tensor(images).float() / 127.5 - 1
