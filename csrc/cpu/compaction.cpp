@@ -27,9 +27,9 @@ constexpr int64_t kTaskBytes = 128 * 1024;
 constexpr int64_t kSerialBytes = 64 * 1024;
 // In place, a wide row may be split among threads by columns, but not into strips narrower than this.
 constexpr int64_t kTileBytes = 2 * 1024;
-// An op that moves more than this writes around the caches: nothing of it would still be there when it is next read, and
+// An op that moves more than this writes around the caches: little of it would still be there when it is next read, and
 // a store that goes through a cache first reads the line that it overwrites. 2 to 3 times faster where it applies.
-constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
+constexpr int64_t kStreamBytes = 16 * 1024 * 1024;
 
 // `count` rows from `from` go to `to`; from = -1 is a run of zero rows.
 struct Run {
@@ -76,6 +76,16 @@ void check_rows(Op which, const Source& source, int64_t limit, const std::string
       previous = row;
     }
   }
+}
+
+// The same for a list: what fits the shortest of its tensors fits all.
+void check_rows(Op which, const Source& source, const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims) {
+  size_t shortest = 0;
+  for (size_t i = 1; i < tensors.size(); ++i) {
+    if (tensors[i].size(dims[i].token) < tensors[shortest].size(dims[shortest].token)) shortest = i;
+  }
+  if (tensors.empty()) return;
+  check_rows(which, source, tensors[shortest].size(dims[shortest].token), text("tensors[", shortest, "]"));
 }
 
 void append(std::vector<Run>& runs, int64_t from, int64_t to, int64_t count) {
@@ -177,18 +187,23 @@ void copy_elements(char* to, int64_t to_row, const char* from, int64_t from_row,
 }
 
 // memmove with stores that bypass the caches. Forward: `to` is below `from` or apart from it, and each 64 bytes are
-// loaded before the store that may overwrite them. Meanwhile as many bytes from `next` are fetched: a run is short, and
+// loaded before the store that may overwrite them. Meanwhile as many bytes from `ahead` are fetched: a run is short, and
 // the processor's own prefetching would start anew, page by page, in each.
-void stream(char* to, const char* from, int64_t bytes, const char* next) {
+void stream(char* to, const char* from, int64_t bytes, const char* ahead) {
 #if defined(__SSE2__)
   const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
   std::memmove(to, from, head);
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-    __builtin_prefetch(next + i, 0, 2);
-    __m128i line[4];
-    std::memcpy(line, from + i, 64);
-    for (int part = 0; part < 4; ++part) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i) + part, line[part]);
+    __builtin_prefetch(ahead + i, 0, 2);
+    const auto* source = reinterpret_cast<const __m128i*>(from + i);
+    auto* target = reinterpret_cast<__m128i*>(to + i);
+    const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
+    const __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+    _mm_stream_si128(target, a);
+    _mm_stream_si128(target + 1, b);
+    _mm_stream_si128(target + 2, c);
+    _mm_stream_si128(target + 3, d);
   }
   std::memmove(to + i, from + i, bytes - i);
 #else
@@ -199,8 +214,8 @@ void stream(char* to, const char* from, int64_t bytes, const char* next) {
 // Rows go forward, and in place `to` never lies above `from`: a row is read before anything is written over it.
 // memmove, because a run and the place it moves to may overlap, and so may a row and its neighbour's old place.
 void move_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows, int64_t bytes,
-               const char* next) {
-  const auto move = [&](char* a, const char* b, int64_t n) { next ? stream(a, b, n, next) : void(std::memmove(a, b, n)); };
+               const char* ahead) {
+  const auto move = [&](char* a, const char* b, int64_t n) { ahead ? stream(a, b, n, ahead) : void(std::memmove(a, b, n)); };
   if (from_row == bytes && to_row == bytes) return move(to, from, rows * bytes);
   switch (bytes) {
     case 1: return copy_elements<1>(to, to_row, from, from_row, rows);
@@ -320,9 +335,7 @@ std::vector<Tensor> compact(const std::vector<Tensor>& tensors, const std::vecto
                             const std::vector<int64_t>& batch_dims, const Tensor& source) {
   const auto dims = check_tensors(Op::kCompact, tensors, token_dims, batch_dims, source);
   const Source rows(source);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    check_rows(Op::kCompact, rows, tensors[i].size(dims[i].token), text("tensors[", i, "]"));
-  }
+  check_rows(Op::kCompact, rows, tensors, dims);
   return gather(tensors, dims, compact_runs(rows), rows.rows);
 }
 
@@ -407,9 +420,7 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
               const std::vector<int64_t>& batch_dims, const Tensor& source) {
   const auto dims = check_tensors(Op::kCompactInPlace, tensors, token_dims, batch_dims, source);
   const Source rows(source);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    check_rows(Op::kCompactInPlace, rows, tensors[i].size(dims[i].token), text("tensors[", i, "]"));
-  }
+  check_rows(Op::kCompactInPlace, rows, tensors, dims);
   check_disjoint(tensors);
 
   // What already stands in its place (all before the first dropped row) and padding are not runs to move.
@@ -444,13 +455,15 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
     const int64_t lane = index / tiles;
     const int64_t begin = index % tiles * tile_bytes[i];
     const int64_t width = std::min(view.block - begin, tile_bytes[i]);
-    const char *from, *next;
-    char *to, *unused;
+    const char* from;
+    char* to;
     view.locate(lane, from, to);
-    view.locate(std::min(lane + 1, rows.batch * view.count - 1), next, unused);
+    // Where the lane after the next most likely lies, which leaves memory the time of a whole lane to answer. Only a
+    // hint, which may as well point nowhere.
+    const char* ahead = from + 2 * (view.dims.empty() ? view.from_batch : view.dims[0].from_stride);
     for (const Run& run : runs[lane / view.count]) {
       move_rows(to + run.to * view.to_row + begin, view.to_row, from + run.from * view.from_row + begin, view.from_row,
-                run.count, width, bytes > kStreamBytes ? next + run.from * view.from_row + begin : nullptr);
+                run.count, width, bytes > kStreamBytes ? ahead + run.from * view.from_row + begin : nullptr);
     }
   });
 }
