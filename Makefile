@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/vtw-kernels demo
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-storage=file://benchmarks/results --benchmark-save=$(or $(NAME),run)
 
 # A torch that this Python already has is used as it is.
 $(VENV)/bin/python:

@@ -56,4 +56,4 @@ def test_equal(model, inputs):
 @pytest.mark.parametrize("peer", PEERS)
 def test_search(benchmark, model, inputs, peer):
     benchmark.group = f"search over {LAYERS - 1} layers, hidden 512, {VISUAL} visual and {BEFORE + AFTER} text tokens"
-    benchmark.pedantic(PEERS[peer], (model, inputs), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(PEERS[peer], (model, inputs), rounds=3)

@@ -54,7 +54,7 @@ struct State {
   static double rescale(double m, double top) { return m == -INFINITY ? 0.0 : m == top ? 1.0 : std::exp(m - top); }
 };
 
-// What a row is made of at temperature 1/c; c is folded into the exponent's scale.
+// The same of one block, before the temperature is applied to all but the exponents.
 struct Sums {
   float m_p, m_q;
   double z_p, a, z_q;
