@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench stable-abi clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -27,6 +27,17 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" pybind11 ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
+
+# Builds a wheel against an old torch, and runs the op tests with it under the torch of .venv. Downloads a few GB.
+OLD := build/old
+OLD_TORCH ?= torch==2.10.0
+stable-abi: $(VENV)/installed
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/pip install --quiet $(OLD_TORCH) "setuptools>=77" pybind11 ninja numpy
+	$(OLD)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(OLD)/wheel .
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLD)/site $(OLD)/wheel/*.whl
+	PYTHONPATH=$(OLD)/site $(BIN)/python -P -c "from vtw_kernels import _C; print(_C.__file__, _C.build_info())"
+	PYTHONPATH=$(OLD)/site $(BIN)/pytest python_tests/test_compaction.py python_tests/test_kl_divergence.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info vtw_kernels/_C*.so
