@@ -36,7 +36,7 @@ stable-abi: $(VENV)/installed
 	$(OLD)/bin/pip install --quiet $(OLD_TORCH) "setuptools>=77" pybind11 ninja numpy
 	$(OLD)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(OLD)/wheel .
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLD)/site $(OLD)/wheel/*.whl
-	PYTHONPATH=$(OLD)/site $(BIN)/python -P -c "from vtw_kernels import _C; print(_C.__file__, _C.build_info())"
+	cd $(OLD)/site && $(CURDIR)/$(BIN)/python -c "import torch, vtw_kernels; print(torch.__version__, vtw_kernels.backend_info()['build'])"
 	PYTHONPATH=$(OLD)/site $(BIN)/pytest python_tests/test_compaction.py python_tests/test_kl_divergence.py
 
 clean:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtw_kernels.integration.families import Parts, find_parts, find_visual_tokens
-from vtw_kernels.integration.withdraw import LayerCompaction
+from vtw_kernels.integration.withdraw import LayerCompaction, attended_tokens
 from vtw_kernels.ops import kl_divergence, plan_compaction
 
 PAPER_THRESHOLD = 0.003
@@ -149,11 +149,6 @@ def find_layer(
     return LayerSearch(candidates, torch.cat(results), float(threshold), len(parts.layers), type(model).__name__)
 
 
-def attended_tokens(attention_mask: Tensor | None, like: Tensor) -> Tensor:
-    """bool ``[B, S]``: all tokens but padding."""
-    return torch.ones_like(like) if attention_mask is None else attention_mask.bool()
-
-
 def check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int]:
     first, last = parts.min_layer, len(parts.layers) - 1
     chosen = sorted(set(range(first, last + 1) if candidates is None else candidates))
@@ -166,9 +161,9 @@ def _search_batch(model: nn.Module, parts: Parts, batch: Mapping[str, Any], cand
     """KL(withdrawn‖full) at the last position: fp32 ``[B, candidates]``, on the CPU."""
     inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in batch.items() if name != "labels"}
     visual = find_visual_tokens(parts, inputs)
-    real = attended_tokens(inputs.get("attention_mask"), visual)
-    last = real.long().cumsum(1).argmax(1)
-    kept = (real & ~visual).sum(1)
+    attended = attended_tokens(inputs.get("attention_mask"), visual)
+    last = attended.long().cumsum(1).argmax(1)
+    kept = (attended & ~visual).sum(1)
     for wrong, what in (
         (~visual.any(1), "at least one visual token in each sample, got none"),
         (visual.gather(1, last[:, None])[:, 0], "samples that end in text, got a visual token at the end"),
@@ -176,7 +171,7 @@ def _search_batch(model: nn.Module, parts: Parts, batch: Mapping[str, Any], cand
         if wrong.any():
             raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
 
-    plan = plan_compaction(real & ~visual, int(kept.max()), pad="left")
+    plan = plan_compaction(attended & ~visual, int(kept.max()), pad="left")
     padded = int(kept.min()) < int(kept.max())
     rows = _Continuations(LayerCompaction(visual.shape[1], plan, padded=padded), candidates, last)
     hooks = []

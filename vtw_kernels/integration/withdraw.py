@@ -233,23 +233,21 @@ class Withdrawal:
         past = tokens_seen(cache, self.layer)
         slots = cache.layers[self.layer].slots if past else EMPTY
         visual = self._visual_tokens(inputs, batch, tokens, past, device)
-        plan = None
-        padded = slots.padded
+        plan, padded = None, slots.padded
         if visual is not None:
-            attended = inputs.get("attention_mask")
-            if isinstance(attended, Tensor) and attended.ndim == 2 and attended.shape[1] >= past + tokens:
-                last = (attended[:, past : past + tokens] != 0).long().cumsum(1).argmax(1)
-            else:
-                last = torch.full((batch,), tokens - 1, device=device)
-            kept, ends_visual = torch.stack([(~visual).sum(1), visual.gather(1, last[:, None])[:, 0]]).tolist()
+            attended = attended_tokens(inputs.get("attention_mask"), visual, past)
+            last = attended.long().cumsum(1).argmax(1)
+            keep = attended & ~visual  # padding is of no more use than a visual token is
+            counts = torch.stack([keep.sum(1), visual.any(1), visual.gather(1, last[:, None])[:, 0]])
+            kept, withdrawn, ends_visual = counts.tolist()  # the one synchronisation of a prefill
             if makes_logits and any(ends_visual):
                 raise ValueError(
                     "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a visual "
                     f"one in row {ends_visual.index(1)}; chunks of a prompt that end in an image go to model.base_model"
                 )
-            if min(kept) < tokens:
+            if any(withdrawn):
                 length = max(1, *kept)  # layers do not run on no rows at all
-                plan = plan_compaction(~visual, length, pad="left")
+                plan = plan_compaction(keep, length, pad="left")
                 padded = padded or min(kept) < length
         columns = slots.columns
         if plan is not None or columns is not None:
@@ -331,6 +329,26 @@ class Withdrawal:
         if len(states) > 1:
             output.hidden_states = (*output.hidden_states[: self.layer + 1], *states[1:])
         return output
+
+
+def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tensor:
+    """bool ``[B, S]``: all tokens of a forward but padding.
+
+    Args:
+        attention_mask: of a model of transformers: None, ``[B, past + S]``, or already made for the layers, as with
+            static caches: ``[B, heads, S, keys]`` or a dict of those. There, padding is what may not look at itself.
+        visual: ``[B, S]``.
+        past: tokens before this forward.
+    """
+    tokens = visual.shape[1]
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()))
+    if not isinstance(attention_mask, Tensor):
+        return torch.ones_like(visual)
+    if attention_mask.ndim == 2:
+        return attention_mask[:, past : past + tokens] != 0
+    itself = attention_mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :tokens]
+    return (itself if itself.dtype == torch.bool else itself == 0).expand_as(visual)
 
 
 def _shifted(source: Tensor, past: int) -> Tensor:
