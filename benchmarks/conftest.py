@@ -10,7 +10,8 @@ OURS = "vtw_kernels"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)  # whose machine it was is nobody's business
+    for private in ("node", "release"):  # whose machine it was is nobody's business
+        machine_info.pop(private, None)
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["build"] = vtw_kernels.backend_info()["build"]

@@ -7,6 +7,7 @@ batch of text-only continuations that each layer runs once, right after its full
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -124,7 +125,7 @@ def find_layer(
         progress: whether to show a progress bar.
 
     Returns:
-        A ``LayerSearch``; its ``layer`` is None when no candidate qualifies.
+        A ``LayerSearch``; its ``layer`` is None, and a warning says so, when no candidate qualifies.
 
     Raises:
         TypeError, ValueError: an unsupported model, a candidate out of range, no batches, a sample without visual tokens
@@ -146,7 +147,10 @@ def find_layer(
         model.train(was_training)
     if not results:
         raise ValueError("batches: expected at least one batch, got none")
-    return LayerSearch(candidates, torch.cat(results), float(threshold), len(parts.layers), type(model).__name__)
+    search = LayerSearch(candidates, torch.cat(results), float(threshold), len(parts.layers), type(model).__name__)
+    if search.layer is None:
+        warnings.warn(search.verdict(), stacklevel=2)
+    return search
 
 
 def check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int]:
