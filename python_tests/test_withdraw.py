@@ -225,6 +225,15 @@ def test_gradients(family, attention, pad):
     assert any((plain_grads[name] - grad).abs().max() > 0.1 * grad.abs().max() for name, grad in wanted_grads.items())
 
 
+def test_label_of_a_withdrawn_row(family, model):
+    batch = make_batch(family, RAGGED)
+    labels = batch.ids.masked_fill(batch.visual, -100)  # leaves the first token after each image
+    with vtw.withdraw(model, 2), pytest.raises(ValueError, match="labels: expected -100 after each visual token.*row 0"):
+        model(**batch.inputs(), labels=labels)
+    with vtw.withdraw(model, 2):
+        model(**batch.inputs())  # and the next forward is not held up by it
+
+
 def test_gradient_checkpointing(family):
     """The backward pass may come after the context: what is recomputed keeps its compacted inputs."""
     model, batch = make_model(family), make_batch(family, RAGGED)

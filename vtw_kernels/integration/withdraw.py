@@ -31,9 +31,9 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
 
     Equal to hiding the visual keys from every query in those layers. All of ``generate``, training, and further turns on
     the same cache work as without; text-only prompts take exactly the usual path. ``last_hidden_state``, ``logits`` and
-    ``hidden_states`` keep their length, with zeros in rows that were withdrawn; so labels stay aligned, but a label
-    that such a row would predict (the first text token after an image) must be -100: its logits do not
-    depend on the model. ``attentions`` of the later layers are short.
+    ``hidden_states`` keep their length, with zeros in rows that were withdrawn and in those of padding beside them; so
+    labels stay aligned, but a label that a withdrawn row would predict (that of the first text token after an image)
+    must be -100. ``attentions`` of the later layers are short.
 
     Args:
         model: of transformers, with attention "eager" or "sdpa"; with or without its language modelling head.
@@ -45,8 +45,8 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
 
     Raises:
         TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that cannot be handled,
-            among them a prompt whose last token is visual, which leaves no row to predict from. Chunks of a prompt that
-            end in an image go to ``model.base_model``, which makes no logits.
+            among them a label that is wanted of a withdrawn row, and a prompt whose last token is visual, which leaves no
+            row to predict from. Chunks of a prompt that end in an image go to ``model.base_model``, which makes no logits.
 
     Threads may share the model: what belongs to a forward is kept per thread. Compile the model inside the context:
     torch skips hooks that were added after it compiled.
@@ -188,7 +188,7 @@ class Withdrawal:
             raise ValueError(f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect")
         self.layer, self.visual_mask = layer, visual_mask
         self._forwards: dict[int, _Forward] = {}  # by thread
-        self._makes_logits: set[int] = set()  # threads
+        self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
         self.parts.decoder._vtw_withdrawal = self
         self._hooks = self._register(model) if layer < last else []
 
@@ -202,7 +202,7 @@ class Withdrawal:
 
     def _register(self, model: nn.Module) -> list:
         body, decoder, layers = self.parts[:3]
-        hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head)]
+        hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head, with_kwargs=True)]
         for module in dict.fromkeys((body, decoder)):
             hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for i in range(self.layer, len(layers)):
@@ -211,15 +211,15 @@ class Withdrawal:
             hooks.append(module.register_forward_hook(self._leave, always_call=True))
         return hooks
 
-    def _enter_head(self, module: nn.Module, args: tuple) -> None:
-        self._makes_logits.add(get_ident())
+    def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._labels[get_ident()] = kwargs.get("labels")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Decides, before anything is computed or cached, which rows this forward drops."""
         if get_ident() in self._forwards:
             return  # the decoder, within the body
-        makes_logits = get_ident() in self._makes_logits
-        self._makes_logits.discard(get_ident())
+        makes_logits = get_ident() in self._labels
+        labels = self._labels.pop(get_ident(), None)
         inputs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
@@ -238,9 +238,16 @@ class Withdrawal:
             attended = attended_tokens(inputs.get("attention_mask"), visual, past)
             last = attended.long().cumsum(1).argmax(1)
             keep = attended & ~visual  # padding is of no more use than a visual token is
-            counts = torch.stack([keep.sum(1), visual.any(1), visual.gather(1, last[:, None])[:, 0]])
-            kept, withdrawn, ends_visual = counts.tolist()  # the one synchronisation of a prefill
-            if makes_logits and any(ends_visual):
+            ends = visual.gather(1, last[:, None])[:, 0]
+            labelled = torch.zeros_like(ends) if labels is None else (visual[:, :-1] & (labels[:, 1:] != -100)).any(1)
+            counts = torch.stack([keep.sum(1), visual.any(1), ends, labelled])
+            kept, withdrawn, ends_visual, wrongly_labelled = counts.tolist()  # the one synchronisation of a prefill
+            if any(wrongly_labelled):
+                raise ValueError(
+                    "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a label "
+                    f"in row {wrongly_labelled.index(1)}"
+                )
+            if makes_logits and labels is None and any(ends_visual):
                 raise ValueError(
                     "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a visual "
                     f"one in row {ends_visual.index(1)}; chunks of a prompt that end in an image go to model.base_model"
