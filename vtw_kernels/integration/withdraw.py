@@ -6,6 +6,7 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 """
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from vtw_kernels.integration.cache import EMPTY, Slots, tokens_seen, wrap_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.ops import CompactionPlan, compact, expand, plan_compaction
 
-VISUAL_INPUTS = ("pixel", "image", "video", "mm_encoder")  # parts of the names of inputs that carry visual features
+# Names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
+VISUAL_INPUT = re.compile("^(?!.*grid).*(pixel|image|video|mm_encoder)")
 
 
 @contextmanager
@@ -269,7 +271,7 @@ class Withdrawal:
     ) -> Tensor | None:
         """Those of this forward, bool ``[B, q]``; None for none, known without asking the device."""
         if self.visual_mask is None:
-            has_features = any(v is not None and any(part in k for part in VISUAL_INPUTS) for k, v in inputs.items())
+            has_features = any(v is not None and VISUAL_INPUT.search(k) for k, v in inputs.items())
             if past and inputs.get("input_ids") is not None and not has_features:
                 return None
             return find_visual_tokens(self.parts, inputs)
