@@ -27,7 +27,10 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ImportError as missing:
-    stop(f"{missing.name} is needed to build; run: pip install torch pybind11 ninja, then pip install --no-build-isolation .")
+    stop(
+        f"{missing.name} is needed to build; run: pip install torch pybind11 ninja, "
+        "then: pip install --no-build-isolation ."
+    )
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < tuple(int(part) for part in TARGET_TORCH.split(".")):
     stop(f"torch {TARGET_TORCH} or newer is needed, found {torch.__version__}; run: pip install -U torch")
@@ -83,8 +86,19 @@ def default_arch_list(cuda_home: Path) -> str:
 
 cuda_home = decide_cuda()
 sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
-cxx_flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
-stable_abi = f"-DTORCH_TARGET_VERSION=0x{int(TARGET_TORCH.split('.')[0]):02x}{int(TARGET_TORCH.split('.')[1]):02x}000000000000"
+cxx_flags = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wno-psabi",
+]
+stable_abi = (
+    f"-DTORCH_TARGET_VERSION=0x{int(TARGET_TORCH.split('.')[0]):02x}{int(TARGET_TORCH.split('.')[1]):02x}000000000000"
+)
 defines = [stable_abi, f'-DVTW_BUILT_WITH_TORCH="{torch.__version__}"']
 link = {"libraries": ["torch_cpu", "c10"], "library_dirs": cpp_extension.library_paths()}
 if cuda_home:

@@ -33,8 +33,8 @@ std::string text(const Parts&... parts) {
 }
 
 // A macro, so that the texts are only made when the check fails.
-#define VTW_REQUIRE(condition, op, argument, wanted, given) \
-  do {                                                      \
+#define VTW_REQUIRE(condition, op, argument, wanted, given)     \
+  do {                                                          \
     if (!(condition)) ::vtw::fail(op, argument, wanted, given); \
   } while (0)
 
@@ -126,8 +126,8 @@ inline std::vector<TokenDims> check_tensors(Op which, const std::vector<Tensor>&
                   text(rows));
     }
     if (which == Op::kExpand) {
-      VTW_REQUIRE(x.size(token) == kept, op, argument("tensors"),
-                  text(kept, " rows of source in dimension ", token), text(x.size(token)));
+      VTW_REQUIRE(x.size(token) == kept, op, argument("tensors"), text(kept, " rows of source in dimension ", token),
+                  text(x.size(token)));
     }
     resolved[i] = {token, batched};
   }

@@ -80,7 +80,10 @@ def test_missing_extension(tmp_path):
     package.mkdir()
     (package / "ops").symlink_to(ROOT / "vtw_kernels" / "ops")
     (package / "__init__.py").symlink_to(ROOT / "vtw_kernels" / "__init__.py")
-    code = f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; sys.path.insert(0, {str(tmp_path)!r}); import vtw_kernels"
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()];"
+        f"sys.path.insert(0, {str(tmp_path)!r}); import vtw_kernels"
+    )
     result = run_python(code)
     last = result.stderr.strip().splitlines()[-1]
     assert "ImportError: vtw_kernels is not compiled" in last

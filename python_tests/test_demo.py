@@ -28,8 +28,13 @@ def accuracy(demo, layer):
 
 def test_answers_and_needs_its_image(demo):
     model, tokenizer, batches = demo
-    blind = [batch._replace(inputs=batch.inputs | {"pixel_values": -torch.ones_like(batch.inputs["pixel_values"])}) for batch in batches]
-    prior = max(correct_share([text] * SAMPLES, batches) for text in {text for batch in batches for text in batch.answers})
+    blind = [
+        batch._replace(inputs=batch.inputs | {"pixel_values": -torch.ones_like(batch.inputs["pixel_values"])})
+        for batch in batches
+    ]
+    prior = max(
+        correct_share([text] * SAMPLES, batches) for text in {text for batch in batches for text in batch.answers}
+    )
     assert accuracy(demo, NEVER) >= 0.9
     assert correct_share(answer(model, tokenizer, blind, NEVER), blind) <= prior + 0.1
 

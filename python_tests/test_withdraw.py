@@ -13,10 +13,10 @@ from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, Batch, append, make_b
 
 import vtw_kernels as vtw
 from vtw_kernels.integration.withdraw import LayerCompaction
-from vtw_kernels.integration.withdraw import LayerCompaction
 
 TOLERANCE = 1e-4
 DECODE_STEPS = 8
+IMAGES = torch.tensor([IMAGE])
 
 models = {}
 
@@ -98,7 +98,10 @@ def assert_equal_to_oracle(model, layer: int, batch: Batch, ends: list[int], cac
 def generated(model, inputs: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     output = model.generate(
-        **inputs, return_dict_in_generate=True, output_logits=True, **{"max_new_tokens": 10, "do_sample": False} | options
+        **inputs,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{"max_new_tokens": 10, "do_sample": False} | options,
     )
     return output.sequences, torch.stack(output.logits)
 
@@ -211,7 +214,9 @@ def test_gradients(family, attention, pad):
         model.zero_grad()
         output = model(**batch.inputs(), labels=labels, use_cache=False)
         output.loss.backward()
-        return output.loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+        return output.loss.detach(), {
+            name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None
+        }
 
     with visual_keys_hidden(model, 2, batch.visual):
         wanted, wanted_grads = gradients()
@@ -229,7 +234,10 @@ def test_gradients(family, attention, pad):
 def test_label_of_a_withdrawn_row(family, model):
     batch = make_batch(family, RAGGED)
     labels = batch.ids.masked_fill(batch.visual, -100)  # leaves the first token after each image
-    with vtw.withdraw(model, 2), pytest.raises(ValueError, match="labels: expected -100 after each visual token.*row 0"):
+    with (
+        vtw.withdraw(model, 2),
+        pytest.raises(ValueError, match="labels: expected -100 after each visual token.*row 0"),
+    ):
         model(**batch.inputs(), labels=labels)
     with vtw.withdraw(model, 2):
         model(**batch.inputs())  # and the next forward is not held up by it
@@ -364,6 +372,16 @@ def test_sampled_placeholder_is_text(family, model):
     with vtw.withdraw(model, 2):
         given = run(model, longer, ends)
     assert (given - wanted)[:, batch.ids.shape[1] :].abs().max() <= TOLERANCE
+    options = {
+        "suppress_tokens": None,
+        "logits_processor": [lambda ids, scores: scores.index_fill(1, IMAGES, torch.inf)],
+    }
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted, wanted_logits = generated(model, batch.inputs(), **options)
+    with vtw.withdraw(model, 2):
+        given, given_logits = generated(model, batch.inputs(), **options)
+    assert (given[:, batch.ids.shape[1] :] == IMAGE).all()
+    assert (given_logits - wanted_logits).abs().max() <= TOLERANCE
 
 
 # ------------------------------------------------------------------------------------------------ cost and outputs
@@ -491,7 +509,10 @@ def test_cache_of_another_kind(llava, kind):
             run(llava, batch, ends[1:], full, begin=ends[0])
         with pytest.raises(TypeError, match="past_key_values: expected a Cache"):
             llava(input_ids=batch.ids, past_key_values=((1, 2),))
-    with vtw.withdraw(llava, 3), pytest.raises(ValueError, match=r"layer=3\).*got one filled under withdraw\(layer=2\)"):
+    with (
+        vtw.withdraw(llava, 3),
+        pytest.raises(ValueError, match=r"layer=3\).*got one filled under withdraw\(layer=2\)"),
+    ):
         run(llava, batch, ends[1:], withdrawn, begin=ends[0])
     assert withdrawn.get_seq_length() == ends[0]  # raised before anything was cached
     with vtw.withdraw(llava, 2):
@@ -521,7 +542,10 @@ EMBEDS = torch.zeros(1, 5, 32)
         bad_call("llava", "visual_mask: expected a tensor, got list", TypeError, visual_mask=[[True]]),
         bad_call("llava", "visual_mask: expected bool .* got torch.int64", visual_mask=torch.ones(1, 5).long()),
         bad_call(
-            "llava", "visual_mask: expected 1 rows, or a divisor", visual_mask=torch.ones(2, 5).bool(), input_ids=[[1, 2]]
+            "llava",
+            "visual_mask: expected 1 rows, or a divisor",
+            visual_mask=torch.ones(2, 5).bool(),
+            input_ids=[[1, 2]],
         ),
         bad_call("llava", "inputs_embeds without placeholder tokens", inputs_embeds=EMBEDS),
         bad_call("llava", "last token is text.*row 1", input_ids=[[IMAGE, 2, 3], [4, 5, IMAGE]]),

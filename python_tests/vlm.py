@@ -35,10 +35,14 @@ def make_model(family: str, attention: str = "sdpa"):
         vision = CLIPVisionConfig(
             hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
         )
-        config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, image_seq_length=4)
+        config = LlavaConfig(
+            vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, image_seq_length=4
+        )
         model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
     else:
-        vision = dict(depth=2, embed_dim=16, num_heads=2, hidden_size=32, patch_size=4, spatial_merge_size=2, mlp_ratio=2)
+        vision = dict(
+            depth=2, embed_dim=16, num_heads=2, hidden_size=32, patch_size=4, spatial_merge_size=2, mlp_ratio=2
+        )
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
         config = Qwen2VLConfig(
             text_config=TEXT | {"rope_parameters": rope},
@@ -126,6 +130,4 @@ def append(first: Batch, second: Batch) -> Batch:
     length = first.ids.shape[1]
     images = first.images + [image | {"end": image["end"] + length} for image in second.images]
     images.sort(key=lambda image: image["row"])  # the order of placeholders within a forward and within the sequence
-    return Batch(
-        first.family, torch.cat([first.ids, second.ids], 1), torch.cat([first.mask, second.mask], 1), images
-    )
+    return Batch(first.family, torch.cat([first.ids, second.ids], 1), torch.cat([first.mask, second.mask], 1), images)

@@ -15,7 +15,12 @@ from vtw_kernels.ops import (
     plan_compaction,
 )
 
-INTEGRATION = ("LayerSearch", "apply", "find_layer", "withdraw")  # imported when asked for, so that the ops work without transformers
+INTEGRATION = (
+    "LayerSearch",
+    "apply",
+    "find_layer",
+    "withdraw",
+)  # imported when asked for, so that the ops work without transformers
 
 __all__ = [
     "CompactionPlan",

@@ -6,10 +6,14 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vtw-kernels", description="Visual tokens withdrawal for vision-language models.")
+    parser = argparse.ArgumentParser(
+        prog="vtw-kernels", description="Visual tokens withdrawal for vision-language models."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="search a small real model's withdrawal layer, and show what it costs and saves")
+    demo = commands.add_parser(
+        "demo", help="search a small real model's withdrawal layer, and show what it costs and saves"
+    )
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="where the plot and the JSON go")
     commands.add_parser("info", help="what was built, and which backend each op uses on each device")
 

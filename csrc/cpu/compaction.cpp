@@ -79,7 +79,8 @@ void check_rows(Op which, const Source& source, int64_t limit, const std::string
 }
 
 // The same for a list: what fits the shortest of its tensors fits all.
-void check_rows(Op which, const Source& source, const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims) {
+void check_rows(Op which, const Source& source, const std::vector<Tensor>& tensors,
+                const std::vector<TokenDims>& dims) {
   size_t shortest = 0;
   for (size_t i = 1; i < tensors.size(); ++i) {
     if (tensors[i].size(dims[i].token) < tensors[shortest].size(dims[shortest].token)) shortest = i;
@@ -187,8 +188,8 @@ void copy_elements(char* to, int64_t to_row, const char* from, int64_t from_row,
 }
 
 // memmove with stores that bypass the caches. Forward: `to` is below `from` or apart from it, and each 64 bytes are
-// loaded before the store that may overwrite them. Meanwhile as many bytes from `ahead` are fetched: a run is short, and
-// the processor's own prefetching would start anew, page by page, in each.
+// loaded before the store that may overwrite them. Meanwhile as many bytes from `ahead` are fetched: a run is short,
+// and the processor's own prefetching would start anew, page by page, in each.
 void stream(char* to, const char* from, int64_t bytes, const char* ahead) {
 #if defined(__SSE2__)
   const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
@@ -215,7 +216,9 @@ void stream(char* to, const char* from, int64_t bytes, const char* ahead) {
 // memmove, because a run and the place it moves to may overlap, and so may a row and its neighbour's old place.
 void move_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows, int64_t bytes,
                const char* ahead) {
-  const auto move = [&](char* a, const char* b, int64_t n) { ahead ? stream(a, b, n, ahead) : void(std::memmove(a, b, n)); };
+  const auto move = [&](char* a, const char* b, int64_t n) {
+    ahead ? stream(a, b, n, ahead) : void(std::memmove(a, b, n));
+  };
   if (from_row == bytes && to_row == bytes) return move(to, from, rows * bytes);
   switch (bytes) {
     case 1: return copy_elements<1>(to, to_row, from, from_row, rows);
@@ -295,7 +298,8 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
         clear_rows(target, view.to_row, count, view.block);
       } else {
         const char* source = from + (run.from + first - run.to) * view.from_row;
-        move_rows(target, view.to_row, source, view.from_row, count, view.block, bytes > kStreamBytes ? source : nullptr);
+        move_rows(target, view.to_row, source, view.from_row, count, view.block,
+                  bytes > kStreamBytes ? source : nullptr);
       }
     }
   });
@@ -348,8 +352,8 @@ std::vector<Tensor> expand(const std::vector<Tensor>& tensors, const std::vector
   return gather(tensors, dims, expand_runs(rows, length), length);
 }
 
-// The bytes of one tensor. Strides *nest* when each is at least as long as all that lies inside it; every view of a cache
-// nests, and then overlap has an exact answer. Anything else is refused rather than trusted.
+// The bytes of one tensor. Strides *nest* when each is at least as long as all that lies inside it; every view of a
+// cache nests, and then overlap has an exact answer. Anything else is refused rather than trusted.
 struct Extent {
   size_t index;
   int64_t begin, end, item;

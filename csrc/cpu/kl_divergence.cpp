@@ -48,7 +48,9 @@ struct State {
 
   // An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has run
   // to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0.
-  static double weigh(double a, double weight) { return a == INFINITY ? a : weight == 0 && !std::isnan(a) ? 0.0 : a * weight; }
+  static double weigh(double a, double weight) {
+    return a == INFINITY ? a : weight == 0 && !std::isnan(a) ? 0.0 : a * weight;
+  }
   static double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
   // An empty or all -inf part has z = 0 and a = 0 and weighs nothing, where -inf - -inf would make it NaN.
   static double rescale(double m, double top) { return m == -INFINITY ? 0.0 : m == top ? 1.0 : std::exp(m - top); }
@@ -142,8 +144,8 @@ VTW_INLINE State segment_state(const T* p, const T* q, int64_t count, double inv
   for (int64_t i = 0; i < count; i += kBlock) {
     const float scale = static_cast<float>(kLog2e * inverse_temperature);
     const Sums sums = block_sums<Bytes>(p + i, q + i, std::min(kBlock, count - i), scale);
-    state.merge({sums.m_p * inverse_temperature, sums.z_p, sums.a * inverse_temperature,
-                 sums.m_q * inverse_temperature, sums.z_q});
+    state.merge({sums.m_p * inverse_temperature, sums.z_p, sums.a * inverse_temperature, sums.m_q * inverse_temperature,
+                 sums.z_q});
   }
   return state;
 }
@@ -199,8 +201,8 @@ VTW_INLINE void segment_backward(const T* p, const T* q, int64_t count, const Sl
   }
   if (i < count) {
     T tail_p[V::kLanes], tail_q[V::kLanes];
-    backward_vector<Bytes>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), slope, grad_p ? tail_p : nullptr,
-                           grad_q ? tail_q : nullptr);
+    backward_vector<Bytes>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), slope,
+                           grad_p ? tail_p : nullptr, grad_q ? tail_q : nullptr);
     if (grad_p) std::copy_n(tail_p, count - i, grad_p + i);
     if (grad_q) std::copy_n(tail_q, count - i, grad_q + i);
   }
@@ -219,7 +221,8 @@ VTW_INLINE void segment_backward(const double* p, const double* q, int64_t count
   }
 }
 
-// --- one build, three vector sets --------------------------------------------------------------------------------------
+// --- one build, three vector sets
+// --------------------------------------------------------------------------------------
 
 template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -275,7 +278,8 @@ BackwardFn<T> choose_backward() {
   return backward_default<T>;
 }
 
-// --- rows --------------------------------------------------------------------------------------------------------------
+// --- rows
+// --------------------------------------------------------------------------------------------------------------
 
 // Two tensors [..., V] whose leading dimensions broadcast, as pairs of rows; nothing is expanded.
 struct RowPairs {
@@ -412,12 +416,24 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
 
 // --- ops -------------------------------------------------------------------------------------------------------------
 
-#define VTW_DISPATCH_LOGITS(dtype, call)                         \
-  switch (dtype) {                                               \
-    case ScalarType::Float: { using T = float; return call; }    \
-    case ScalarType::Half: { using T = Half; return call; }      \
-    case ScalarType::BFloat16: { using T = BFloat16; return call; } \
-    default: { using T = double; return call; }                  \
+#define VTW_DISPATCH_LOGITS(dtype, call) \
+  switch (dtype) {                       \
+    case ScalarType::Float: {            \
+      using T = float;                   \
+      return call;                       \
+    }                                    \
+    case ScalarType::Half: {             \
+      using T = Half;                    \
+      return call;                       \
+    }                                    \
+    case ScalarType::BFloat16: {         \
+      using T = BFloat16;                \
+      return call;                       \
+    }                                    \
+    default: {                           \
+      using T = double;                  \
+      return call;                       \
+    }                                    \
   }
 
 std::tuple<Tensor, Tensor> kl_divergence_with_state(const Tensor& p_logits, const Tensor& q_logits,

@@ -1,6 +1,6 @@
 // Vectors of `Bytes` bytes in the compiler's own vector types, so that one source compiles for every vector set.
 //
-// Everything is force-inlined into functions that carry a target attribute (see VTW_MULTIVERSION): there, and only
+// Everything is force-inlined into functions that carry a target attribute (VTW_AVX512, VTW_AVX2): there, and only
 // there, do 64-byte vectors become AVX-512 and 32-byte vectors AVX2.
 #pragma once
 
@@ -27,12 +27,12 @@ using torch::headeronly::Half;
 // Spelt out, because compilers ignore a vector_size that depends on a template parameter.
 template <int Bytes>
 struct Vectors;
-#define VTW_VECTORS(bytes)                                            \
-  template <>                                                         \
-  struct Vectors<bytes> {                                             \
-    typedef float F __attribute__((vector_size(bytes)));              \
-    typedef uint32_t U __attribute__((vector_size(bytes)));           \
-    typedef uint16_t H __attribute__((vector_size(bytes / 2)));       \
+#define VTW_VECTORS(bytes)                                      \
+  template <>                                                   \
+  struct Vectors<bytes> {                                       \
+    typedef float F __attribute__((vector_size(bytes)));        \
+    typedef uint32_t U __attribute__((vector_size(bytes)));     \
+    typedef uint16_t H __attribute__((vector_size(bytes / 2))); \
   };
 VTW_VECTORS(16)
 VTW_VECTORS(32)

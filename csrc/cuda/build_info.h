@@ -6,7 +6,7 @@
 
 namespace vtw {
 
-std::string cuda_version();            // "13.0"
+std::string cuda_version();             // "13.0"
 std::vector<std::string> cuda_archs();  // {"8.0", "9.0", ...}
 
 }  // namespace vtw

@@ -43,15 +43,17 @@ def run(output: Path) -> None:
     table = Table(
         "withdrawn before layer", "KL (nats)", "accuracy", "KL, trained as usual", "accuracy, trained as usual", "",
         title=f"{len(accuracy)} ways to withdraw the image of {sum(len(batch.answers) for batch in test)} questions",
-        caption="This model was trained with withdrawal before layer 4 in half of its steps; trained as usual, the same "
-        "model needs its image to the end.",
+        caption="This model was trained with withdrawal before layer 4 in half of its steps; trained as usual, the "
+        "same model needs its image to the end.",
     )  # fmt: skip
     for layer, kl in zip(search.candidates, search.kl.tolist()):
         other = usual["layers"][str(layer)]
         note = "chosen" if layer == search.layer else ""
         cells = f"{kl:.2g}", f"{accuracy[layer]:.1%}", f"{other['kl']:.2g}", f"{other['accuracy']['all']:.1%}", note
         table.add_row(str(layer), *cells)
-    table.add_row(f"{layers} (never)", "0", f"{accuracy[layers]:.1%}", "0", f"{usual['full']['all']:.1%}", "plain model")
+    table.add_row(
+        f"{layers} (never)", "0", f"{accuracy[layers]:.1%}", "0", f"{usual['full']['all']:.1%}", "plain model"
+    )
     console.print(table)
     console.print(search.verdict())
 
@@ -110,7 +112,7 @@ def show_answers(console: Console, model, tokenizer, batch: Batch, layers: list[
 
 
 def draw(image: np.ndarray, in_colour: bool) -> Text:
-    """A grey image in the terminal, two rows of pixels per line: as half blocks, or in plain text by how dark they are."""
+    """A grey image in the terminal, two rows of pixels per line: half blocks or, in plain text, shades."""
     text = Text()
     for upper, lower in zip(image[::2].tolist(), image[1::2].tolist()):
         for a, b in zip(upper, lower):
@@ -131,7 +133,9 @@ def prefill(model: LlavaForConditionalGeneration, batch: Batch, layers: list[int
         for layer in layers:
             with withdraw(model, layer):
                 begin = time.perf_counter()
-                cache = model(**batch.inputs, past_key_values=DynamicCache(config=model.config.text_config)).past_key_values
+                cache = model(
+                    **batch.inputs, past_key_values=DynamicCache(config=model.config.text_config)
+                ).past_key_values
                 seconds[layer].append(time.perf_counter() - begin)
                 sizes[layer] = cache_bytes(cache)
     return [statistics.median(seconds[layer]) for layer in layers], [sizes[layer] for layer in layers]

@@ -6,7 +6,6 @@ tokens. So these report the number of *tokens* seen, and keep to themselves whic
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
@@ -37,8 +36,8 @@ class WithdrawnLayer:
             self.slots = Slots(self.slots.tokens + key_states.shape[-2], None, False)
         else:
             raise ValueError(
-                f"past_key_values: this cache was filled under withdraw(layer={self.withdraw_layer}) and can only be used "
-                "there, but got a forward without withdrawal"
+                f"past_key_values: this cache was filled under withdraw(layer={self.withdraw_layer}) and can only be "
+                "used there, but got a forward without withdrawal"
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -115,7 +114,9 @@ def tokens_seen(cache: Cache | None, layer: int) -> int:
         return 0
     else:
         given = "one filled without withdrawal"
-    raise ValueError(f"past_key_values: expected a cache filled under withdraw(layer={layer}) or an empty one, got {given}")
+    raise ValueError(
+        f"past_key_values: expected a cache filled under withdraw(layer={layer}) or an empty one, got {given}"
+    )
 
 
 def wrap_layers(cache: Cache, layer: int, num_layers: int) -> None:

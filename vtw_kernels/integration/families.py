@@ -70,7 +70,9 @@ def find_parts(model: nn.Module) -> Parts:
         raise ValueError(f"model: {name} is not supported: {refused}")
 
     body = model.base_model
-    decoder = attrgetter(family.decoder)(body) if family.decoder and hasattr(body, family.decoder) else body.get_decoder()
+    decoder = (
+        attrgetter(family.decoder)(body) if family.decoder and hasattr(body, family.decoder) else body.get_decoder()
+    )
     while not hasattr(decoder, "layers") and getattr(decoder, "base_model", decoder) is not decoder:
         decoder = decoder.base_model
     layers = getattr(decoder, "layers", None)
@@ -93,7 +95,8 @@ def find_visual_tokens(parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
     """
     if not parts.token_ids:
         raise ValueError(
-            f"visual_mask: expected bool [B, S], as the config of {type(parts.body).__name__} names no visual token; got None"
+            f"visual_mask: expected bool [B, S], as the config of {type(parts.body).__name__} names no visual token, "
+            "got None"
         )
     input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if input_ids is not None:

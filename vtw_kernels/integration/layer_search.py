@@ -71,7 +71,9 @@ class LayerSearch:
                 f"{lowest:.3g}. This model needs its visual tokens to the end; withdrawing would change its answers."
             )
         removed = self.num_layers - self.layer
-        return f"Withdraw before layer {self.layer} of {self.num_layers}: {removed} layers run on text alone ({samples})."
+        return (
+            f"Withdraw before layer {self.layer} of {self.num_layers}: {removed} layers run on text alone ({samples})."
+        )
 
     def plot(self, path: str | Path) -> None:
         """Writes mean KL per layer, its spread over samples, the threshold and the chosen layer, as PNG, SVG or PDF."""
@@ -117,9 +119,9 @@ def find_layer(
 
     Args:
         model: as for ``withdraw``.
-        batches: keyword arguments of the model's forward, as its processor makes them: ``input_ids`` ``[B, S]``, pixels,
-            and ``attention_mask`` where there is padding, on either side. Every sample must have a visual token, and
-            end in text. Take them from data that you don't evaluate on.
+        batches: keyword arguments of the model's forward, as its processor makes them: ``input_ids`` ``[B, S]``,
+            pixels, and ``attention_mask`` where there is padding, on either side. Every sample must have a visual
+            token, and end in text. Take them from data that you don't evaluate on.
         threshold: the largest acceptable mean KL(withdrawn‖full) of the next token, in nats.
         candidates: layers to try; by default every layer from the first that the model allows.
         progress: whether to show a progress bar.
@@ -128,8 +130,8 @@ def find_layer(
         A ``LayerSearch``; its ``layer`` is None, and a warning says so, when no candidate qualifies.
 
     Raises:
-        TypeError, ValueError: an unsupported model, a candidate out of range, no batches, a sample without visual tokens
-            or with nothing after them, a threshold that is not a number of at least 0.
+        TypeError, ValueError: an unsupported model, a candidate out of range, no batches, a sample without visual
+            tokens or with nothing after them, a threshold that is not a number of at least 0.
     """
     parts = find_parts(model)
     candidates = check_candidates(candidates, parts)
@@ -142,7 +144,10 @@ def find_layer(
     model.eval()
     try:
         with torch.inference_mode():
-            results = [_search_batch(model, parts, batch, candidates) for batch in tqdm(batches, "search", disable=not progress)]
+            results = [
+                _search_batch(model, parts, batch, candidates)
+                for batch in tqdm(batches, "search", disable=not progress)
+            ]
     finally:
         model.train(was_training)
     if not results:

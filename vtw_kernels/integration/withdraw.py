@@ -31,8 +31,8 @@ VISUAL_INPUT = re.compile("^(?!.*grid).*(pixel|image|video|mm_encoder)")
 def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None) -> Iterator["Withdrawal"]:
     """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
 
-    Equal to hiding the visual keys from every query in those layers. All of ``generate``, training, and further turns on
-    the same cache work as without; text-only prompts take exactly the usual path. ``last_hidden_state``, ``logits`` and
+    Equal to hiding the visual keys from every query in those layers. ``generate``, training, and further turns on the
+    same cache work as without; text-only prompts take exactly the usual path. ``last_hidden_state``, ``logits`` and
     ``hidden_states`` keep their length, with zeros in rows that were withdrawn and in those of padding beside them; so
     labels stay aligned, but a label that a withdrawn row would predict (that of the first text token after an image)
     must be -100. ``attentions`` of the later layers are short.
@@ -46,9 +46,10 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
             in the same forward (a sampled one) is text.
 
     Raises:
-        TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that cannot be handled,
-            among them a label that is wanted of a withdrawn row, and a prompt whose last token is visual, which leaves no
-            row to predict from. Chunks of a prompt that end in an image go to ``model.base_model``, which makes no logits.
+        TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that can't be handled,
+            among them a label that is wanted of a withdrawn row, and a prompt whose last token is visual, which leaves
+            no row to predict from. Chunks of a prompt that end in an image go to ``model.base_model``, which makes no
+            logits.
 
     Threads may share the model: what belongs to a forward is kept per thread. Compile the model inside the context:
     torch skips hooks that were added after it compiled.
@@ -105,7 +106,9 @@ class LayerCompaction:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
             given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"attention_mask: expected [B, heads, q, keys] or None, as eager and sdpa attention, got {given}")
+            raise TypeError(
+                f"attention_mask: expected [B, heads, q, keys] or None, as eager and sdpa attention, got {given}"
+            )
 
         new: dict[int, tuple[Tensor, int, int]] = {}
         for name, value in kwargs.items():
@@ -171,7 +174,9 @@ class Withdrawal:
 
     def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None):
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-            raise ValueError("model: expected one that is not compiled yet, as torch skips hooks added later, got a compiled one")
+            raise ValueError(
+                "model: expected one that is not compiled yet, as torch skips hooks added later, got a compiled one"
+            )
         self.parts = find_parts(model)
         first, last = self.parts.min_layer, len(self.parts.layers)
         if isinstance(layer, bool) or not isinstance(layer, int):
@@ -187,7 +192,9 @@ class Withdrawal:
         if visual_mask is None and not self.parts.token_ids:
             find_visual_tokens(self.parts, {})  # raises, and says why a mask is needed
         if (active := getattr(self.parts.decoder, "_vtw_withdrawal", None)) is not None:
-            raise ValueError(f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect")
+            raise ValueError(
+                f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect"
+            )
         self.layer, self.visual_mask = layer, visual_mask
         self._forwards: dict[int, _Forward] = {}  # by thread
         self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
@@ -246,13 +253,14 @@ class Withdrawal:
             kept, withdrawn, ends_visual, wrongly_labelled = counts.tolist()  # the one synchronisation of a prefill
             if any(wrongly_labelled):
                 raise ValueError(
-                    "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a label "
-                    f"in row {wrongly_labelled.index(1)}"
+                    "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a "
+                    f"label in row {wrongly_labelled.index(1)}"
                 )
             if makes_logits and labels is None and any(ends_visual):
                 raise ValueError(
-                    "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a visual "
-                    f"one in row {ends_visual.index(1)}; chunks of a prompt that end in an image go to model.base_model"
+                    "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a "
+                    f"visual one in row {ends_visual.index(1)}; chunks of a prompt that end in an image go to "
+                    "model.base_model"
                 )
             if any(withdrawn):
                 length = max(1, *kept)  # layers do not run on no rows at all
@@ -266,9 +274,7 @@ class Withdrawal:
             columns = torch.cat([columns, new if plan is None else _shifted(plan.source, past)], dim=1)
         self._forwards[get_ident()] = _Forward(tokens, past, Slots(past + tokens, columns, padded), plan)
 
-    def _visual_tokens(
-        self, inputs: dict, batch: int, tokens: int, past: int, device: torch.device
-    ) -> Tensor | None:
+    def _visual_tokens(self, inputs: dict, batch: int, tokens: int, past: int, device: torch.device) -> Tensor | None:
         """Those of this forward, bool ``[B, q]``; None for none, known without asking the device."""
         if self.visual_mask is None:
             has_features = any(v is not None and VISUAL_INPUT.search(k) for k, v in inputs.items())

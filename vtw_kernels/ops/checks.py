@@ -71,7 +71,9 @@ def check_source_rows(op: str, source: Tensor, rows: int, rows_of: str) -> None:
     neighbours = kept[:, 1:] & kept[:, :-1]
     ascending = bool((source.diff(dim=1) > 0)[neighbours].all())
     runs = (kept.diff(dim=1, prepend=kept.new_zeros(kept.shape[0], 1)) & kept).sum(1)
-    require(ascending and int(runs.max()) <= 1, op, "source", "ascending rows with padding on one side", "another order")
+    require(
+        ascending and int(runs.max()) <= 1, op, "source", "ascending rows with padding on one side", "another order"
+    )
     if op == "compact_":
         left = bool((~kept[:, 0] & kept.any(1)).any())
         require(not left, op, "source", "a right-padded plan", "a left-padded one")
@@ -118,9 +120,19 @@ def _meet(dims: list[tuple[int, int]], other: list[tuple[int, int]], apart: int,
 
 
 def check_logits(op: str, p_logits: Tensor, q_logits: Tensor, temperature: float) -> None:
-    require(p_logits.dtype in FLOATING_LOGITS, op, "p_logits", "a dtype of fp32, fp16, bf16 or fp64", str(p_logits.dtype))
-    require(q_logits.dtype == p_logits.dtype, op, "q_logits", f"dtype {p_logits.dtype} of p_logits", str(q_logits.dtype))
-    require(q_logits.device == p_logits.device, op, "q_logits", f"device {p_logits.device} of p_logits", str(q_logits.device))
+    require(
+        p_logits.dtype in FLOATING_LOGITS, op, "p_logits", "a dtype of fp32, fp16, bf16 or fp64", str(p_logits.dtype)
+    )
+    require(
+        q_logits.dtype == p_logits.dtype, op, "q_logits", f"dtype {p_logits.dtype} of p_logits", str(q_logits.dtype)
+    )
+    require(
+        q_logits.device == p_logits.device,
+        op,
+        "q_logits",
+        f"device {p_logits.device} of p_logits",
+        str(q_logits.device),
+    )
     require(p_logits.dim() >= 1, op, "p_logits", "at least 1 dimension [..., V]", "a scalar")
     require(q_logits.dim() >= 1, op, "q_logits", "at least 1 dimension [..., V]", "a scalar")
     same = p_logits.shape[-1] == q_logits.shape[-1]

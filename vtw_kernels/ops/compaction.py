@@ -23,9 +23,7 @@ class CompactionPlan(NamedTuple):
     lengths: Tensor
 
 
-def plan_compaction(
-    keep: Tensor, length: int | None = None, pad: Literal["right", "left"] = "right"
-) -> CompactionPlan:
+def plan_compaction(keep: Tensor, length: int | None = None, pad: Literal["right", "left"] = "right") -> CompactionPlan:
     """Turns a keep mask into a plan.
 
     Args:
@@ -161,7 +159,9 @@ def _compact_inplace_fake(tensors, token_dims, batch_dims, source):
 def _expand_fake(tensors, token_dims, batch_dims, source, length):
     dims = check_tensors("expand", tensors, token_dims, batch_dims, source)
     require(length >= 0, "expand", "length", "a number of rows", length)
-    return [_resized(x, token_dim, length, batch_dim, source.shape[0]) for x, (token_dim, batch_dim) in zip(tensors, dims)]
+    return [
+        _resized(x, token_dim, length, batch_dim, source.shape[0]) for x, (token_dim, batch_dim) in zip(tensors, dims)
+    ]
 
 
 def _setup_context(ctx, inputs, output):

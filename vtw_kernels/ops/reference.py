@@ -133,7 +133,13 @@ def kl_from_state(state: Tensor) -> Tensor:
 
 
 def kl_divergence_backward(
-    grad_state: Tensor, p_logits: Tensor, q_logits: Tensor, state: Tensor, temperature: float, need_p: bool, need_q: bool
+    grad_state: Tensor,
+    p_logits: Tensor,
+    q_logits: Tensor,
+    state: Tensor,
+    temperature: float,
+    need_p: bool,
+    need_q: bool,
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad_state, p_logits, q_logits, state, temperature)
     p, q = torch.broadcast_tensors(_scaled(p_logits, temperature), _scaled(q_logits, temperature))
