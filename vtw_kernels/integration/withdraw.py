@@ -35,7 +35,8 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
     same cache work as without; text-only prompts take exactly the usual path. ``last_hidden_state``, ``logits`` and
     ``hidden_states`` keep their length, with zeros in rows that were withdrawn and in those of padding beside them; so
     labels stay aligned, but a label that a withdrawn row would predict (that of the first text token after an image)
-    must be -100. ``attentions`` of the later layers are short.
+    must be -100. ``attentions`` of the later layers are short. With gradient checkpointing, call ``backward`` inside
+    the context, or use ``apply``: older releases of transformers recompute a layer with the hooks it has by then.
 
     Args:
         model: of transformers, with attention "eager" or "sdpa"; with or without its language modelling head.
