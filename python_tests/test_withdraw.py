@@ -118,6 +118,13 @@ def test_prefill_and_decode(family, layer, attention, cache, rows):
     assert_equal_to_oracle(model_of(family, attention), layer, batch, ends, cache)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_one_text_token(family, model, cache):
+    """Its row is alone in the later layers, where no mask would mean every slot of a static cache."""
+    batch, ends = with_decode_steps(make_batch(family, [[0, 4, 1]]), steps=2)
+    assert_equal_to_oracle(model, 1, batch, ends, cache)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_layouts(family, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -488,7 +495,8 @@ def test_caches_copy_select_and_crop(family, model):
         cache = copy.deepcopy(cache)
         cache.crop(-2)
         cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(2 * rows)
+        cache.batch_select_indices(2 * rows.flip(0))
+        cache.reorder_cache(torch.tensor([1, 0]))
         images = [image for image in batch.images if image["row"] != 1]
         some = Batch(family, batch.ids[rows], batch.mask[rows], images)
         positions = batch.positions(model)[..., rows, :]
