@@ -42,6 +42,20 @@ def test_equals_naive_loop(family, attention, pad, lengths):
     torch.testing.assert_close(search.kl.double(), naive.mean(0), atol=1e-5, rtol=0)
 
 
+def test_layers_of_different_masks():
+    """A layer where no candidate joins may still have another mask than the one before it."""
+    model = make_model("qwen2_vl")
+    text = model.model.language_model
+    text.config.layer_types = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    text.config.sliding_window, text.has_sliding_layers = 3, True
+    inputs = make_batch("qwen2_vl", IMAGES).inputs() | {"use_cache": False}
+    search = vtw.find_layer(model, [inputs], candidates=[1], progress=False)
+    windowed = naive_kl(model, inputs, 1)
+    text.config.layer_types = ["full_attention"] * LAYERS
+    assert (naive_kl(model, inputs, 1) - windowed).abs().max() > 1e-3
+    torch.testing.assert_close(search.per_sample[:, 0].double(), windowed, atol=1e-5, rtol=0)
+
+
 def test_no_layer_runs_twice_on_shared_rows():
     """Each layer runs once at full length, and once more for all candidates that have joined."""
     model = make_model("llava")

@@ -189,7 +189,7 @@ def _search_batch(model: nn.Module, parts: Parts, batch: Mapping[str, Any], cand
             hooks.append(layer.register_forward_pre_hook(partial(rows.before_layer, i), with_kwargs=True))
             hooks.append(layer.register_forward_hook(rows.after_layer))
         hooks.append(parts.layers[-1].register_forward_hook(rows.after_last_layer))
-        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = model(**inputs | {"use_cache": False, "logits_to_keep": 1}).logits[:, -1]
     finally:
         for hook in hooks:
             hook.remove()
