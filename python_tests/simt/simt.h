@@ -1,0 +1,239 @@
+// CUDA's thread model on the host: enough of it to run csrc/cuda/*.cuh, as they stand, under g++ and its sanitizers.
+//
+// Every thread of a block is a fiber. A fiber runs until it waits for others (a barrier, a shuffle), then another one
+// is picked *at random*; blocks run one after another in *random order*. So an access that only a missing barrier or a
+// lucky order protects goes wrong here, and AddressSanitizer sees each load and store. SIMT_SEED makes a run repeat.
+//
+// Stricter than a GPU: a thread that leaves, or waits elsewhere, while others of its block wait at a barrier is an
+// error. Not modelled: the order of memory between blocks that run at once, and anything about speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __restrict__
+#define __shared__ static  // blocks run one at a time; what the last one left behind stands for uninitialised memory
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+using cudaStream_t = void*;
+
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+namespace simt {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "simt: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
+  std::abort();
+}
+
+inline std::mt19937_64& random() {
+  static std::mt19937_64 generator([] {
+    const char* seed = std::getenv("SIMT_SEED");
+    return seed ? std::strtoull(seed, nullptr, 10) : std::random_device{}();
+  }());
+  return generator;
+}
+
+// Where threads meet. Two sets of slots, used in turn: a thread may enter the next meeting while another has yet to
+// read from this one, but none gets two ahead.
+struct Meeting {
+  unsigned arrived = 0, round = 0;
+  uint64_t slots[2][1024];
+  unsigned count[2] = {0, 0};
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  dim3 index;
+  const Meeting* waits_for = nullptr;
+  unsigned waits_in = 0;  // the round that must be over before it runs on
+  bool done = true;
+
+  bool ready() const { return !done && (waits_for == nullptr || waits_for->round != waits_in); }
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  Meeting all;
+  Fiber* running = nullptr;
+  const std::function<void()>* kernel = nullptr;
+};
+
+inline Block& block() {
+  static Block the_block;
+  return the_block;
+}
+
+inline unsigned thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+
+inline void enter() {
+  (*block().kernel)();
+  block().running->done = true;
+  swapcontext(&block().running->context, &block().scheduler);
+}
+
+// Leaves `value` in this thread's slot, waits until `expected` threads have come, and returns all slots.
+inline const uint64_t* meet(Meeting& meeting, unsigned slot, unsigned expected, uint64_t value, unsigned* count) {
+  const unsigned round = meeting.round, parity = round & 1;
+  meeting.slots[parity][slot] = value;
+  meeting.count[parity] += value != 0;
+  if (++meeting.arrived == expected) {
+    meeting.arrived = 0;
+    meeting.count[1 - parity] = 0;
+    ++meeting.round;
+  }
+  Fiber& self = *block().running;
+  self.waits_for = &meeting;
+  self.waits_in = round;
+  swapcontext(&self.context, &block().scheduler);
+  if (count) *count = meeting.count[parity];
+  return meeting.slots[parity];
+}
+
+inline unsigned meet_block(unsigned predicate) {
+  unsigned count;
+  meet(block().all, thread(), block().fibers.size(), predicate != 0, &count);
+  return count;
+}
+
+inline const uint64_t* meet_warp(unsigned mask, uint64_t value) {
+  const unsigned warp = thread() / kWarp, first = warp * kWarp;
+  const unsigned lanes = std::min<unsigned>(kWarp, block().fibers.size() - first);
+  if (mask != (lanes == kWarp ? ~0u : (1u << lanes) - 1)) fail("only whole warps may shuffle here");
+  return meet(block().warps[warp], thread() % kWarp, lanes, value, nullptr);
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, unsigned from) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* slots = meet_warp(mask, bits);
+  // A lane beyond the warp gives back one's own value.
+  if (from < kWarp && thread() / kWarp * kWarp + from < block().fibers.size()) bits = slots[from];
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline void run_block(dim3 shape, const std::function<void()>& kernel) {
+  Block& self = block();
+  const size_t threads = size_t(shape.x) * shape.y * shape.z;
+  if (threads == 0 || threads > 1024) fail("a block has 1 to 1024 threads");
+  self.fibers.resize(threads);
+  self.warps.assign((threads + kWarp - 1) / kWarp, Meeting());
+  self.all = Meeting();
+  self.kernel = &kernel;
+  for (size_t i = 0; i < threads; ++i) {
+    Fiber& fiber = self.fibers[i];
+    fiber.index = dim3(i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y);
+    fiber.done = false;
+    fiber.waits_for = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  std::vector<size_t> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  for (size_t left = threads; left > 0;) {
+    std::shuffle(order.begin(), order.end(), random());
+    bool moved = false;
+    for (size_t i : order) {
+      Fiber& fiber = self.fibers[i];
+      if (!fiber.ready()) continue;
+      moved = true;
+      fiber.waits_for = nullptr;
+      self.running = &fiber;
+      threadIdx = fiber.index;
+      swapcontext(&self.scheduler, &fiber.context);
+      left -= fiber.done;
+    }
+    if (!moved) fail("threads wait at a barrier that others of their block never reach");
+  }
+}
+
+inline void launch(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
+  gridDim = grid;
+  blockDim = threads;
+  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random());
+  for (uint64_t i : order) {
+    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    run_block(threads, kernel);
+  }
+}
+
+}  // namespace simt
+
+inline void __syncthreads() { simt::meet_block(0); }
+inline int __syncthreads_count(int predicate) { return simt::meet_block(predicate); }
+inline int __syncthreads_or(int predicate) { return simt::meet_block(predicate) != 0; }
+inline void __syncwarp(unsigned mask = ~0u) { simt::meet_warp(mask, 0); }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return simt::shuffle(mask, value, lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return simt::shuffle(mask, value, (simt::thread() % simt::kWarp) ^ lanes);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
+  return simt::shuffle(mask, value, simt::thread() % simt::kWarp - lanes);  // below 0 wraps: beyond the warp
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes) {
+  return simt::shuffle(mask, value, simt::thread() % simt::kWarp + lanes);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint64_t* slots = simt::meet_warp(mask, predicate != 0);
+  unsigned bits = 0;
+  const unsigned first = simt::thread() / simt::kWarp * simt::kWarp;
+  for (unsigned lane = 0; lane < simt::kWarp && first + lane < simt::block().fibers.size(); ++lane) {
+    bits |= unsigned(slots[lane]) << lane;
+  }
+  return bits;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+inline void __threadfence() {}
