@@ -134,6 +134,35 @@ inline std::vector<TokenDims> check_tensors(Op which, const std::vector<Tensor>&
   return resolved;
 }
 
+inline void check_paged(const std::vector<Tensor>& caches, const Tensor& block_table, const Tensor& seq_lens,
+                        const Tensor& keep, const std::string& layout) {
+  const char* op = "compact_paged_";
+  VTW_REQUIRE(keep.scalar_type() == ScalarType::Bool, op, "keep", "dtype bool", dtype_name(keep.scalar_type()));
+  VTW_REQUIRE(keep.dim() == 2, op, "keep", "2 dimensions [B, S]", shape_text(keep));
+  const int64_t batch = keep.size(0);
+  const auto integers = [&](const char* name, const Tensor& x, bool fits, const std::string& wanted) {
+    VTW_REQUIRE(x.scalar_type() == ScalarType::Int, op, name, "dtype int32", dtype_name(x.scalar_type()));
+    VTW_REQUIRE(fits, op, name, wanted, shape_text(x));
+    VTW_REQUIRE(x.device() == keep.device(), op, name, "the device of keep", "another one");
+  };
+  integers("block_table", block_table, block_table.dim() == 2 && block_table.size(0) == batch,
+           text("shape [", batch, ", pages]"));
+  integers("seq_lens", seq_lens, seq_lens.dim() == 1 && seq_lens.size(0) == batch, text("shape [", batch, "]"));
+  VTW_REQUIRE(layout == "NHD" || layout == "HND", op, "layout", "NHD or HND", layout);
+  const int64_t slots = layout == "NHD" ? 1 : 2;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    const std::string argument = text("caches[", i, "]");
+    VTW_REQUIRE(caches[i].dim() == 4, op, argument, text("4 dimensions in the order ", layout, " behind the pages"),
+                shape_text(caches[i]));
+    const bool same = caches[i].size(0) == caches[0].size(0) && caches[i].size(slots) == caches[0].size(slots);
+    VTW_REQUIRE(same, op, argument,
+                text("the ", caches[0].size(0), " pages of ", caches[0].size(slots), " slots of caches[0]"),
+                shape_text(caches[i]));
+    VTW_REQUIRE(caches[i].size(slots) > 0, op, argument, "pages of at least 1 slot", shape_text(caches[i]));
+    VTW_REQUIRE(caches[i].device() == keep.device(), op, argument, "the device of keep", "another one");
+  }
+}
+
 inline void check_logits(const char* op, const Tensor& p, const Tensor& q, double temperature) {
   const auto dtype = p.scalar_type();
   const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||

@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
   m.def("compact(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> Tensor[]");
   m.def("compact_(Tensor(a!)[] tensors, int[] token_dims, int[] batch_dims, Tensor source) -> ()");
   m.def("expand(Tensor[] tensors, int[] token_dims, int[] batch_dims, Tensor source, SymInt length) -> Tensor[]");
+  m.def(
+      "compact_paged_(Tensor(a!)[] caches, Tensor block_table, Tensor seq_lens, Tensor keep, str layout=\"NHD\") "
+      "-> Tensor");
 
   // KL divergence. kl_divergence and kl_state are the two halves of kl_divergence_with_state (Python says so to the
   // dispatcher), which alone has kernels and a gradient.

@@ -1,4 +1,4 @@
-// Compaction on the CPU: plan_compaction, compact, compact_, expand.
+// Compaction on the CPU: plan_compaction, compact, compact_, expand, compact_paged_.
 //
 // A plan is first turned into *runs* of consecutive rows (a withdrawn image leaves two: what stands before it and what
 // stands after), so that most of a tensor moves in a few large copies. The list is then cut into tasks of about equal
@@ -16,7 +16,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
+#include "lanes.h"
+#include "overlap.h"
 
 namespace vtw {
 namespace {
@@ -126,62 +127,6 @@ Runs expand_runs(const Source& source, int64_t length) {
   return runs;
 }
 
-// A tensor seen as *lanes*: for each sequence and each index of the other dimensions, a column of rows. A row of a lane
-// is `block` contiguous bytes in both tensors; dimensions that are not contiguous with it become lanes of their own.
-struct Lanes {
-  struct Dim {
-    int64_t size, from_stride, to_stride;  // strides in bytes, here and below
-  };
-
-  const char* from;
-  char* to;
-  int64_t block;
-  int64_t from_batch, to_batch, from_row, to_row;
-  int64_t rows;
-  int64_t count = 1;  // lanes per sequence
-  std::vector<Dim> dims;
-
-  Lanes(const Tensor& source, const Tensor& target, TokenDims at, int64_t rows_of_target)
-      : from(static_cast<const char*>(source.const_data_ptr())),
-        to(static_cast<char*>(target.mutable_data_ptr())),
-        block(static_cast<int64_t>(source.element_size())),
-        rows(rows_of_target) {
-    const int64_t item = block;
-    from_batch = source.size(at.batch) == 1 ? 0 : source.stride(at.batch) * item;
-    to_batch = target.stride(at.batch) * item;
-    from_row = source.stride(at.token) * item;
-    to_row = target.stride(at.token) * item;
-    for (int64_t d = 0; d < source.dim(); ++d) {
-      if (d == at.token || d == at.batch || source.size(d) == 1) continue;
-      dims.push_back({source.size(d), source.stride(d) * item, target.stride(d) * item});
-    }
-    // Innermost first, by the order in which the target lies in memory.
-    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.to_stride < b.to_stride; });
-    std::vector<Dim> outer;
-    for (const Dim& dim : dims) {
-      if (outer.empty() && dim.from_stride == block && dim.to_stride == block) {
-        block *= dim.size;
-      } else {
-        outer.push_back(dim);
-        count *= dim.size;
-      }
-    }
-    dims = std::move(outer);
-  }
-
-  void locate(int64_t lane, const char*& source, char*& target) const {
-    const int64_t sequence = lane / count;
-    int64_t index = lane % count;
-    source = from + sequence * from_batch;
-    target = to + sequence * to_batch;
-    for (const Dim& dim : dims) {
-      source += index % dim.size * dim.from_stride;
-      target += index % dim.size * dim.to_stride;
-      index /= dim.size;
-    }
-  }
-};
-
 template <int64_t Bytes>
 void copy_elements(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * to_row, from + r * from_row, Bytes);
@@ -273,7 +218,7 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
     shape[dims[i].batch] = batch;
     results.push_back(torch::stable::new_empty(tensors[i], shape));
     const bool empty = results[i].numel() == 0;
-    lanes.emplace_back(tensors[i], results[i], dims[i], rows);
+    lanes.emplace_back(tensors[i], results[i], dims[i]);
     const int64_t chunk = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, lanes[i].block));
     rows_per_task.push_back(chunk);
     counts.push_back(empty ? 0 : batch * lanes[i].count * ((rows + chunk - 1) / chunk));
@@ -286,9 +231,9 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
     const int64_t lane = index / chunks;
     const int64_t begin = index % chunks * rows_per_task[i];
     const int64_t end = std::min(rows, begin + rows_per_task[i]);
-    const char* from;
-    char* to;
-    view.locate(lane, from, to);
+    const char* from = view.from + lane / view.count * view.from_batch;
+    char* to = view.to + lane / view.count * view.to_batch;
+    view.locate(lane % view.count, from, to);
     for (const Run& run : runs[lane / view.count]) {
       const int64_t first = std::max(run.to, begin);
       const int64_t count = std::min(run.to + run.count, end) - first;
@@ -352,80 +297,12 @@ std::vector<Tensor> expand(const std::vector<Tensor>& tensors, const std::vector
   return gather(tensors, dims, expand_runs(rows, length), length);
 }
 
-// The bytes of one tensor. Strides *nest* when each is at least as long as all that lies inside it; every view of a
-// cache nests, and then overlap has an exact answer. Anything else is refused rather than trusted.
-struct Extent {
-  size_t index;
-  int64_t begin, end, item;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride in bytes, size), outermost first
-
-  Extent(size_t index, const Tensor& x)
-      : index(index),
-        begin(reinterpret_cast<int64_t>(x.const_data_ptr())),
-        item(static_cast<int64_t>(x.element_size())) {
-    end = begin + item;
-    for (int64_t d = 0; d < x.dim(); ++d) {
-      if (x.size(d) == 1) continue;
-      dims.emplace_back(x.stride(d) * item, x.size(d));
-      end += dims.back().first * (x.size(d) - 1);
-    }
-    std::sort(dims.rbegin(), dims.rend());
-  }
-
-  bool nests() const {
-    int64_t inside = item;
-    for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
-      if (dim->first < inside) return false;
-      inside += dim->first * (dim->second - 1);
-    }
-    return true;
-  }
-
-  bool same_strides(const Extent& other) const {
-    return item == other.item && dims.size() == other.dims.size() &&
-           std::equal(dims.begin(), dims.end(), other.dims.begin(),
-                      [](const auto& a, const auto& b) { return a.first == b.first; });
-  }
-
-  // Is an element of `other` within an element's size of one of ours? `apart` is the distance that the dimensions from
-  // `d` on must make up. What lies inside a stride is shorter than it, so only the two nearest multiples can do.
-  bool meets(const Extent& other, int64_t apart, size_t d = 0) const {
-    if (d == dims.size()) return std::abs(apart) < item;
-    const auto [stride, size] = dims[d];
-    const int64_t below = apart / stride - (apart % stride < 0);
-    for (int64_t steps : {below, below + 1}) {
-      if (-other.dims[d].second < steps && steps < size && meets(other, apart - steps * stride, d + 1)) return true;
-    }
-    return false;
-  }
-};
-
-// In place, two tensors that share bytes would leave whichever was written last.
-void check_disjoint(const std::vector<Tensor>& tensors) {
-  std::vector<Extent> extents;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i].numel() == 0) continue;
-    extents.emplace_back(i, tensors[i]);
-    VTW_REQUIRE(extents.back().nests(), "compact_", text("tensors[", i, "]"), "memory of its own for every element",
-                text("strides ", list_text(tensors[i].strides())));
-  }
-  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
-  for (size_t i = 0; i < extents.size(); ++i) {
-    for (size_t j = i + 1; j < extents.size() && extents[j].begin < extents[i].end; ++j) {
-      const Extent &a = extents[i], &b = extents[j];
-      VTW_REQUIRE(a.same_strides(b) && !a.meets(b, b.begin - a.begin), "compact_",
-                  text("tensors[", std::max(a.index, b.index), "]"),
-                  text("memory apart from tensors[", std::min(a.index, b.index), "]"), "an overlap");
-    }
-  }
-}
-
 void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
               const std::vector<int64_t>& batch_dims, const Tensor& source) {
   const auto dims = check_tensors(Op::kCompactInPlace, tensors, token_dims, batch_dims, source);
   const Source rows(source);
   check_rows(Op::kCompactInPlace, rows, tensors, dims);
-  check_disjoint(tensors);
+  check_disjoint("compact_", "tensors", tensors);
 
   // What already stands in its place (all before the first dropped row) and padding are not runs to move.
   Runs runs = compact_runs(rows);
@@ -445,7 +322,7 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
   lanes.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const bool empty = tensors[i].numel() == 0;
-    lanes.emplace_back(tensors[i], tensors[i], dims[i], rows.rows);
+    lanes.emplace_back(tensors[i], tensors[i], dims[i]);
     const int64_t lane_bytes = moved * lanes[i].block;
     const int64_t tiles = std::min(lanes[i].block / kTileBytes, (lane_bytes + kTaskBytes - 1) / kTaskBytes);
     tile_bytes.push_back(tiles > 1 ? (lanes[i].block / tiles + 63) / 64 * 64 : std::max<int64_t>(1, lanes[i].block));
@@ -459,9 +336,9 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
     const int64_t lane = index / tiles;
     const int64_t begin = index % tiles * tile_bytes[i];
     const int64_t width = std::min(view.block - begin, tile_bytes[i]);
-    const char* from;
-    char* to;
-    view.locate(lane, from, to);
+    const char* from = view.from + lane / view.count * view.from_batch;
+    char* to = view.to + lane / view.count * view.to_batch;
+    view.locate(lane % view.count, from, to);
     // Where the lane after the next most likely lies, which leaves memory the time of a whole lane to answer. Only a
     // hint, which may as well point nowhere.
     const char* ahead = from + 2 * (view.dims.empty() ? view.from_batch : view.dims[0].from_stride);
@@ -470,6 +347,101 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
                 run.count, width, bytes > kStreamBytes ? ahead + run.from * view.from_row + begin : nullptr);
     }
   });
+}
+
+// A run of rows that lie in one page, before and after.
+struct PagedRun {
+  int64_t from_page, from_slot, to_page, to_slot, count;
+};
+
+// The moves of one sequence, cut where a page ends. `page_of` is its row of the block table.
+template <typename PageOf>
+std::vector<PagedRun> paged_runs(const std::vector<Run>& runs, int64_t page_size, const PageOf& page_of) {
+  std::vector<PagedRun> pieces;
+  for (Run run : runs) {
+    while (run.count > 0) {
+      const int64_t from_slot = run.from % page_size, to_slot = run.to % page_size;
+      const int64_t count = std::min({run.count, page_size - from_slot, page_size - to_slot});
+      pieces.push_back({page_of(run.from / page_size), from_slot, page_of(run.to / page_size), to_slot, count});
+      run = {run.from + count, run.to + count, run.count - count};
+    }
+  }
+  return pieces;
+}
+
+Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_table, const Tensor& seq_lens,
+                      const Tensor& keep, const std::string& layout) {
+  const char* op = "compact_paged_";
+  check_paged(caches, block_table, seq_lens, keep, layout);
+  check_disjoint(op, "caches", caches);
+  const int64_t slots = layout == "NHD" ? 1 : 2;
+  const int64_t batch = keep.size(0), columns = block_table.size(1);
+  const int64_t pages = caches.empty() ? 0 : caches[0].size(0);
+  const int64_t page_size = caches.empty() ? 1 : caches[0].size(slots);
+  const auto* lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
+  const Source table(block_table);  // the same shape of thing: int32 [B, ...] of any strides
+  const auto* kept = static_cast<const uint8_t*>(keep.const_data_ptr());
+
+  Tensor lengths = torch::stable::new_empty(seq_lens, {batch});
+  auto* new_lens = static_cast<int32_t*>(lengths.mutable_data_ptr());
+  std::vector<std::vector<PagedRun>> moves(batch);
+  std::vector<int32_t> users(pages, 0);
+  int64_t rows = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t tokens = lens[b * seq_lens.stride(0)];
+    VTW_REQUIRE(0 <= tokens && tokens <= keep.size(1), op, "seq_lens",
+                text("lengths in [0, ", keep.size(1), "] of keep"), text(tokens));
+    if (!caches.empty()) {
+      const int64_t needed = (tokens + page_size - 1) / page_size;
+      VTW_REQUIRE(needed <= columns, op, "block_table", text(needed, " pages for a sequence of ", tokens, " tokens"),
+                  text(columns));
+      for (int64_t column = 0; column < needed; ++column) {
+        const int64_t page = table.at(b, column);
+        VTW_REQUIRE(0 <= page && page < pages, op, "block_table", text("pages in [0, ", pages - 1, "] of caches"),
+                    text(page));
+        ++users[page];
+      }
+    }
+    std::vector<Run> runs;
+    int64_t count = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (!kept[b * keep.stride(0) + t * keep.stride(1)]) continue;
+      if (t != count) append(runs, t, count, 1), ++rows;
+      ++count;
+    }
+    new_lens[b] = static_cast<int32_t>(count);
+    moves[b] = paged_runs(runs, page_size, [&](int64_t column) { return table.at(b, column); });
+  }
+  // A prefix that several sequences share may stay in its pages, but must not move.
+  for (const auto& sequence : moves) {
+    for (const PagedRun& run : sequence) {
+      VTW_REQUIRE(users[run.to_page] == 1, op, "block_table", "no shared page at or after the first dropped token",
+                  text("page ", run.to_page, " in ", users[run.to_page], " places"));
+    }
+  }
+
+  std::vector<Lanes> lanes;
+  std::vector<int64_t> counts;
+  int64_t bytes = 0;
+  lanes.reserve(caches.size());
+  for (const Tensor& cache : caches) {
+    lanes.emplace_back(cache, cache, TokenDims{slots, 0});
+    counts.push_back(cache.numel() == 0 ? 0 : batch * lanes.back().count);
+    bytes += cache.numel() == 0 ? 0 : rows * lanes.back().count * lanes.back().block;
+  }
+  // As in compact_, one thread walks the rows of a lane; here a lane ends with its sequence.
+  for_each_task(counts, bytes, [&](size_t i, int64_t index) {
+    const Lanes& view = lanes[i];
+    const char* from = view.from;
+    char* to = view.to;
+    view.locate(index % view.count, from, to);
+    for (const PagedRun& run : moves[index / view.count]) {
+      move_rows(to + run.to_page * view.to_batch + run.to_slot * view.to_row, view.to_row,
+                from + run.from_page * view.from_batch + run.from_slot * view.from_row, view.from_row, run.count,
+                view.block, nullptr);
+    }
+  });
+  return lengths;
 }
 
 }  // namespace
@@ -481,4 +453,5 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CPU, m) {
   m.impl("compact", TORCH_BOX(&vtw::compact));
   m.impl("compact_", TORCH_BOX(&vtw::compact_));
   m.impl("expand", TORCH_BOX(&vtw::expand));
+  m.impl("compact_paged_", TORCH_BOX(&vtw::compact_paged_));
 }

@@ -228,6 +228,14 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return bits;
 }
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <typename T>

@@ -11,7 +11,7 @@ except ImportError as error:
     ) from None
 
 from vtw_kernels.ops._registration import backend_info
-from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, expand, plan_compaction
+from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, compact_paged_, expand, plan_compaction
 from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "backend_info",
     "compact",
     "compact_",
+    "compact_paged_",
     "expand",
     "kl_divergence",
     "kl_from_state",

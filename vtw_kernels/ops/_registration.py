@@ -29,21 +29,18 @@ def register(name: str, *, reference: Callable, fake: Callable) -> None:
         _library.impl(name, reference, "CompositeExplicitAutograd")
 
 
-def register_mutation(name: str, mutated: Callable) -> None:
-    """Tells autograd what an in-place op writes, as torch's own in-place ops do.
-
-    Args:
-        mutated: from the op's arguments to the list of tensors that it writes to.
-    """
+def register_mutation(name: str) -> None:
+    """Tells autograd that an in-place op writes to its first argument, a list, as torch's own in-place ops do."""
     op = getattr(torch.ops.vtw_kernels, name).default
+    written = op._schema.arguments[0].name
 
-    def record(keyset, *args):
-        for i, x in enumerate(mutated(*args)):
+    def record(keyset, tensors, *args):
+        for i, x in enumerate(tensors):
             if x.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError(f"{name}: tensors[{i}]: expected one that requires no gradient, got one that does")
-        torch.autograd.graph.increment_version(mutated(*args))
+                raise RuntimeError(f"{name}: {written}[{i}]: expected one that requires no gradient, got one that does")
+        torch.autograd.graph.increment_version(tensors)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args)
 
     _library.impl(name, record, "ADInplaceOrView", with_keyset=True)
 

@@ -79,7 +79,61 @@ def check_source_rows(op: str, source: Tensor, rows: int, rows_of: str) -> None:
         require(not left, op, "source", "a right-padded plan", "a left-padded one")
 
 
-def check_disjoint(tensors: list[Tensor]) -> None:
+def check_paged(caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, keep: Tensor, layout: str) -> None:
+    op = "compact_paged_"
+    require(keep.dtype == torch.bool, op, "keep", "dtype bool", str(keep.dtype))
+    require(keep.dim() == 2, op, "keep", "2 dimensions [B, S]", f"shape {list(keep.shape)}")
+    batch = keep.shape[0]
+    for argument, x, fits, wanted in (
+        ("block_table", block_table, block_table.dim() == 2, f"shape [{batch}, pages]"),
+        ("seq_lens", seq_lens, seq_lens.dim() == 1, f"shape [{batch}]"),
+    ):
+        require(x.dtype == torch.int32, op, argument, "dtype int32", str(x.dtype))
+        require(fits and x.shape[0] == batch, op, argument, wanted, f"shape {list(x.shape)}")
+        require(x.device == keep.device, op, argument, f"device {keep.device} of keep", str(x.device))
+    require(layout in ("NHD", "HND"), op, "layout", "NHD or HND", layout)
+    for i, cache in enumerate(caches):
+        argument, given = f"caches[{i}]", f"shape {list(cache.shape)}"
+        require(cache.dim() == 4, op, argument, f"4 dimensions in the order {layout} behind the pages", given)
+        pages, slots = paged_sizes(cache, layout)
+        wanted = "the {} pages of {} slots of caches[0]".format(*paged_sizes(caches[0], layout))
+        require((pages, slots) == paged_sizes(caches[0], layout), op, argument, wanted, given)
+        require(slots > 0, op, argument, "pages of at least 1 slot", given)
+        require(cache.device == keep.device, op, argument, f"device {keep.device} of keep", str(cache.device))
+
+
+def paged_sizes(cache: Tensor, layout: str) -> tuple[int, int]:
+    """The number of pages, and of slots in each."""
+    return cache.shape[0], cache.shape[1 if layout == "NHD" else 2]
+
+
+def check_pages(caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, keep: Tensor, layout: str) -> None:
+    """The values of ``seq_lens`` and ``block_table``, where they lie in host memory."""
+    if keep.device.type != "cpu":
+        return
+    op = "compact_paged_"
+    tokens = keep.shape[1]
+    pages, slots = paged_sizes(caches[0], layout) if caches else (0, 1)
+    users: dict[int, int] = {}
+    written = []
+    for length, row, kept in zip(seq_lens.tolist(), block_table.tolist(), keep):
+        require(0 <= length <= tokens, op, "seq_lens", f"lengths in [0, {tokens}] of keep", length)
+        if not caches:
+            continue
+        needed = -(-length // slots)
+        wanted = f"{needed} pages for a sequence of {length} tokens"
+        require(needed <= len(row), op, "block_table", wanted, len(row))
+        for page in row[:needed]:
+            require(0 <= page < pages, op, "block_table", f"pages in [0, {pages - 1}] of caches", page)
+            users[page] = users.get(page, 0) + 1
+        stays = int(kept[:length].long().cumprod(0).sum())
+        written += row[stays // slots : -(-int(kept[:length].sum()) // slots)] if stays < kept[:length].sum() else []
+    for page in written:
+        wanted = "no shared page at or after the first dropped token"
+        require(users[page] == 1, op, "block_table", wanted, f"page {page} in {users[page]} places")
+
+
+def check_disjoint(op: str, name: str, tensors: list[Tensor]) -> None:
     """In place, two elements at one address would leave whichever was written last.
 
     Strides *nest* when each is at least as long as all that lies inside it; every view of a cache nests, and then
@@ -94,7 +148,7 @@ def check_disjoint(tensors: list[Tensor]) -> None:
         inside = item
         for stride, size in reversed(dims):
             own = f"strides {list(x.stride())}"
-            require(stride >= inside, "compact_", f"tensors[{i}]", "memory of its own for every element", own)
+            require(stride >= inside, op, f"{name}[{i}]", "memory of its own for every element", own)
             inside += stride * (size - 1)
         extents.append((x.data_ptr(), x.data_ptr() + inside, i, item, dims))
     extents.sort(key=lambda extent: extent[0])
@@ -104,7 +158,7 @@ def check_disjoint(tensors: list[Tensor]) -> None:
                 break
             same = item == other_item and [stride for stride, _ in dims] == [stride for stride, _ in other_dims]
             apart = same and not _meet(dims, other_dims, other_begin - begin, item)
-            require(apart, "compact_", f"tensors[{max(i, j)}]", f"memory apart from tensors[{min(i, j)}]", "an overlap")
+            require(apart, op, f"{name}[{max(i, j)}]", f"memory apart from {name}[{min(i, j)}]", "an overlap")
 
 
 def _meet(dims: list[tuple[int, int]], other: list[tuple[int, int]], apart: int, item: int) -> bool:

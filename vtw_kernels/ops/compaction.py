@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtw_kernels.ops import reference
 from vtw_kernels.ops._registration import register, register_mutation
-from vtw_kernels.ops.checks import check_keep, check_tensors, require
+from vtw_kernels.ops.checks import check_keep, check_paged, check_tensors, require
 
 
 class CompactionPlan(NamedTuple):
@@ -124,6 +124,42 @@ def expand(
     return torch.ops.vtw_kernels.expand(tensors, token_dims, batch_dims, plan.source, length)
 
 
+def compact_paged_(
+    caches: Sequence[Tensor],
+    block_table: Tensor,
+    seq_lens: Tensor,
+    keep: Tensor,
+    layout: Literal["NHD", "HND"] = "NHD",
+) -> Tensor:
+    """Moves the surviving tokens of paged KV caches to the front of their sequences, in place and in logical order.
+
+    Token ``t`` of sequence ``b`` lies in slot ``t % block_size`` of page ``block_table[b, t // block_size]``. Nothing
+    before the first dropped token is touched, nor anything at or after the new length; pages beyond the new length are
+    the caller's to release. On a GPU, all caches move in one launch.
+
+    Args:
+        caches: the keys and values of all layers, ``[blocks, block_size, heads, dim]`` ("NHD") or
+            ``[blocks, heads, block_size, dim]`` ("HND"), any dtypes, heads, dims and strides; for example the two
+            halves of a ``[2, blocks, block_size, heads, dim]`` cache of vLLM.
+        block_table: int32 ``[B, pages]``, any strides. Entries beyond a sequence's last page are not looked at. A page
+            that several sequences share may hold the part that stays, but must not be one that changes.
+        seq_lens: int32 ``[B]``, tokens per sequence.
+        keep: bool ``[B, S]``: which tokens survive; those at or beyond ``seq_lens[b]`` are not looked at.
+        layout: "NHD" or "HND".
+
+    Returns:
+        The new lengths, int32 ``[B]``.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout that does not fit, caches that overlap or require a gradient; on
+            the CPU also lengths or pages out of range, and shared pages that would change. On a GPU, where values are
+            not looked at, a token without a page in range stays where it is.
+    """
+    if isinstance(caches, Tensor):
+        raise TypeError("compact_paged_: caches: expected a list of tensors, got one tensor; write [cache]")
+    return torch.ops.vtw_kernels.compact_paged_(list(caches), block_table, seq_lens, keep, layout)
+
+
 def _as_list(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         raise TypeError(f"{op}: tensors: expected a list of tensors, got one tensor; write [tensor]")
@@ -162,6 +198,11 @@ def _expand_fake(tensors, token_dims, batch_dims, source, length):
     return [
         _resized(x, token_dim, length, batch_dim, source.shape[0]) for x, (token_dim, batch_dim) in zip(tensors, dims)
     ]
+
+
+def _compact_paged_inplace_fake(caches, block_table, seq_lens, keep, layout="NHD"):
+    check_paged(caches, block_table, seq_lens, keep, layout)
+    return torch.empty_like(seq_lens)
 
 
 def _setup_context(ctx, inputs, output):
@@ -210,6 +251,8 @@ register("plan_compaction", reference=reference.plan_compaction, fake=_plan_comp
 register("compact", reference=reference.compact, fake=_compact_fake)
 register("compact_", reference=reference.compact_, fake=_compact_inplace_fake)
 register("expand", reference=reference.expand, fake=_expand_fake)
-register_mutation("compact_", lambda tensors, token_dims, batch_dims, source: tensors)
+register("compact_paged_", reference=reference.compact_paged_, fake=_compact_paged_inplace_fake)
+register_mutation("compact_")
+register_mutation("compact_paged_")
 torch.library.register_autograd("vtw_kernels::compact", _compact_backward, setup_context=_setup_context)
 torch.library.register_autograd("vtw_kernels::expand", _expand_backward, setup_context=_setup_context)

@@ -11,10 +11,13 @@ from vtw_kernels.ops.checks import (
     check_disjoint,
     check_keep,
     check_logits,
+    check_paged,
+    check_pages,
     check_source_rows,
     check_state,
     check_states,
     check_tensors,
+    paged_sizes,
     require,
 )
 
@@ -48,7 +51,7 @@ def compact_(tensors: list[Tensor], token_dims: list[int], batch_dims: list[int]
     dims = check_tensors("compact_", tensors, token_dims, batch_dims, source)
     for i, (x, (token_dim, _)) in enumerate(zip(tensors, dims)):
         check_source_rows("compact_", source, x.shape[token_dim], f"tensors[{i}]")
-    check_disjoint(tensors)
+    check_disjoint("compact_", "tensors", tensors)
     for x, (token_dim, batch_dim) in zip(tensors, dims):
         kept = min(source.shape[1], x.shape[token_dim])
         front = _as_bytes(x).movedim((batch_dim, token_dim), (0, 1))[:, :kept]
@@ -70,6 +73,28 @@ def expand(
     inverse.scatter_(1, torch.where(source < 0, length, source).long(), slots)
     inverse = inverse[:, :length]
     return [_gather(x, token_dim, batch_dim, inverse) for x, (token_dim, batch_dim) in zip(tensors, dims)]
+
+
+def compact_paged_(
+    caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, keep: Tensor, layout: str = "NHD"
+) -> Tensor:
+    check_paged(caches, block_table, seq_lens, keep, layout)
+    check_disjoint("compact_paged_", "caches", caches)
+    check_pages(caches, block_table, seq_lens, keep, layout)
+    row = torch.arange(keep.shape[1], dtype=torch.int32, device=keep.device).expand(keep.shape)
+    source, lengths = plan_compaction(keep & (row < seq_lens.unsqueeze(1)))
+    moved = (source >= 0) & (source != row)
+    # Reads a count back to the host, which no kernel does.
+    sequence, target = moved.nonzero(as_tuple=True)
+    for cache in caches:
+        _, slots = paged_sizes(cache, layout)
+        rows = _as_bytes(cache) if layout == "NHD" else _as_bytes(cache).transpose(1, 2)
+
+        def place(row: Tensor, slots: int = slots) -> tuple[Tensor, Tensor]:
+            return block_table[sequence, row // slots].long(), row % slots
+
+        rows[place(target)] = rows[place(source[moved].long())]
+    return lengths
 
 
 def _as_bytes(x: Tensor) -> Tensor:
