@@ -57,7 +57,7 @@ def with_backward(function: Callable) -> Callable:
 def peers_of(device: str, dtype: torch.dtype) -> dict[str, Callable]:
     peers = {OURS: vtw.kl_divergence, "eager": eager, "compiled eager": torch.compile(eager, dynamic=False)}
     if dtype != torch.float32:
-        peers["eager in bf16"] = eager_in_bf16
+        peers |= {"eager in bf16": eager_in_bf16, "compiled in bf16": torch.compile(eager_in_bf16, dynamic=False)}
     if device == "cuda" and find_spec("liger_kernel"):
         peers["liger + log_softmax"] = liger
     return peers
@@ -129,7 +129,11 @@ def linear(device: str) -> Iterator[Case]:
     if device == "cuda":
         sizes = [(27, 4096, 32_000), (8192, 4096, 128_256)]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    peers = {OURS: linear_ours, "project, eager": project_then(eager), "project, ours": project_then(vtw.kl_divergence)}
+    peers = {
+        OURS: linear_ours,
+        "project, eager": project_then(eager),
+        f"{OURS}, unfused": project_then(vtw.kl_divergence),
+    }
     peers["compiled project, eager"] = torch.compile(project_then(eager), dynamic=False)
     for rows, hidden, vocab in sizes:
 

@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc):
     """The peers of a case follow each other, so that they share its arguments and the state of the machine."""
     if marker := metafunc.definition.get_closest_marker("cases"):
         cases = list(marker.args[0](metafunc.config.getoption("device")))
-        rows = [pytest.param(case, peer, id=f"{case.name}-{peer}") for case in cases for peer in case.rows()]
+        rows = [pytest.param(case, peer, id=f"{case.name}-{peer}") for case in cases for peer in case.names()]
         metafunc.parametrize("case, peer", rows)
 
 
@@ -130,7 +130,8 @@ def seconds(t: float) -> str:
 
 
 def row(bench, ours: float) -> list[str]:
-    """Peer, median, spread, ratio, and what is known of its bytes; on CUDA also how it fares outside a graph."""
+    """Peer, median, spread, ratio, and what is known of its bytes; on CUDA also its latency outside a graph, what it
+    allocates, and whether its median was taken in a graph."""
     info, t = bench.extra_info, bench.stats.median
     cells = [bench.params["peer"], seconds(t), seconds(bench.stats.iqr), f"{t / ours:.2f}x"]
     if "bytes" in info:
@@ -147,33 +148,43 @@ def row(bench, ours: float) -> list[str]:
 HEADER = ["", "median", "IQR", "ratio", "GB/s", "of copy", "of read", "eager", "extra", "mode"]
 
 
+def is_peer(name: str) -> bool:
+    return name != ROOF and not name.startswith(OURS)
+
+
 def lines(rows: list[list[str]]) -> list[str]:
     table = [HEADER[: max(map(len, rows))], *rows]
     widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[0]))]
     return [row[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(row[1:], widths[1:])) for row in table]
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def groups_of(session) -> dict[tuple[str, str], dict]:
+    """By test and case: the benchmark of each peer."""
     groups = defaultdict(dict)
-    session = getattr(config, "_benchmarksession", None)
     for bench in session.benchmarks if session else ():
-        if bench and not bench.has_error:
-            groups[bench.fullname.partition("::")[0], bench.group][bench.params["peer"]] = bench
+        if bench and bench.group and not bench.has_error:
+            test = PurePath(bench.fullname.partition("[")[0]).name
+            groups[test, bench.group][bench.params["peer"]] = bench
+    return {group: peers for group, peers in groups.items() if OURS in peers}
+
+
+def pytest_terminal_summary(terminalreporter, config):
     ratios = defaultdict(list)
-    for (path, group), peers in groups.items():
-        if OURS not in peers:
-            continue
+    for (test, group), peers in groups_of(getattr(config, "_benchmarksession", None)).items():
         ours = peers[OURS].stats.median
         terminalreporter.section(group, sep="-")
         for line in lines([row(bench, ours) for bench in peers.values()]):
             terminalreporter.write_line(line)
-        if others := [(peers[peer].stats.median / ours, peer) for peer in peers if peer not in (OURS, ROOF)]:
-            ratios[PurePath(path).name].append((*min(others), group))
+        others = [(bench.stats.median / ours, peer) for peer, bench in peers.items() if is_peer(peer)]
+        if others:
+            for key in (test.partition("::")[0], test):
+                ratios[key].append((*min(others), group))
     if ratios:
         terminalreporter.section(f"time of the best peer, divided by that of {OURS}")
-    for path, found in ratios.items():
-        for which, (ratio, peer, group) in (("worst", min(found)), ("best", max(found))):
-            terminalreporter.write_line(f"{path}: {which} {ratio:.2f}x ({peer}; {group})")
+    for key in sorted(ratios):
+        worst, peer, group = min(ratios[key])
+        best = max(ratios[key])[0]
+        terminalreporter.write_line(f"{key}: worst {worst:.2f}x ({peer}; {group}), best {best:.2f}x")
     for device, speed in bandwidths.items():
         measured = f"{speed.copy / 1e9:.1f} GB/s copied (read + written), {speed.read / 1e9:.1f} GB/s read"
         terminalreporter.write_line(f"{device}: {measured}; above 100 % of it, the data was in a cache")
