@@ -19,8 +19,9 @@ from vtw_kernels.ops.checks import check_disjoint, check_keep, check_paged, chec
 
 GROUP = 16
 DIMS = 3  # more than any layout of a decoder has; the rest is unrolled
-TILE_VECTORS = 1024  # of up to 16 bytes: with 4 warps, 8 in flight per thread
+WARPS = 8
 PLAN_TILE = 1024
+# 16 bytes go as two elements, which Triton joins: they have no type.
 ELEMENTS = {16: tl.uint64, 8: tl.uint64, 4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
 
 
@@ -101,6 +102,11 @@ def launches(described: list[tuple[Lanes, int, int]]) -> Iterator[tuple[Lanes, i
             some = pairs[first : first + GROUP]
             full = some + some[:1] * (GROUP - len(some))
             yield lanes, len(some), tuple(a for a, _ in full), tuple(b for _, b in full)
+
+
+def tile_vectors(lanes: Lanes) -> int:
+    """Of a program: with 8 warps, 64 bytes in flight per thread or, of narrow vectors, 16 of them."""
+    return 1024 if lanes.vector == 16 else 4096
 
 
 def power_of_2(size: int, most: int) -> int:
@@ -204,7 +210,10 @@ def gather_kernel(
     end += lane_offset(lane, sizes[0], sizes[1], to_strides[0], to_strides[1], to_strides[2])
     inside = column[None, :] < columns * PER_VECTOR
     read = ((source >= 0) & (source < limit) & exists)[:, None] & inside
-    source_pointer, target_pointer = pointer(sources, tensor, ELEMENT, VECTOR), pointer(targets, tensor, ELEMENT, VECTOR)
+    source_pointer, target_pointer = (
+        pointer(sources, tensor, ELEMENT, VECTOR),
+        pointer(targets, tensor, ELEMENT, VECTOR),
+    )
     value = tl.load(source_pointer + start[:, None] * PER_VECTOR + column[None, :], mask=read, other=0)
     tl.store(target_pointer + end[:, None] * PER_VECTOR + column[None, :], value, mask=exists[:, None] & inside)
 
@@ -220,18 +229,23 @@ def gather(tensors: list[Tensor], dims: list[tuple[int, int]], plan: Tensor) -> 
             described += describe(x, results[-1], token_dim, batch_dim)
     for lanes, number, sources, targets in launches(described):
         tile_columns = power_of_2(lanes.columns, 256)
-        tile_positions = power_of_2(lanes.count * rows, TILE_VECTORS // tile_columns)
+        tile_positions = power_of_2(lanes.count * rows, tile_vectors(lanes) // tile_columns)
         tiles = triton.cdiv(lanes.columns, tile_columns) * triton.cdiv(lanes.count * rows, tile_positions)
         _, columns, *geometry = (getattr(lanes, name) for name in lanes.__dataclass_fields__)
         gather_kernel[(number * batch * tiles,)](
             sources, targets, plan, *plan.stride(), rows, batch, columns, *geometry,
-            POSITIONS=tile_positions, COLUMNS=tile_columns, **vector_options(lanes),
+            POSITIONS=tile_positions, COLUMNS=tile_columns, **kernel_options(lanes),
         )  # fmt: skip
     return results
 
 
-def vector_options(lanes: Lanes) -> dict:
-    return {"ELEMENT": ELEMENTS[lanes.vector], "VECTOR": lanes.vector, "PER_VECTOR": 2 if lanes.vector == 16 else 1}
+def kernel_options(lanes: Lanes) -> dict:
+    return {
+        "ELEMENT": ELEMENTS[lanes.vector],
+        "VECTOR": lanes.vector,
+        "PER_VECTOR": 2 if lanes.vector == 16 else 1,
+        "num_warps": WARPS,
+    }
 
 
 # --- move -----------------------------------------------------------------------------------------
@@ -308,13 +322,13 @@ def move(described: list[tuple[Lanes, int, int]], plan: Tensor, table: Tensor | 
     for lanes, number, addresses, _ in launches(described):
         # A strip is at most 256 bytes wide, which is a head of most models: many narrow strips keep a GPU busy.
         columns = power_of_2(lanes.columns, 256 // lanes.vector)
-        step = power_of_2(rows, TILE_VECTORS // columns)
-        across = power_of_2(lanes.count, TILE_VECTORS // columns // step)
+        step = power_of_2(rows, tile_vectors(lanes) // columns)
+        across = power_of_2(lanes.count, tile_vectors(lanes) // columns // step)
         strips = triton.cdiv(lanes.columns, columns) * triton.cdiv(lanes.count, across)
         move_kernel[(number * batch * strips,)](
             addresses, plan, *plan.stride(), rows, batch, *pages, page_size,
             lanes.columns, lanes.limit, lanes.count, lanes.sizes, lanes.from_strides, lanes.from_batch, lanes.from_row,
-            PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE, **vector_options(lanes),
+            PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE, **kernel_options(lanes),
         )  # fmt: skip
 
 
