@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -41,6 +42,12 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 using cudaStream_t = void*;
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -236,6 +243,36 @@ template <typename T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+template <typename To, typename From>
+To __simt_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+inline float __bfloat162float(__nv_bfloat16 x) { return __simt_bits<float>(uint32_t(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t bits = __simt_bits<uint32_t>(x);
+  return {uint16_t(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half x) {
+  const uint32_t magnitude = x.bits & 0x7fff;
+  const float value = magnitude < 0x7c00 ? __simt_bits<float>(magnitude << 13) * 0x1p112f
+                                         : __simt_bits<float>(magnitude << 13 | 0x7f800000);
+  return x.bits >> 15 ? -value : value;
+}
+inline __half __float2half_rn(float x) {
+  const float size = std::fabs(x);
+  const uint32_t bits = __simt_bits<uint32_t>(size);
+  uint32_t half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  if (size < 0x1p-14f) half = __simt_bits<uint32_t>(size + 0.5f) - __simt_bits<uint32_t>(0.5f);  // the sum rounds
+  if (size >= 65520.0f) half = 0x7c00;
+  if (x != x) half = 0x7fff;
+  return {uint16_t(half | (std::signbit(x) ? 0x8000 : 0))};
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <typename T>
@@ -245,3 +282,8 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 inline void __threadfence() {}
+
+inline int cudaMemsetAsync(void* to, int value, size_t count, cudaStream_t) {
+  std::memset(to, value, count);
+  return 0;
+}

@@ -1,0 +1,537 @@
+// KL divergence on the GPU: one read of each pair of rows forward, and one read and one write backward.
+//
+// A row is read by one block or by several; the sums of threads, warps and blocks are merged in an order that is fixed
+// by their indices. So a result has the same bits in every run, whichever block or thread comes first.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "launch.cuh"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace vtw::cuda::kl {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 256;
+constexpr int kUnroll = 2;  // vectors of each row that a thread has in flight: 64 bytes of the pair
+
+// fp64 logits are computed in fp64, all others in fp32.
+template <typename T>
+using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// --- numbers ---------------------------------------------------------------------------------------------------------
+
+// One instruction, with a relative error of 2^-22.5; what would be subnormal is 0.
+__device__ inline float power_of_2(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
+#endif
+}
+__device__ inline double power_of_2(double x) { return exp2(x); }
+
+__device__ inline float to_real(float x) { return x; }
+__device__ inline double to_real(double x) { return x; }
+__device__ inline float to_real(__half x) { return __half2float(x); }
+__device__ inline float to_real(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ inline void round_to(float& to, float x) { to = x; }
+__device__ inline void round_to(double& to, double x) { to = x; }
+__device__ inline void round_to(__half& to, float x) { to = __float2half_rn(x); }
+__device__ inline void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+
+// --- states ----------------------------------------------------------------------------------------------------------
+
+// KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py. While a row is read, m and a
+// are in units of the logits as they are; the temperature divides them at the end.
+template <typename R>
+struct State {
+  R m_p, z_p, a, m_q, z_q;
+
+  __host__ __device__ static State empty() { return {R(-INFINITY), 0, 0, R(-INFINITY), 0}; }
+};
+
+// The weight of sums relative to e^m among those relative to e^top, where e^x is 2^(x·scale). An empty or all -inf part
+// has z = 0 and a = 0 and weighs nothing, where -inf - -inf would make it NaN.
+template <typename R>
+__device__ R weight_of(R m, R top, R scale) {
+  return m == R(-INFINITY) ? R(0) : m == top ? R(1) : power_of_2((m - top) * scale);
+}
+
+// An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has run
+// to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0.
+template <typename R>
+__device__ R weigh(R a, R weight) {
+  return a == R(INFINITY) ? a : weight == 0 && a == a ? R(0) : a * weight;
+}
+
+template <typename R>
+__device__ State<R> merge(const State<R>& x, const State<R>& y, R scale) {
+  const R m_p = fmax(x.m_p, y.m_p), m_q = fmax(x.m_q, y.m_q);
+  const R x_p = weight_of(x.m_p, m_p, scale), y_p = weight_of(y.m_p, m_p, scale);
+  const R x_q = weight_of(x.m_q, m_q, scale), y_q = weight_of(y.m_q, m_q, scale);
+  return {m_p, x.z_p * x_p + y.z_p * y_p, weigh(x.a, x_p) + weigh(y.a, y_p), m_q, x.z_q * x_q + y.z_q * y_q};
+}
+
+template <typename R>
+__device__ R warp_max(R x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmax(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+template <typename R>
+__device__ R warp_sum(R x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+// The states of a warp's lanes as one. The maxima first: then each lane rescales once, and the rest are plain sums.
+template <typename R>
+__device__ State<R> warp_merge(const State<R>& x, R scale) {
+  const R m_p = warp_max(x.m_p), m_q = warp_max(x.m_q);
+  const R weight_p = weight_of(x.m_p, m_p, scale), weight_q = weight_of(x.m_q, m_q, scale);
+  return {m_p, warp_sum(x.z_p * weight_p), warp_sum(weigh(x.a, weight_p)), m_q, warp_sum(x.z_q * weight_q)};
+}
+
+// The states of a block's threads as one; only warp 0 gets it.
+template <typename R>
+__device__ State<R> block_merge(State<R> x, R scale) {
+  __shared__ State<R> of_warp[kMaxThreads / kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  x = warp_merge(x, scale);
+  if (lane == 0) of_warp[warp] = x;
+  __syncthreads();
+  if (warp == 0) x = warp_merge(lane < int(blockDim.x) / kWarp ? of_warp[lane] : State<R>::empty(), scale);
+  return x;
+}
+
+// In fp64, which keeps what the subtraction of two log-sum-exps of some tens would round away. Rounding may still leave
+// a hair below 0, which no divergence is; the comparison lets NaN through.
+__device__ inline double divergence(const State<double>& s) {
+  const double kl = s.a / s.z_p - (s.m_p + log(s.z_p)) + (s.m_q + log(s.z_q));
+  return kl < 0 ? 0 : kl;
+}
+
+// --- a thread's sums -------------------------------------------------------------------------------------------------
+
+// One side of the pair. The sum of exponentials is relative to an *origin*, some earlier maximum, which stays where it
+// is as long as the numbers fit: so a new maximum costs nothing.
+//
+// e^((x - origin)/temperature) is 2^(x·scale - shift)·mend, where shift is origin·scale, rounded, and mend, a number
+// next to 1, is what the rounding took. That is one FMA and one exponential per logit, and a multiplication per vector.
+template <typename R>
+struct Side {
+  R m = -INFINITY;
+  R origin = -INFINITY, shift = NAN, mend = 1;  // the NaN sends the first vector to add_carefully
+  R z = 0;
+
+  // Moves the origin to the maximum, and returns the weight of what has been summed so far.
+  __device__ R move_origin(R scale) {
+    const R weight = weight_of(origin, m, scale);
+    z *= weight;
+    origin = m;
+    shift = m * scale;
+    // Beyond this, rounding alone could take the exponential out of range.
+    if (!(fabs(shift) < R(1 << 20))) shift = NAN;
+    mend = power_of_2(-fma(m, scale, -shift));
+    return weight;
+  }
+};
+
+template <typename R>
+struct Sums {
+  R scale;  // log2(e)/temperature
+  Side<R> p, q;
+  R a = 0;
+
+  __device__ explicit Sums(R scale) : scale(scale) {}
+
+  // The plain way is right as long as all is finite and of a moderate size. If anything is not, it shows in the sums,
+  // and the pairs are added again with care.
+  template <int count>
+  __device__ void add(const R (&x)[count], const R (&y)[count]) {
+    R z_p = 0, z_q = 0, weighted = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      p.m = fmax(p.m, x[i]);
+      q.m = fmax(q.m, y[i]);
+      const R e_p = power_of_2(fma(x[i], scale, -p.shift));
+      z_p += e_p;
+      z_q += power_of_2(fma(y[i], scale, -q.shift));
+      weighted = fma(e_p, x[i] - y[i], weighted);
+    }
+    z_p = fma(z_p, p.mend, p.z);
+    z_q = fma(z_q, q.mend, q.z);
+    weighted = fma(weighted, p.mend, a);
+    if (fabs(weighted) + z_p + z_q < R(0x1p100)) {
+      p.z = z_p;
+      q.z = z_q;
+      a = weighted;
+    } else {
+      add_carefully(x, y);
+    }
+  }
+
+  // p = -inf            adds nothing, whatever q is;
+  // q = -inf < p        adds +inf, even where e^(p - m_p) has underflowed to 0;
+  // e^(p - m_p) = 0     adds nothing to any other q, even if p - q overflows;
+  // NaN, +inf           make z NaN, as +inf - +inf is.
+  template <int count>
+  __device__ void add_carefully(const R (&x)[count], const R (&y)[count]) {
+    a = weigh(a, p.move_origin(scale));
+    q.move_origin(scale);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const R e_p = x[i] == R(-INFINITY) ? R(0) : power_of_2((x[i] - p.m) * scale);
+      const R e_q = y[i] == R(-INFINITY) ? R(0) : power_of_2((y[i] - q.m) * scale);
+      const R term = y[i] == R(-INFINITY) ? R(INFINITY) : e_p == 0 ? R(0) : e_p * (x[i] - y[i]);
+      p.z += e_p;
+      q.z += e_q;
+      a += x[i] == R(-INFINITY) ? R(0) : term;
+    }
+  }
+
+  __device__ State<R> state() const {
+    const R weight_p = weight_of(p.origin, p.m, scale), weight_q = weight_of(q.origin, q.m, scale);
+    return {p.m, p.z * weight_p, weigh(a, weight_p), q.m, q.z * weight_q};
+  }
+};
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+
+// Two tensors [..., V] whose leading dimensions broadcast, as pairs of rows; nothing is expanded. Strides are in
+// elements; offsets are 64-bit, as strides and indices multiply to more than 2^32.
+template <typename T>
+struct Pairs {
+  static constexpr int kDims = 16;
+  struct Dim {
+    uint32_t size;
+    int64_t p_stride, q_stride;
+  };
+
+  const T *p, *q;
+  int64_t vocabulary, p_step, q_step;
+  uint32_t rows;
+  int dims;  // leading dimensions, innermost first
+  Dim dim[kDims];
+};
+
+template <typename T>
+struct Row {
+  const T *p, *q;
+  int64_t p_step, q_step;
+
+  __device__ Row(const Pairs<T>& pairs, uint32_t row)
+      : p(pairs.p), q(pairs.q), p_step(pairs.p_step), q_step(pairs.q_step) {
+    for (int d = 0; d < pairs.dims; ++d) {
+      const uint32_t index = d + 1 < pairs.dims ? row % pairs.dim[d].size : row;  // most often there is one dimension
+      p += index * pairs.dim[d].p_stride;
+      q += index * pairs.dim[d].q_stride;
+      if (d + 1 < pairs.dims) row /= pairs.dim[d].size;
+    }
+  }
+};
+
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int kLanes = 16 / sizeof(T);
+  T x[kLanes];
+
+  __device__ void unpack(Real<T> (&to)[kLanes]) const {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) to[i] = to_real(x[i]);
+  }
+};
+
+__device__ inline unsigned misalignment(const void* address) {
+  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(address) % 16);
+}
+
+// 16 bytes that start `skip` bytes into the 32 of `low` and `high`.
+__device__ inline uint4 take(uint4 low, uint4 high, unsigned skip) {
+  uint32_t words[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  if (skip & 8) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) words[i] = words[i + 2];
+  }
+  if (skip & 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = words[i + 1];
+  }
+  const unsigned bits = skip % 4 * 8;
+  return {__funnelshift_r(words[0], words[1], bits), __funnelshift_r(words[1], words[2], bits),
+          __funnelshift_r(words[2], words[3], bits), __funnelshift_r(words[3], words[4], bits)};
+}
+
+// A stretch of a row as the vectors of one thread. A row of odd size starts anywhere, and p, q and the gradients each
+// at another place. So a vector that isn't aligned is cut out of the two aligned ones that it lies in; neighbours share
+// those, and find them in the L1 cache.
+template <typename T, bool kAligned>
+struct Reader {
+  const uint4* from;  // the aligned address at or before the first vector
+  unsigned skip;
+  uint4 low[kUnroll], high[kUnroll];
+
+  __device__ explicit Reader(const T* begin)
+      : from(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(begin) & ~uintptr_t(15))),
+        skip(misalignment(begin)) {}
+
+  __device__ void load(int slot, int64_t index) {
+    low[slot] = from[index];
+    if (!kAligned) high[slot] = from[index + 1];
+  }
+  __device__ void read(int slot, Real<T> (&to)[Vector<T>::kLanes]) const {
+    const uint4 bits = kAligned ? low[slot] : take(low[slot], high[slot], skip);
+    Vector<T> vector;
+    memcpy(&vector, &bits, sizeof(bits));
+    vector.unpack(to);
+  }
+};
+
+// Calls visit(i, x, y) for the vectors of [begin, begin + count·kLanes), shared among the threads of the block.
+template <bool kAligned, typename T, typename Visit>
+__device__ void visit_vectors(const Row<T>& row, int64_t begin, int64_t count, const Visit& visit) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  Reader<T, kAligned> p(row.p + begin), q(row.q + begin);
+  const int64_t threads = blockDim.x;
+  for (int64_t i = threadIdx.x; i < count; i += kUnroll * threads) {
+    // All loads before the first use, so that they are in flight together.
+#pragma unroll
+    for (int slot = 0; slot < kUnroll; ++slot) {
+      if (i + slot * threads < count) p.load(slot, i + slot * threads), q.load(slot, i + slot * threads);
+    }
+#pragma unroll
+    for (int slot = 0; slot < kUnroll; ++slot) {
+      if (i + slot * threads >= count) break;
+      Real<T> x[kLanes], y[kLanes];
+      p.read(slot, x);
+      q.read(slot, y);
+      visit(begin + (i + slot * threads) * kLanes, x, y);
+    }
+  }
+}
+
+// Calls visit(i, x, y) for all pairs of [begin, end), with x and y arrays of one pair or of a vector's. Vectors start
+// at multiples of 16 bytes of `anchor`, a row of p or of the gradients; what lies before and behind them, and all of a
+// row whose elements are not contiguous, goes one by one.
+template <typename T, typename Visit>
+__device__ void visit_pairs(const Row<T>& row, const T* anchor, int64_t begin, int64_t end, const Visit& visit) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  int64_t head = 0, vectors = 0;
+  if (row.p_step == 1 && row.q_step == 1) {
+    head = min(static_cast<int64_t>((16 - misalignment(anchor + begin)) % 16 / sizeof(T)), end - begin);
+    vectors = (end - begin - head) / kLanes;
+    const int64_t first = begin + head;
+    if (misalignment(row.p + first) == 0 && misalignment(row.q + first) == 0) {
+      visit_vectors<true>(row, first, vectors, visit);
+    } else if (vectors > 0) {
+      --vectors;  // the aligned vector behind the last one may lie beyond the row
+      visit_vectors<false>(row, first, vectors, visit);
+    }
+  }
+  const int64_t rest = end - begin - vectors * kLanes;
+  for (int64_t j = threadIdx.x; j < rest; j += blockDim.x) {
+    const int64_t i = begin + (j < head ? j : j + vectors * kLanes);
+    const Real<T> x[] = {to_real(row.p[i * row.p_step])}, y[] = {to_real(row.q[i * row.q_step])};
+    visit(i, x, y);
+  }
+}
+
+// A grid of rows × chunks.
+struct Grid {
+  uint32_t chunks;
+  int64_t chunk;  // elements
+  unsigned threads;
+};
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Forward {
+  Pairs<T> pairs;
+  Grid grid;
+  double temperature;
+  Real<T>* kl;            // [rows]
+  State<Real<T>>* state;  // [rows]
+  // Only where rows are split.
+  State<Real<T>>* partial = nullptr;  // [rows, chunks]
+  unsigned* arrived = nullptr;        // [rows], zero
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_constant__ Forward<T> f) {
+  using R = Real<T>;
+  const uint32_t row = blockIdx.x / f.grid.chunks, chunk = blockIdx.x % f.grid.chunks;
+  const int64_t begin = chunk * f.grid.chunk, end = min(begin + f.grid.chunk, f.pairs.vocabulary);
+  const R scale = static_cast<R>(kLog2e / f.temperature);
+  Sums<R> sums(scale);
+  const Row<T> logits(f.pairs, row);
+  visit_pairs(logits, logits.p, begin, end, [&](int64_t, const auto& x, const auto& y) { sums.add(x, y); });
+  State<R> whole = block_merge(sums.state(), scale);
+
+  if (f.grid.chunks > 1) {
+    // Whichever block of the row comes last merges the states of all, in the order of their chunks. The fences order
+    // each state before its count, and the last count before the states that are read then.
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+      f.partial[blockIdx.x] = whole;
+      __threadfence();
+      last = atomicAdd(&f.arrived[row], 1u) == f.grid.chunks - 1;
+    }
+    __syncthreads();  // `last` is read by the other threads
+    if (!last || threadIdx.x >= kWarp) return;
+    __threadfence();
+    whole = State<R>::empty();
+    const State<R>* partial = f.partial + row * int64_t(f.grid.chunks);
+    for (uint32_t i = threadIdx.x; i < f.grid.chunks; i += kWarp) whole = merge(whole, partial[i], scale);
+    whole = warp_merge(whole, scale);
+  }
+  if (threadIdx.x == 0) {
+    const double t = f.temperature;
+    const State<double> scaled{whole.m_p / t, whole.z_p, whole.a / t, whole.m_q / t, whole.z_q};
+    f.kl[row] = static_cast<R>(divergence(scaled));
+    f.state[row] = {R(scaled.m_p), R(scaled.z_p), R(scaled.a), R(scaled.m_q), R(scaled.z_q)};
+  }
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Backward {
+  Pairs<T> pairs;
+  Grid grid;
+  double temperature;
+  const State<Real<T>>*state, *slope;  // [rows]; the slope is the gradient with respect to the state
+  T *grad_p, *grad_q;                  // [rows, V], or null
+};
+
+// dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) backward_kernel(const __grid_constant__ Backward<T> b) {
+  using R = Real<T>;
+  const uint32_t row = blockIdx.x / b.grid.chunks, chunk = blockIdx.x % b.grid.chunks;
+  const int64_t begin = chunk * b.grid.chunk, end = min(begin + b.grid.chunk, b.pairs.vocabulary);
+  const int64_t at = row * b.pairs.vocabulary;
+  T* const to_p = b.grad_p ? b.grad_p + at : nullptr;
+  T* const to_q = b.grad_q ? b.grad_q + at : nullptr;
+
+  const State<R> state = b.state[row], slope = b.slope[row];
+  const R temperature = static_cast<R>(b.temperature), inverse = 1 / temperature;
+  const R scale = static_cast<R>(kLog2e) * inverse;
+  // The state's maxima are those of the scaled logits. Where all is -inf any finite number will do: e^x is 0.
+  const R m_p = state.m_p == R(-INFINITY) ? R(0) : state.m_p * temperature;
+  const R m_q = state.m_q == R(-INFINITY) ? R(0) : state.m_q * temperature;
+
+  visit_pairs(Row<T>(b.pairs, row), to_p ? to_p : to_q, begin, end, [&](int64_t i, const auto& x, const auto& y) {
+    constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(x)>>;
+    struct alignas(kCount * sizeof(T)) Result {
+      T x[kCount];
+    } dp, dq;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const R e_p = power_of_2((x[j] - m_p) * scale);
+      const R e_q = power_of_2((y[j] - m_q) * scale);
+      const R g = slope.z_p + slope.a * ((x[j] - y[j]) * inverse + 1);
+      round_to(dp.x[j], e_p == 0 ? R(0) : inverse * g * e_p);
+      round_to(dq.x[j], inverse * (slope.z_q * e_q - slope.a * e_p));
+    }
+    if (to_p) *reinterpret_cast<Result*>(to_p + i) = dp;
+    if (to_q) *reinterpret_cast<Result*>(to_q + i) = dq;
+  });
+}
+
+// --- states as tensors -----------------------------------------------------------------------------------------------
+
+template <typename R>
+struct StateList {
+  static constexpr int kCapacity = 128;  // 1 KB of a kernel's arguments
+  const State<R>* states[kCapacity];
+  int count;
+};
+
+// The states of the list merged in its order, and in fp64: a row each thread.
+template <typename R>
+__global__ void __launch_bounds__(kMaxThreads)
+    merge_kernel(const __grid_constant__ StateList<R> list, int64_t rows, State<R>* to) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  State<double> whole = State<double>::empty();
+  for (int i = 0; i < list.count; ++i) {
+    const State<R> s = list.states[i][row];
+    whole = merge(whole, State<double>{s.m_p, s.z_p, s.a, s.m_q, s.z_q}, kLog2e);
+  }
+  to[row] = {R(whole.m_p), R(whole.z_p), R(whole.a), R(whole.m_q), R(whole.z_q)};
+}
+
+template <typename R>
+__global__ void __launch_bounds__(kMaxThreads) from_state_kernel(const State<R>* states, int64_t rows, R* kl) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  const State<R> s = states[row];
+  kl[row] = static_cast<R>(divergence({s.m_p, s.z_p, s.a, s.m_q, s.z_q}));
+}
+
+// --- launches --------------------------------------------------------------------------------------------------------
+
+// Rows are split where there are too few of them to fill the device, and never below what one step of a block reads.
+//
+//   rows            blocks per row   why
+//   many            1                nothing to merge, and each block streams megabytes
+//   fewer           enough for       a device needs about 25 KB in flight per multiprocessor: four blocks of 256
+//                   4 per processor  threads with 64 bytes each, so that it stays full while some of them merge
+template <typename T>
+Grid choose_grid(int64_t rows, int64_t vocabulary, int multiprocessors) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  // A thread should have something to do: at least one step, and where rows are short, warps are what is left.
+  const int64_t steps = (vocabulary + kUnroll * kLanes - 1) / (kUnroll * kLanes);
+  const unsigned threads =
+      static_cast<unsigned>(std::clamp<int64_t>((steps + kWarp - 1) / kWarp * kWarp, kWarp, kMaxThreads));
+  const int64_t smallest = int64_t(threads) * kUnroll * kLanes;
+  const int64_t wanted = (4 * int64_t(multiprocessors) + rows - 1) / std::max<int64_t>(rows, 1);
+  const int64_t chunks = std::clamp<int64_t>((vocabulary + smallest - 1) / smallest, 1, std::max<int64_t>(wanted, 1));
+  // Whole vectors, so that only the ends of a row are not aligned.
+  const int64_t chunk = ((vocabulary + chunks - 1) / chunks + kLanes - 1) / kLanes * kLanes;
+  return {static_cast<uint32_t>(chunk > 0 ? std::max<int64_t>((vocabulary + chunk - 1) / chunk, 1) : 1), chunk,
+          threads};
+}
+
+template <typename T>
+void forward(const Forward<T>& f, cudaStream_t stream) {
+  if (f.pairs.rows == 0) return;
+  if (f.grid.chunks > 1) cudaMemsetAsync(f.arrived, 0, f.pairs.rows * sizeof(unsigned), stream);
+  launch(forward_kernel<T>, f.pairs.rows * f.grid.chunks, f.grid.threads, stream, f);
+}
+
+template <typename T>
+void backward(const Backward<T>& b, cudaStream_t stream) {
+  if (b.pairs.rows == 0 || b.pairs.vocabulary == 0) return;
+  launch(backward_kernel<T>, b.pairs.rows * b.grid.chunks, b.grid.threads, stream, b);
+}
+
+inline unsigned blocks_for(int64_t rows) { return static_cast<unsigned>((rows + kMaxThreads - 1) / kMaxThreads); }
+
+// `to` may be one of the states: that is how a longer list goes on.
+template <typename R>
+void merge_states(const StateList<R>& list, int64_t rows, State<R>* to, cudaStream_t stream) {
+  if (rows > 0) launch(merge_kernel<R>, blocks_for(rows), kMaxThreads, stream, list, rows, to);
+}
+
+template <typename R>
+void from_state(const State<R>* states, int64_t rows, R* kl, cudaStream_t stream) {
+  if (rows > 0) launch(from_state_kernel<R>, blocks_for(rows), kMaxThreads, stream, states, rows, kl);
+}
+
+}  // namespace vtw::cuda::kl
