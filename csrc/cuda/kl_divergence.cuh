@@ -23,7 +23,6 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
-constexpr int kUnroll = 2;  // vectors of each row that a thread has in flight: 64 bytes of the pair
 
 // fp64 logits are computed in fp64, all others in fp32.
 template <typename T>
@@ -127,8 +126,20 @@ __device__ inline double divergence(const State<double>& s) {
 
 // --- a thread's sums -------------------------------------------------------------------------------------------------
 
-// One side of the pair. The sum of exponentials is relative to an *origin*, some earlier maximum, which stays where it
-// is as long as the numbers fit: so a new maximum costs nothing.
+constexpr int kHeadroom = 6;  // in powers of 2
+
+// e^(x/temperature) is 2^(x·scale).
+template <typename R>
+struct Exponent {
+  R scale, headroom;  // headroom is of the logits: headroom·scale = kHeadroom
+
+  explicit Exponent(double temperature)
+      : scale(static_cast<R>(kLog2e / temperature)), headroom(static_cast<R>(kHeadroom / kLog2e * temperature)) {}
+};
+
+// One side of the pair. The sum of exponentials is relative to an *origin*, which stays where it is until a logit
+// outgrows it: so a new maximum costs nothing. It starts a little above the maximum of the first vector, and what
+// exceeds it by as much again moves it; in between, an exponent is small and rounds little.
 //
 // e^((x - origin)/temperature) is 2^(x·scale - shift)·mend, where shift is origin·scale, rounded, and mend, a number
 // next to 1, is what the rounding took. That is one FMA and one exponential per logit, and a multiplication per vector.
@@ -138,26 +149,27 @@ struct Side {
   R origin = -INFINITY, shift = NAN, mend = 1;  // the NaN sends the first vector to add_carefully
   R z = 0;
 
-  // Moves the origin to the maximum, and returns the weight of what has been summed so far.
-  __device__ R move_origin(R scale) {
-    const R weight = weight_of(origin, m, scale);
+  // Moves the origin above the maximum, if that has outgrown it, and returns the weight of what has been summed so far.
+  __device__ R move_origin(R scale, R headroom) {
+    if (m <= origin) return 1;
+    const R top = m + headroom, weight = weight_of(origin, top, scale);
     z *= weight;
-    origin = m;
-    shift = m * scale;
-    // Beyond this, rounding alone could take the exponential out of range.
+    origin = top;
+    shift = top * scale;
+    // Beyond this, rounding alone would take the exponential far from where it should be.
     if (!(fabs(shift) < R(1 << 20))) shift = NAN;
-    mend = power_of_2(-fma(m, scale, -shift));
+    mend = power_of_2(-fma(top, scale, -shift));
     return weight;
   }
 };
 
 template <typename R>
 struct Sums {
-  R scale;  // log2(e)/temperature
+  R scale, headroom;
   Side<R> p, q;
   R a = 0;
 
-  __device__ explicit Sums(R scale) : scale(scale) {}
+  __device__ explicit Sums(const Exponent<R>& e) : scale(e.scale), headroom(e.headroom) {}
 
   // The plain way is right as long as all is finite and of a moderate size. If anything is not, it shows in the sums,
   // and the pairs are added again with care.
@@ -169,16 +181,15 @@ struct Sums {
       p.m = fmax(p.m, x[i]);
       q.m = fmax(q.m, y[i]);
       const R e_p = power_of_2(fma(x[i], scale, -p.shift));
+      const R e_q = power_of_2(fma(y[i], scale, -q.shift));
       z_p += e_p;
-      z_q += power_of_2(fma(y[i], scale, -q.shift));
+      z_q += e_q;
       weighted = fma(e_p, x[i] - y[i], weighted);
     }
-    z_p = fma(z_p, p.mend, p.z);
-    z_q = fma(z_q, q.mend, q.z);
     weighted = fma(weighted, p.mend, a);
-    if (fabs(weighted) + z_p + z_q < R(0x1p100)) {
-      p.z = z_p;
-      q.z = z_q;
+    if (z_p + z_q < R(1 << kHeadroom) && fabs(weighted) < R(0x1p100)) {
+      p.z = fma(z_p, p.mend, p.z);
+      q.z = fma(z_q, q.mend, q.z);
       a = weighted;
     } else {
       add_carefully(x, y);
@@ -191,12 +202,12 @@ struct Sums {
   // NaN, +inf           make z NaN, as +inf - +inf is.
   template <int count>
   __device__ void add_carefully(const R (&x)[count], const R (&y)[count]) {
-    a = weigh(a, p.move_origin(scale));
-    q.move_origin(scale);
+    a = weigh(a, p.move_origin(scale, headroom));
+    q.move_origin(scale, headroom);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const R e_p = x[i] == R(-INFINITY) ? R(0) : power_of_2((x[i] - p.m) * scale);
-      const R e_q = y[i] == R(-INFINITY) ? R(0) : power_of_2((y[i] - q.m) * scale);
+      const R e_p = x[i] == R(-INFINITY) ? R(0) : power_of_2((x[i] - p.origin) * scale);
+      const R e_q = y[i] == R(-INFINITY) ? R(0) : power_of_2((y[i] - q.origin) * scale);
       const R term = y[i] == R(-INFINITY) ? R(INFINITY) : e_p == 0 ? R(0) : e_p * (x[i] - y[i]);
       p.z += e_p;
       q.z += e_q;
@@ -236,6 +247,7 @@ struct Row {
 
   __device__ Row(const Pairs<T>& pairs, uint32_t row)
       : p(pairs.p), q(pairs.q), p_step(pairs.p_step), q_step(pairs.q_step) {
+#pragma unroll 1
     for (int d = 0; d < pairs.dims; ++d) {
       const uint32_t index = d + 1 < pairs.dims ? row % pairs.dim[d].size : row;  // most often there is one dimension
       p += index * pairs.dim[d].p_stride;
@@ -246,15 +258,25 @@ struct Row {
 };
 
 template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kLanes = 16 / sizeof(T);
-  T x[kLanes];
+constexpr int kLanes = sizeof(uint4) / sizeof(T);
 
-  __device__ void unpack(Real<T> (&to)[kLanes]) const {
+template <typename T>
+__device__ void unpack(const uint4& bits, Real<T> (&to)[kLanes<T>]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    // The upper half of an fp32: one instruction each, where a conversion takes two.
+    const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) to[i] = to_real(x[i]);
+    for (int i = 0; i < 4; ++i) {
+      to[2 * i] = __uint_as_float(words[i] << 16);
+      to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
+    }
+  } else {
+    T x[kLanes<T>];
+    memcpy(x, &bits, sizeof(bits));
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) to[i] = to_real(x[i]);
   }
-};
+}
 
 __device__ inline unsigned misalignment(const void* address) {
   return static_cast<unsigned>(reinterpret_cast<uintptr_t>(address) % 16);
@@ -276,51 +298,41 @@ __device__ inline uint4 take(uint4 low, uint4 high, unsigned skip) {
           __funnelshift_r(words[2], words[3], bits), __funnelshift_r(words[3], words[4], bits)};
 }
 
-// A stretch of a row as the vectors of one thread. A row of odd size starts anywhere, and p, q and the gradients each
-// at another place. So a vector that isn't aligned is cut out of the two aligned ones that it lies in; neighbours share
-// those, and find them in the L1 cache.
+// A stretch of a row as vectors. A row of odd size starts anywhere, and p, q and the gradients each at another place.
+// So a vector that isn't aligned is cut out of the two aligned ones that it lies in; neighbours share those, and find
+// them in the L1 cache.
 template <typename T, bool kAligned>
 struct Reader {
   const uint4* from;  // the aligned address at or before the first vector
   unsigned skip;
-  uint4 low[kUnroll], high[kUnroll];
+  uint4 low, high;
 
   __device__ explicit Reader(const T* begin)
-      : from(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(begin) & ~uintptr_t(15))),
+      : from(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(begin) - misalignment(begin))),
         skip(misalignment(begin)) {}
 
-  __device__ void load(int slot, int64_t index) {
-    low[slot] = from[index];
-    if (!kAligned) high[slot] = from[index + 1];
+  __device__ void load(unsigned i) {
+    low = from[i];
+    if (!kAligned) high = from[i + 1];
   }
-  __device__ void read(int slot, Real<T> (&to)[Vector<T>::kLanes]) const {
-    const uint4 bits = kAligned ? low[slot] : take(low[slot], high[slot], skip);
-    Vector<T> vector;
-    memcpy(&vector, &bits, sizeof(bits));
-    vector.unpack(to);
-  }
+  __device__ void read(Real<T> (&to)[kLanes<T>]) const { unpack<T>(kAligned ? low : take(low, high, skip), to); }
 };
 
-// Calls visit(i, x, y) for the vectors of [begin, begin + count·kLanes), shared among the threads of the block.
+// Calls visit(i, x, y) for `count` vectors from element `begin` on, shared among the threads of the block.
 template <bool kAligned, typename T, typename Visit>
-__device__ void visit_vectors(const Row<T>& row, int64_t begin, int64_t count, const Visit& visit) {
-  constexpr int kLanes = Vector<T>::kLanes;
+__device__ void visit_vectors(const Row<T>& row, int64_t begin, unsigned count, const Visit& visit) {
   Reader<T, kAligned> p(row.p + begin), q(row.q + begin);
-  const int64_t threads = blockDim.x;
-  for (int64_t i = threadIdx.x; i < count; i += kUnroll * threads) {
-    // All loads before the first use, so that they are in flight together.
-#pragma unroll
-    for (int slot = 0; slot < kUnroll; ++slot) {
-      if (i + slot * threads < count) p.load(slot, i + slot * threads), q.load(slot, i + slot * threads);
-    }
-#pragma unroll
-    for (int slot = 0; slot < kUnroll; ++slot) {
-      if (i + slot * threads >= count) break;
-      Real<T> x[kLanes], y[kLanes];
-      p.read(slot, x);
-      q.read(slot, y);
-      visit(begin + (i + slot * threads) * kLanes, x, y);
-    }
+  unsigned next = threadIdx.x;
+  if (next < count) p.load(next), q.load(next);
+  while (next < count) {
+    const int64_t i = begin + int64_t(next) * kLanes<T>;
+    Real<T> x[kLanes<T>], y[kLanes<T>];
+    p.read(x);
+    q.read(y);
+    // In flight while the visit computes.
+    next += blockDim.x;
+    if (next < count) p.load(next), q.load(next);
+    visit(i, x, y);
   }
 }
 
@@ -329,11 +341,11 @@ __device__ void visit_vectors(const Row<T>& row, int64_t begin, int64_t count, c
 // row whose elements are not contiguous, goes one by one.
 template <typename T, typename Visit>
 __device__ void visit_pairs(const Row<T>& row, const T* anchor, int64_t begin, int64_t end, const Visit& visit) {
-  constexpr int kLanes = Vector<T>::kLanes;
-  int64_t head = 0, vectors = 0;
+  const unsigned count = static_cast<unsigned>(end - begin);
+  unsigned head = 0, vectors = 0;
   if (row.p_step == 1 && row.q_step == 1) {
-    head = min(static_cast<int64_t>((16 - misalignment(anchor + begin)) % 16 / sizeof(T)), end - begin);
-    vectors = (end - begin - head) / kLanes;
+    head = min((16 - misalignment(anchor + begin)) % 16 / static_cast<unsigned>(sizeof(T)), count);
+    vectors = (count - head) / kLanes<T>;
     const int64_t first = begin + head;
     if (misalignment(row.p + first) == 0 && misalignment(row.q + first) == 0) {
       visit_vectors<true>(row, first, vectors, visit);
@@ -342,13 +354,16 @@ __device__ void visit_pairs(const Row<T>& row, const T* anchor, int64_t begin, i
       visit_vectors<false>(row, first, vectors, visit);
     }
   }
-  const int64_t rest = end - begin - vectors * kLanes;
-  for (int64_t j = threadIdx.x; j < rest; j += blockDim.x) {
-    const int64_t i = begin + (j < head ? j : j + vectors * kLanes);
+  for (unsigned j = threadIdx.x; j < count - vectors * kLanes<T>; j += blockDim.x) {
+    const int64_t i = begin + (j < head ? j : j + vectors * kLanes<T>);
     const Real<T> x[] = {to_real(row.p[i * row.p_step])}, y[] = {to_real(row.q[i * row.q_step])};
     visit(i, x, y);
   }
 }
+
+// Blocks per multiprocessor that registers must leave room for: enough for 64 KB in flight. fp64 is for checks.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 4;
 
 // A grid of rows × chunks.
 struct Grid {
@@ -364,6 +379,7 @@ struct Forward {
   Pairs<T> pairs;
   Grid grid;
   double temperature;
+  Exponent<Real<T>> exponent{temperature};
   Real<T>* kl;            // [rows]
   State<Real<T>>* state;  // [rows]
   // Only where rows are split.
@@ -372,12 +388,12 @@ struct Forward {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) forward_kernel(const __grid_constant__ Forward<T> f) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const __grid_constant__ Forward<T> f) {
   using R = Real<T>;
   const uint32_t row = blockIdx.x / f.grid.chunks, chunk = blockIdx.x % f.grid.chunks;
   const int64_t begin = chunk * f.grid.chunk, end = min(begin + f.grid.chunk, f.pairs.vocabulary);
-  const R scale = static_cast<R>(kLog2e / f.temperature);
-  Sums<R> sums(scale);
+  const R scale = f.exponent.scale;
+  Sums<R> sums(f.exponent);
   const Row<T> logits(f.pairs, row);
   visit_pairs(logits, logits.p, begin, end, [&](int64_t, const auto& x, const auto& y) { sums.add(x, y); });
   State<R> whole = block_merge(sums.state(), scale);
@@ -420,7 +436,7 @@ struct Backward {
 
 // dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) backward_kernel(const __grid_constant__ Backward<T> b) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_kernel(const __grid_constant__ Backward<T> b) {
   using R = Real<T>;
   const uint32_t row = blockIdx.x / b.grid.chunks, chunk = blockIdx.x % b.grid.chunks;
   const int64_t begin = chunk * b.grid.chunk, end = min(begin + b.grid.chunk, b.pairs.vocabulary);
@@ -486,26 +502,23 @@ __global__ void __launch_bounds__(kMaxThreads) from_state_kernel(const State<R>*
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-// Rows are split where there are too few of them to fill the device, and never below what one step of a block reads.
+// Rows are split where there are too few of them to fill the device.
 //
-//   rows            blocks per row   why
-//   many            1                nothing to merge, and each block streams megabytes
-//   fewer           enough for       a device needs about 25 KB in flight per multiprocessor: four blocks of 256
-//                   4 per processor  threads with 64 bytes each, so that it stays full while some of them merge
+//   rows            blocks per row       why
+//   many            1                    nothing to merge, and each block streams megabytes
+//   fewer           enough for 4         a device wants some 25 KB in flight per multiprocessor, which is three blocks
+//                   per multiprocessor   of 256 threads with 32 bytes each
+//   very few        a vector per thread  one round trip to memory for all; a thread without a vector would only wait
 template <typename T>
 Grid choose_grid(int64_t rows, int64_t vocabulary, int multiprocessors) {
-  constexpr int kLanes = Vector<T>::kLanes;
-  // A thread should have something to do: at least one step, and where rows are short, warps are what is left.
-  const int64_t steps = (vocabulary + kUnroll * kLanes - 1) / (kUnroll * kLanes);
-  const unsigned threads =
-      static_cast<unsigned>(std::clamp<int64_t>((steps + kWarp - 1) / kWarp * kWarp, kWarp, kMaxThreads));
-  const int64_t smallest = int64_t(threads) * kUnroll * kLanes;
-  const int64_t wanted = (4 * int64_t(multiprocessors) + rows - 1) / std::max<int64_t>(rows, 1);
-  const int64_t chunks = std::clamp<int64_t>((vocabulary + smallest - 1) / smallest, 1, std::max<int64_t>(wanted, 1));
-  // Whole vectors, so that only the ends of a row are not aligned.
-  const int64_t chunk = ((vocabulary + chunks - 1) / chunks + kLanes - 1) / kLanes * kLanes;
-  return {static_cast<uint32_t>(chunk > 0 ? std::max<int64_t>((vocabulary + chunk - 1) / chunk, 1) : 1), chunk,
-          threads};
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t vectors = std::max<int64_t>(ceil_div(vocabulary, kLanes<T>), 1);
+  const int64_t threads = std::min<int64_t>(ceil_div(vectors, kWarp) * kWarp, kMaxThreads);
+  int64_t chunks = std::min(ceil_div(vectors, threads), ceil_div(4 * multiprocessors, std::max<int64_t>(rows, 1)));
+  chunks = std::max(chunks, (vocabulary >> 30) + 1);  // inside a chunk, indices are of 32 bits
+  const int64_t chunk = ceil_div(vectors, chunks) * kLanes<T>;
+  return {static_cast<uint32_t>(std::max<int64_t>(ceil_div(vocabulary, chunk), 1)), chunk,
+          static_cast<unsigned>(threads)};
 }
 
 template <typename T>

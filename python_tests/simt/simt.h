@@ -250,6 +250,7 @@ To __simt_bits(From from) {
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
+inline float __uint_as_float(unsigned x) { return __simt_bits<float>(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return __simt_bits<float>(uint32_t(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t bits = __simt_bits<uint32_t>(x);
@@ -270,6 +271,8 @@ inline __half __float2half_rn(float x) {
   if (x != x) half = 0x7fff;
   return {uint16_t(half | (std::signbit(x) ? 0x8000 : 0))};
 }
+// As in CUDA, fp32 has overloads of its own: without them fp32 would be computed in fp64.
+using std::exp2, std::fabs, std::fma, std::fmax, std::log;
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
 }
