@@ -15,6 +15,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #endif
 
 namespace vtw::cuda::kl {
@@ -298,43 +299,61 @@ __device__ inline uint4 take(uint4 low, uint4 high, unsigned skip) {
           __funnelshift_r(words[2], words[3], bits), __funnelshift_r(words[3], words[4], bits)};
 }
 
-// A stretch of a row as vectors. A row of odd size starts anywhere, and p, q and the gradients each at another place.
-// So a vector that isn't aligned is cut out of the two aligned ones that it lies in; neighbours share those, and find
-// them in the L1 cache.
-template <typename T, bool kAligned>
-struct Reader {
-  const uint4* from;  // the aligned address at or before the first vector
-  unsigned skip;
-  uint4 low, high;
-
-  __device__ explicit Reader(const T* begin)
-      : from(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(begin) - misalignment(begin))),
-        skip(misalignment(begin)) {}
-
-  __device__ void load(unsigned i) {
-    low = from[i];
-    if (!kAligned) high = from[i + 1];
-  }
-  __device__ void read(Real<T> (&to)[kLanes<T>]) const { unpack<T>(kAligned ? low : take(low, high, skip), to); }
-};
-
-// Calls visit(i, x, y) for `count` vectors from element `begin` on, shared among the threads of the block.
-template <bool kAligned, typename T, typename Visit>
-__device__ void visit_vectors(const Row<T>& row, int64_t begin, unsigned count, const Visit& visit) {
-  Reader<T, kAligned> p(row.p + begin), q(row.q + begin);
-  unsigned next = threadIdx.x;
-  if (next < count) p.load(next), q.load(next);
-  while (next < count) {
-    const int64_t i = begin + int64_t(next) * kLanes<T>;
-    Real<T> x[kLanes<T>], y[kLanes<T>];
-    p.read(x);
-    q.read(y);
-    // In flight while the visit computes.
-    next += blockDim.x;
-    if (next < count) p.load(next), q.load(next);
-    visit(i, x, y);
-  }
+// Vectors on their way, which need no registers until they are there: 16-byte slots in shared memory, some for each
+// thread, so that no thread waits for another. In flight per block: 24 KB.
+constexpr int kSlots = 8;
+__device__ inline uint4* own_slot(unsigned i) {
+  __shared__ uint4 slots[kSlots][kMaxThreads];
+  return &slots[i][threadIdx.x];
 }
+
+// A stretch of a pair of rows as vectors, shared among the threads of the block.
+//
+// A row of odd size starts anywhere, and p, q and the gradients each at another place. So a vector that isn't aligned
+// is cut out of the two aligned ones that it lies in, which takes twice the slots.
+template <typename T, bool kAligned>
+struct Stream {
+  static constexpr int kPerRow = kAligned ? 1 : 2, kStages = kSlots / (2 * kPerRow);
+
+  const T *p, *q;  // the first vectors
+  unsigned count;
+
+  __device__ static uint4* slot(unsigned stage, int row) { return own_slot((stage % kStages * 2 + row) * kPerRow); }
+  __device__ void fetch(const T* from, unsigned i, uint4* to) const {
+    const char* address = reinterpret_cast<const char*>(from + int64_t(i) * kLanes<T>);
+    for (int part = 0; part < kPerRow; ++part) {
+      __pipeline_memcpy_async(to + part * kMaxThreads, address - misalignment(from) + part * sizeof(uint4),
+                              sizeof(uint4));
+    }
+  }
+  // What a thread takes at its stage-th turn. Every turn is one group, though it may be empty, so that they can be
+  // counted.
+  __device__ void fetch(unsigned stage) const {
+    const unsigned i = threadIdx.x + stage * blockDim.x;
+    if (i < count) fetch(p, i, slot(stage, 0)), fetch(q, i, slot(stage, 1));
+    __pipeline_commit();
+  }
+  __device__ void read(const uint4* from, unsigned skip, Real<T> (&to)[kLanes<T>]) const {
+    unpack<T>(kAligned ? from[0] : take(from[0], from[kMaxThreads], skip), to);
+  }
+
+  __device__ void start() const {
+    for (unsigned stage = 0; stage + 1 < kStages; ++stage) fetch(stage);
+  }
+  // Calls visit(i, x, y) for each vector; i counts from its first element.
+  template <typename Visit>
+  __device__ void run(const Visit& visit) const {
+    unsigned stage = 0;
+    for (unsigned i = threadIdx.x; i < count; i += blockDim.x, ++stage) {
+      fetch(stage + kStages - 1);  // into the slots of the vector that was visited last
+      __pipeline_wait_prior(kStages - 1);
+      Real<T> x[kLanes<T>], y[kLanes<T>];
+      read(slot(stage, 0), misalignment(p), x);
+      read(slot(stage, 1), misalignment(q), y);
+      visit(int64_t(i) * kLanes<T>, x, y);
+    }
+  }
+};
 
 // Calls visit(i, x, y) for all pairs of [begin, end), with x and y arrays of one pair or of a vector's. Vectors start
 // at multiples of 16 bytes of `anchor`, a row of p or of the gradients; what lies before and behind them, and all of a
@@ -343,22 +362,26 @@ template <typename T, typename Visit>
 __device__ void visit_pairs(const Row<T>& row, const T* anchor, int64_t begin, int64_t end, const Visit& visit) {
   const unsigned count = static_cast<unsigned>(end - begin);
   unsigned head = 0, vectors = 0;
+  bool aligned = false;
   if (row.p_step == 1 && row.q_step == 1) {
     head = min((16 - misalignment(anchor + begin)) % 16 / static_cast<unsigned>(sizeof(T)), count);
     vectors = (count - head) / kLanes<T>;
-    const int64_t first = begin + head;
-    if (misalignment(row.p + first) == 0 && misalignment(row.q + first) == 0) {
-      visit_vectors<true>(row, first, vectors, visit);
-    } else if (vectors > 0) {
-      --vectors;  // the aligned vector behind the last one may lie beyond the row
-      visit_vectors<false>(row, first, vectors, visit);
-    }
+    aligned = misalignment(row.p + begin + head) == 0 && misalignment(row.q + begin + head) == 0;
+    // The aligned vector behind the last one may lie beyond the row.
+    if (!aligned && vectors > 0) --vectors;
   }
+  const int64_t first = begin + head;
+  const Stream<T, true> stream{row.p + first, row.q + first, vectors};
+  const Stream<T, false> any_stream{row.p + first, row.q + first, vectors};
+  const auto from_first = [&](int64_t i, const auto& x, const auto& y) { visit(first + i, x, y); };
+
+  aligned ? stream.start() : any_stream.start();
   for (unsigned j = threadIdx.x; j < count - vectors * kLanes<T>; j += blockDim.x) {
     const int64_t i = begin + (j < head ? j : j + vectors * kLanes<T>);
     const Real<T> x[] = {to_real(row.p[i * row.p_step])}, y[] = {to_real(row.q[i * row.q_step])};
     visit(i, x, y);
   }
+  aligned ? stream.run(from_first) : any_stream.run(from_first);
 }
 
 // Blocks per multiprocessor that registers must leave room for: enough for 64 KB in flight. fp64 is for checks.

@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -77,6 +78,13 @@ struct Meeting {
   unsigned count[2] = {0, 0};
 };
 
+// A copy that its thread has not waited for yet.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -84,6 +92,8 @@ struct Fiber {
   const Meeting* waits_for = nullptr;
   unsigned waits_in = 0;  // the round that must be over before it runs on
   bool done = true;
+  std::vector<Copy> copies;
+  std::deque<std::vector<Copy>> groups;
 
   bool ready() const { return !done && (waits_for == nullptr || waits_for->round != waits_in); }
 };
@@ -166,6 +176,8 @@ inline void run_block(dim3 shape, const std::function<void()>& kernel) {
     fiber.index = dim3(i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y);
     fiber.done = false;
     fiber.waits_for = nullptr;
+    fiber.copies.clear();
+    fiber.groups.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -285,6 +297,23 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 inline void __threadfence() {}
+
+// Nothing arrives before it is waited for; until then its place holds NaN.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  std::memset(to, 0xff, bytes);
+  simt::block().running->copies.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {
+  simt::Fiber& self = *simt::block().running;
+  self.groups.push_back(std::move(self.copies));
+  self.copies.clear();
+}
+inline void __pipeline_wait_prior(size_t newest) {
+  auto& groups = simt::block().running->groups;
+  for (; groups.size() > newest; groups.pop_front()) {
+    for (const simt::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
 
 inline int cudaMemsetAsync(void* to, int value, size_t count, cudaStream_t) {
   std::memset(to, value, count);
