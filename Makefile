@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench stable-abi clean
+.PHONY: demo test bench cuda-check cuda-build stable-abi clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -27,6 +27,19 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" pybind11 ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
+
+# Compiles the kernels of CUDA and Triton for every architecture and reads the machine code. Needs nvcc, and no GPU.
+cuda-check: $(VENV)/installed
+	$(BIN)/python -m pytest python_tests/test_cuda_static.py python_tests/test_triton_compile.py
+
+# Builds the whole extension against a torch with CUDA, links and imports it. Needs nvcc, and no GPU; downloads a few GB.
+CUDA := build/cuda
+CUDA_TORCH ?= torch
+cuda-build:
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/pip install --quiet $(CUDA_TORCH) "setuptools>=77" pybind11 ninja numpy
+	VTW_KERNELS_BUILD_CUDA=1 $(CUDA)/bin/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	cd $(CUDA) && bin/python -c "import torch, vtw_kernels; print(torch.__version__, vtw_kernels.backend_info())"
 
 # Builds a wheel against an old torch, and runs the op tests with it under the torch of .venv. Downloads a few GB.
 OLD := build/old

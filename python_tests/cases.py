@@ -27,11 +27,7 @@ class Backend:
     name: str
     ops: object
     device: str = "cpu"
-
-    @property
-    def checks_rows(self) -> bool:
-        """Are the values of a plan checked? On a device this would be a synchronisation."""
-        return self.device == "cpu"
+    checks_values: bool = False  # of a plan or a block table; on a device that would be a synchronisation
 
     def __getattr__(self, op: str) -> Callable:
         return getattr(self.ops, op)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from cases import Backend
@@ -6,9 +8,20 @@ import vtw_kernels  # noqa: F401  registers torch.ops.vtw_kernels
 from vtw_kernels.ops import reference
 
 # `reference` is called as it stands, `cpu` through the dispatcher, which takes the C++ kernels where they are built.
-BACKENDS = [Backend("reference", reference), Backend("cpu", torch.ops.vtw_kernels)]
+BACKENDS = [
+    Backend("reference", reference, checks_values=True),
+    Backend("cpu", torch.ops.vtw_kernels, checks_values=True),
+]
+if simt_ops := os.environ.get("VTW_SIMT_OPS"):
+    # The CUDA kernels on the host (test_simt.py): the same schemas in a library of its own.
+    library = torch.library.Library("vtw_simt", "DEF")
+    for name in ("plan_compaction", "compact", "compact_", "expand", "compact_paged_"):
+        schema = str(getattr(torch.ops.vtw_kernels, name).default._schema)
+        library.define(schema.removeprefix("vtw_kernels::"))
+    torch.ops.load_library(simt_ops)
+    BACKENDS = [Backend("simt", torch.ops.vtw_simt, checks_values=False)]
 if torch.cuda.is_available():
-    BACKENDS.append(Backend("cuda", torch.ops.vtw_kernels, "cuda"))
+    BACKENDS.append(Backend("cuda", torch.ops.vtw_kernels, device="cuda"))
 
 
 @pytest.fixture(

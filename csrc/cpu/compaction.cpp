@@ -410,7 +410,7 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
       ++count;
     }
     new_lens[b] = static_cast<int32_t>(count);
-    moves[b] = paged_runs(runs, page_size, [&](int64_t column) { return table.at(b, column); });
+    if (!caches.empty()) moves[b] = paged_runs(runs, page_size, [&](int64_t column) { return table.at(b, column); });
   }
   // A prefix that several sequences share may stay in its pages, but must not move.
   for (const auto& sequence : moves) {

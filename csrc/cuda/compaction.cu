@@ -138,7 +138,7 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
   }
   if (list.empty()) return lengths;
   const PagedRows rows{static_cast<const int32_t*>(block_table.const_data_ptr()), block_table.size(1),
-                       block_table.stride(0), block_table.stride(1), static_cast<uint32_t>(caches[0].size(slots))};
+                       block_table.stride(0), block_table.stride(1), static_cast<int>(caches[0].size(slots))};
   move(std::move(list), plan_of(source), rows, on.stream);
   return lengths;
 }

@@ -78,9 +78,7 @@ struct Plan {
   const int32_t* data;
   int64_t batch, rows, batch_stride, row_stride;
 
-  __device__ int64_t at(int64_t sequence, int64_t row) const {
-    return data[sequence * batch_stride + row * row_stride];
-  }
+  __device__ int at(int64_t sequence, int64_t row) const { return data[sequence * batch_stride + row * row_stride]; }
 };
 
 // Where a thread stands in its block's tile of vectors × rows × lanes.
@@ -225,38 +223,46 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 // long; and where there is one narrow lane only, it is all that is in flight.
 constexpr int kMoveRows = 8;
 
-// Where a logical row lies; -1: nowhere.
+// Where logical rows lie: in which page (-1: in none, so that nothing is moved), and where in it.
 struct DenseRows {
-  __device__ int64_t offset(const Lanes& lanes, int64_t sequence, int64_t row) const {
-    return row < lanes.limit ? sequence * lanes.from_batch + row * lanes.from_row : -1;
+  static constexpr int kBlocksPerSM = 3;  // the most for which no register spills
+
+  __device__ int page(const Lanes& lanes, int64_t, int64_t row) const { return 0 <= row && row < lanes.limit ? 0 : -1; }
+  __device__ int64_t offset(const Lanes& lanes, int64_t sequence, int, int64_t row) const {
+    return sequence * lanes.from_batch + row * lanes.from_row;
   }
 };
 
 struct PagedRows {
+  static constexpr int kBlocksPerSM = 2;
+
   const int32_t* pages;
   int64_t columns, batch_stride, column_stride;
-  uint32_t page_size;
+  int page_size;
 
-  __device__ int64_t offset(const Lanes& lanes, int64_t sequence, int64_t row) const {
-    const uint32_t column = static_cast<uint32_t>(row) / page_size, slot = static_cast<uint32_t>(row) % page_size;
-    if (column >= columns) return -1;
-    const int64_t page = pages[sequence * batch_stride + column * column_stride];
-    return 0 <= page && page < lanes.limit ? page * lanes.from_batch + slot * lanes.from_row : -1;
+  // Rows come from a plan, so they have 32 bits.
+  __device__ int page(const Lanes& lanes, int64_t sequence, int row) const {
+    const int column = row / page_size;
+    if (row < 0 || column >= columns) return -1;
+    const int page = pages[sequence * batch_stride + column * column_stride];
+    return page < lanes.limit ? page : -1;
+  }
+  __device__ int64_t offset(const Lanes& lanes, int64_t, int page, int row) const {
+    return page * lanes.from_batch + row % page_size * lanes.from_row;
   }
 };
 
-// The number of rows for which `holds`, which is true for the first ones and then false. All threads of a block search
+// The first row of [first, end) for which `holds` is false; it is true for all before it. The threads of a block search
 // together: each round narrows the range to one of as many parts as there are threads.
 template <typename Predicate>
-__device__ int64_t count_first(int64_t rows, const Predicate& holds) {
-  int64_t first = 0;
-  while (rows > 0) {
-    const int64_t part = (rows + kThreads - 1) / kThreads;
-    const int64_t probe = threadIdx.x * part;
-    const int passed = __syncthreads_count(probe < rows && holds(first + probe));
+__device__ int64_t first_without(int64_t first, int64_t end, const Predicate& holds) {
+  while (first < end) {
+    const int64_t part = (end - first + kThreads - 1) / kThreads;
+    const int64_t probe = first + threadIdx.x * part;
+    const int passed = __syncthreads_count(probe < end && holds(probe));
     if (passed == 0) break;
+    end = min(end, first + passed * part);
     first += (passed - 1) * part + 1;
-    rows = min(part - 1, rows - (passed - 1) * part - 1);
   }
   return first;
 }
@@ -280,34 +286,38 @@ __device__ void move_strip(const Lanes& lanes, const Plan& plan, const Rows& row
   lanes.locate(lane, offset, same);
   char* base = lanes.to + offset + column * int64_t(sizeof(Vector));
   // What stands before the first dropped row stays as it is.
-  const int64_t begin = count_first(plan.rows, [&](int64_t row) { return plan.at(sequence, row) == row; });
-  const int64_t end =
-      begin + count_first(plan.rows - begin, [&](int64_t row) { return plan.at(sequence, begin + row) >= 0; });
+  const int64_t begin = first_without(0, plan.rows, [&](int64_t row) { return plan.at(sequence, row) == row; });
+  const int64_t end = first_without(begin, plan.rows, [&](int64_t row) { return plan.at(sequence, row) >= 0; });
 
   for (int64_t step = begin; step < end; step += int64_t(kMoveRows) << lanes.log_rows) {
+    // One kind of load at a time, for all rows: a row's index, its page and its bytes depend on one another, and must
+    // not wait for those of the row before it as well.
+    int sources[kMoveRows], from[kMoveRows], to[kMoveRows];
     Vector values[kMoveRows];
-    unsigned loaded = 0;
+    const auto row_of = [&](int i) { return step + (int64_t(i) << lanes.log_rows) + place.row; };
+#pragma unroll
+    for (int i = 0; i < kMoveRows; ++i) sources[i] = mine && row_of(i) < end ? plan.at(sequence, row_of(i)) : -1;
 #pragma unroll
     for (int i = 0; i < kMoveRows; ++i) {
-      const int64_t row = step + (int64_t(i) << lanes.log_rows) + place.row;
-      const int64_t source = mine && row < end ? plan.at(sequence, row) : -1;
-      const int64_t from = source < 0 ? -1 : rows.offset(lanes, sequence, source);
-      if (from < 0) continue;
-      values[i] = *reinterpret_cast<const Vector*>(base + from);
-      loaded |= 1u << i;
+      from[i] = rows.page(lanes, sequence, sources[i]);
+      to[i] = from[i] < 0 ? -1 : rows.page(lanes, sequence, row_of(i));
+    }
+#pragma unroll
+    for (int i = 0; i < kMoveRows; ++i) {
+      if (from[i] < 0) continue;
+      values[i] = *reinterpret_cast<const Vector*>(base + rows.offset(lanes, sequence, from[i], sources[i]));
     }
     __syncthreads();  // no row of this step is overwritten before all of them are read
 #pragma unroll
     for (int i = 0; i < kMoveRows; ++i) {
-      const int64_t row = step + (int64_t(i) << lanes.log_rows) + place.row;
-      const int64_t to = loaded >> i & 1 ? rows.offset(lanes, sequence, row) : -1;
-      if (to >= 0) *reinterpret_cast<Vector*>(base + to) = values[i];
+      if (to[i] < 0) continue;
+      *reinterpret_cast<Vector*>(base + rows.offset(lanes, sequence, to[i], row_of(i))) = values[i];
     }
   }
 }
 
 template <int Capacity, typename Rows>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, Rows::kBlocksPerSM)
     move_kernel(const __grid_constant__ Table<Capacity> table, Plan plan, Rows rows) {
   const Lanes& lanes = table.of_block(blockIdx.x);
   with_vector(lanes.log_vector,

@@ -1,0 +1,110 @@
+"""What the CUDA compiler says of the kernels, without a GPU and without torch: they compile for every architecture, no
+register spills, and the main paths move 16 bytes at a time. Needs nvcc."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sass import count, cuda_tool, sass_of
+
+ROOT = Path(__file__).parents[1]
+ARCHS = ("80", "90", "100", "120")
+NVCC = cuda_tool("nvcc")
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header of kernels, and what instantiates all of them as its binding does."""
+
+    uses: str
+    vectors: dict[str, int]  # kernel: how many 16-byte loads, and stores, its widest path has in flight
+    stores: bool = True
+
+
+HEADERS = {
+    "compaction": Header(
+        "auto* use = &gather; auto* used = &plan; auto* uses = &invert;"
+        "template void vtw::cuda::move(std::vector<Lanes>, const Plan&, const DenseRows&, cudaStream_t);"
+        "template void vtw::cuda::move(std::vector<Lanes>, const Plan&, const PagedRows&, cudaStream_t);",
+        {"gather_kernel": 4, "move_kernel": 8},
+    ),
+}
+
+
+# A cold build on two cores; measured: half a minute.
+BUILD_SECONDS = 120
+
+
+@functools.cache
+def compiled(header: str, arch: str, folder: Path) -> tuple[dict[str, str], str]:
+    source, cubin = folder / f"{header}.cu", folder / f"{header}_{arch}.cubin"
+    source.write_text(f'#include "cuda/{header}.cuh"\nusing namespace vtw::cuda;\n{HEADERS[header].uses}\n')
+    command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-cubin", "-Xptxas=-v"]
+    done = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return sass_of(cubin), done.stderr
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    if NVCC is None:
+        pytest.skip("there is no nvcc")
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("header", HEADERS)
+def test_no_spills(folder, header, arch):
+    sass, report = compiled(header, arch, folder)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == len(sass) > 0
+    assert set(spills) == {("0", "0", "0")}, report
+    for name, code in sass.items():
+        assert count(code, r"LDL\S*") == count(code, r"STL\S*") == 0, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("header", HEADERS)
+def test_16_byte_accesses(folder, header, arch):
+    sass, _ = compiled(header, arch, folder)
+    for kernel, vectors in HEADERS[header].vectors.items():
+        found = [code for name, code in sass.items() if kernel in name]
+        assert found, kernel
+        for code in found:
+            assert count(code, r"LDG\.E\.128\S*") >= vectors
+            assert count(code, r"STG\.E\.128\S*") >= vectors
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compaction_only_moves_bytes(folder, arch):
+    sass, _ = compiled("compaction", arch, folder)
+    assert all(count(code, r"(?:FADD|FMUL|FFMA|DADD|DMUL|DFMA)\S*") == 0 for code in sass.values())
+
+
+def test_the_whole_extension_builds_and_loads(tmp_path, folder):
+    """Against the torch that is there, which may well have no CUDA itself."""
+    environment = os.environ | {"VTW_KERNELS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "temp"]
+    begin = time.monotonic()
+    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - begin
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'vtw_kernels')!r});"
+        "import torch, _C; print(_C.build_info()['cuda_archs']);"
+        "names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('vtw_kernels::')];"
+        "print(sorted(x for x in names if torch._C._dispatch_has_kernel_for_dispatch_key(x, 'CUDA')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    archs, ops = loaded.stdout.splitlines()
+    assert archs == "['9.0']"
+    for op in ("plan_compaction", "compact", "compact_", "expand", "compact_paged_"):
+        assert f"'vtw_kernels::{op}'" in ops
+    assert seconds < BUILD_SECONDS
