@@ -43,13 +43,30 @@ kl::Pairs<T> pairs_of(const char* op, const Tensor& p, const Tensor& q, std::vec
   return pairs;
 }
 
-int multiprocessors(const Tensor& x) {
+// The current device. Asked once for each that a thread works on, for asking takes longer than a launch.
+const kl::Device& current_device() {
 #ifdef __CUDACC__
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.get_device_index());
-  return count;
+  thread_local int known = -1;
+  thread_local kl::Device device;
+  int current = 0;
+  cudaGetDevice(&current);
+  if (current == known) return device;
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, attribute, current);
+    return value;
+  };
+  // Code that was compiled for an older architecture runs on a newer one, but without its clusters.
+  cudaFuncAttributes code{};
+  cudaFuncGetAttributes(&code, kl::forward_kernel<float>);
+  device = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrClusterLaunch) != 0 && code.ptxVersion >= 90,
+            static_cast<size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin))};
+  known = current;
+  return device;
 #else
-  return 4;  // few, so that the tests split rows in more than one way
+  // Few multiprocessors, so that the tests split rows in more than one way.
+  static const kl::Device device{4, std::getenv("VTW_SIMT_CLUSTERS") != nullptr, 227 * 1024};
+  return device;
 #endif
 }
 
@@ -66,7 +83,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   const OnDeviceOf on(p_logits);
   std::vector<int64_t> shape;
   const auto pairs = pairs_of<T>("kl_divergence", p_logits, q_logits, shape);
-  kl::Forward<T> f{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, multiprocessors(p_logits)), temperature};
+  kl::Forward<T> f{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, current_device(), true), temperature};
   const auto dtype = real_type(p_logits.scalar_type());
   Tensor result = torch::stable::new_empty(p_logits, shape, dtype);
   shape.push_back(5);
@@ -74,7 +91,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   f.kl = static_cast<R*>(result.mutable_data_ptr());
   f.state = states_of<R>(state);
   // Allocated for each call: two streams, or two replays of a graph, never share it.
-  const int64_t partials = f.grid.chunks > 1 ? int64_t(f.pairs.rows) * f.grid.chunks : 0;
+  const int64_t partials = f.grid.chunks > 1 && !f.grid.cluster ? int64_t(f.pairs.rows) * f.grid.chunks : 0;
   Tensor partial = torch::stable::new_empty(p_logits, {partials, 5}, dtype);
   Tensor arrived = torch::stable::new_empty(p_logits, {partials > 0 ? f.pairs.rows : 0}, ScalarType::Int);
   f.partial = states_of<R>(partial);
@@ -101,7 +118,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   shape.push_back(5);
   check_row_states("state", state, shape, p_logits);
   check_row_states("grad_state", grad_state, shape, p_logits);
-  kl::Backward<T> b{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, multiprocessors(p_logits)), temperature};
+  kl::Backward<T> b{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, current_device(), false), temperature};
   const Tensor states = torch::stable::contiguous(state), slopes = torch::stable::contiguous(grad_state);
   b.state = states_of<R>(states);
   b.slope = states_of<R>(slopes);

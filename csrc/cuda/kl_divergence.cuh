@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cluster.cuh"
 #include "launch.cuh"
 
 #ifdef __CUDACC__
@@ -24,6 +25,7 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
+constexpr unsigned kMaxCluster = 8;  // what every device with clusters can do
 
 // fp64 logits are computed in fp64, all others in fp32.
 template <typename T>
@@ -52,6 +54,11 @@ __device__ inline void round_to(float& to, float x) { to = x; }
 __device__ inline void round_to(double& to, double x) { to = x; }
 __device__ inline void round_to(__half& to, float x) { to = __float2half_rn(x); }
 __device__ inline void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+
+// Rounded here: were the compiler to fuse it into a sum of p and not into that of q, equal rows would not give exactly
+// 0.
+__device__ inline float product(float x, float y) { return __fmul_rn(x, y); }
+__device__ inline double product(double x, double y) { return __dmul_rn(x, y); }
 
 // --- states ----------------------------------------------------------------------------------------------------------
 
@@ -83,7 +90,8 @@ __device__ State<R> merge(const State<R>& x, const State<R>& y, R scale) {
   const R m_p = fmax(x.m_p, y.m_p), m_q = fmax(x.m_q, y.m_q);
   const R x_p = weight_of(x.m_p, m_p, scale), y_p = weight_of(y.m_p, m_p, scale);
   const R x_q = weight_of(x.m_q, m_q, scale), y_q = weight_of(y.m_q, m_q, scale);
-  return {m_p, x.z_p * x_p + y.z_p * y_p, weigh(x.a, x_p) + weigh(y.a, y_p), m_q, x.z_q * x_q + y.z_q * y_q};
+  return {m_p, product(x.z_p, x_p) + product(y.z_p, y_p), weigh(x.a, x_p) + weigh(y.a, y_p), m_q,
+          product(x.z_q, x_q) + product(y.z_q, y_q)};
 }
 
 template <typename R>
@@ -103,13 +111,14 @@ template <typename R>
 __device__ State<R> warp_merge(const State<R>& x, R scale) {
   const R m_p = warp_max(x.m_p), m_q = warp_max(x.m_q);
   const R weight_p = weight_of(x.m_p, m_p, scale), weight_q = weight_of(x.m_q, m_q, scale);
-  return {m_p, warp_sum(x.z_p * weight_p), warp_sum(weigh(x.a, weight_p)), m_q, warp_sum(x.z_q * weight_q)};
+  return {m_p, warp_sum(product(x.z_p, weight_p)), warp_sum(weigh(x.a, weight_p)), m_q,
+          warp_sum(product(x.z_q, weight_q))};
 }
 
 // The states of a block's threads as one; only warp 0 gets it.
 template <typename R>
 __device__ State<R> block_merge(State<R> x, R scale) {
-  __shared__ State<R> of_warp[kMaxThreads / kWarp];
+  __shared__ State<R> of_warp[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   x = warp_merge(x, scale);
   if (lane == 0) of_warp[warp] = x;
@@ -118,10 +127,28 @@ __device__ State<R> block_merge(State<R> x, R scale) {
   return x;
 }
 
+// The states of a cluster's blocks as one, in warp 0 of each of them.
+template <typename R>
+__device__ State<R> cluster_merge(State<R> x, R scale) {
+#if VTW_CLUSTERS
+  __shared__ State<R> of_block;
+  const auto cluster = cooperative_groups::this_cluster();
+  if (threadIdx.x == 0) of_block = x;
+  cluster.sync();  // all states are there
+  if (threadIdx.x < kWarp) {
+    x = State<R>::empty();
+    if (threadIdx.x < cluster.num_blocks()) x = *cluster.map_shared_rank(&of_block, threadIdx.x);
+    x = warp_merge(x, scale);
+  }
+  cluster.sync();  // no block leaves while its state is being read
+#endif
+  return x;
+}
+
 // In fp64, which keeps what the subtraction of two log-sum-exps of some tens would round away. Rounding may still leave
 // a hair below 0, which no divergence is; the comparison lets NaN through.
 __device__ inline double divergence(const State<double>& s) {
-  const double kl = s.a / s.z_p - (s.m_p + log(s.z_p)) + (s.m_q + log(s.z_q));
+  const double kl = s.a / s.z_p + ((s.m_q + log(s.z_q)) - (s.m_p + log(s.z_p)));
   return kl < 0 ? 0 : kl;
 }
 
@@ -154,7 +181,7 @@ struct Side {
   __device__ R move_origin(R scale, R headroom) {
     if (m <= origin) return 1;
     const R top = m + headroom, weight = weight_of(origin, top, scale);
-    z *= weight;
+    z = product(z, weight);
     origin = top;
     shift = top * scale;
     // Beyond this, rounding alone would take the exponential far from where it should be.
@@ -218,7 +245,7 @@ struct Sums {
 
   __device__ State<R> state() const {
     const R weight_p = weight_of(p.origin, p.m, scale), weight_q = weight_of(q.origin, q.m, scale);
-    return {p.m, p.z * weight_p, weigh(a, weight_p), q.m, q.z * weight_q};
+    return {p.m, product(p.z, weight_p), weigh(a, weight_p), q.m, product(q.z, weight_q)};
   }
 };
 
@@ -393,6 +420,16 @@ struct Grid {
   uint32_t chunks;
   int64_t chunk;  // elements
   unsigned threads;
+  bool cluster;  // the blocks of a row are a cluster
+
+  struct Part {
+    uint32_t row;
+    int64_t begin, end;
+  };
+  __device__ Part part(int64_t vocabulary) const {
+    const int64_t begin = min(blockIdx.x % chunks * chunk, vocabulary);
+    return {blockIdx.x / chunks, begin, min(begin + chunk, vocabulary)};
+  }
 };
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -405,23 +442,34 @@ struct Forward {
   Exponent<Real<T>> exponent{temperature};
   Real<T>* kl;            // [rows]
   State<Real<T>>* state;  // [rows]
-  // Only where rows are split.
+  // Only where rows are split without clusters.
   State<Real<T>>* partial = nullptr;  // [rows, chunks]
   unsigned* arrived = nullptr;        // [rows], zero
 };
 
+// What a row amounts to, once the temperature is applied.
+template <typename R>
+__device__ State<double> write_row(const State<R>& s, double temperature, R* kl, State<R>* state) {
+  const State<double> scaled{s.m_p / temperature, s.z_p, s.a / temperature, s.m_q / temperature, s.z_q};
+  *kl = static_cast<R>(divergence(scaled));
+  *state = {R(scaled.m_p), R(scaled.z_p), R(scaled.a), R(scaled.m_q), R(scaled.z_q)};
+  return scaled;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const __grid_constant__ Forward<T> f) {
   using R = Real<T>;
-  const uint32_t row = blockIdx.x / f.grid.chunks, chunk = blockIdx.x % f.grid.chunks;
-  const int64_t begin = chunk * f.grid.chunk, end = min(begin + f.grid.chunk, f.pairs.vocabulary);
+  const auto [row, begin, end] = f.grid.part(f.pairs.vocabulary);
   const R scale = f.exponent.scale;
   Sums<R> sums(f.exponent);
   const Row<T> logits(f.pairs, row);
   visit_pairs(logits, logits.p, begin, end, [&](int64_t, const auto& x, const auto& y) { sums.add(x, y); });
   State<R> whole = block_merge(sums.state(), scale);
 
-  if (f.grid.chunks > 1) {
+  if (f.grid.cluster) {
+    whole = cluster_merge(whole, scale);
+    if (begin > 0) return;
+  } else if (f.grid.chunks > 1) {
     // Whichever block of the row comes last merges the states of all, in the order of their chunks. The fences order
     // each state before its count, and the last count before the states that are read then.
     __shared__ bool last;
@@ -438,12 +486,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const 
     for (uint32_t i = threadIdx.x; i < f.grid.chunks; i += kWarp) whole = merge(whole, partial[i], scale);
     whole = warp_merge(whole, scale);
   }
-  if (threadIdx.x == 0) {
-    const double t = f.temperature;
-    const State<double> scaled{whole.m_p / t, whole.z_p, whole.a / t, whole.m_q / t, whole.z_q};
-    f.kl[row] = static_cast<R>(divergence(scaled));
-    f.state[row] = {R(scaled.m_p), R(scaled.z_p), R(scaled.a), R(scaled.m_q), R(scaled.z_q)};
-  }
+  if (threadIdx.x == 0) write_row(whole, f.temperature, &f.kl[row], &f.state[row]);
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -461,8 +504,7 @@ struct Backward {
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_kernel(const __grid_constant__ Backward<T> b) {
   using R = Real<T>;
-  const uint32_t row = blockIdx.x / b.grid.chunks, chunk = blockIdx.x % b.grid.chunks;
-  const int64_t begin = chunk * b.grid.chunk, end = min(begin + b.grid.chunk, b.pairs.vocabulary);
+  const auto [row, begin, end] = b.grid.part(b.pairs.vocabulary);
   const int64_t at = row * b.pairs.vocabulary;
   T* const to_p = b.grad_p ? b.grad_p + at : nullptr;
   T* const to_q = b.grad_q ? b.grad_q + at : nullptr;
@@ -525,30 +567,48 @@ __global__ void __launch_bounds__(kMaxThreads) from_state_kernel(const State<R>*
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
+struct Device {
+  int multiprocessors;
+  bool clusters;
+  size_t shared_bytes;  // that a block may have
+};
+
 // Rows are split where there are too few of them to fill the device.
 //
 //   rows            blocks per row       why
 //   many            1                    nothing to merge, and each block streams megabytes
-//   fewer           enough for 4         a device wants some 25 KB in flight per multiprocessor, which is three blocks
-//                   per multiprocessor   of 256 threads with 32 bytes each
+//   fewer           enough for 4         a device wants some 25 KB in flight per multiprocessor, and a block has 24 KB:
+//                   per multiprocessor   enough for all but the ends of its work
 //   very few        a vector per thread  one round trip to memory for all; a thread without a vector would only wait
+//
+// Where the device has clusters, at most 8: they merge in shared memory, which saves the launch that clears the
+// counters and the trip of the states through memory. That is worth more than the last blocks would be.
 template <typename T>
-Grid choose_grid(int64_t rows, int64_t vocabulary, int multiprocessors) {
+Grid choose_grid(int64_t rows, int64_t vocabulary, const Device& device, bool merges) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t vectors = std::max<int64_t>(ceil_div(vocabulary, kLanes<T>), 1);
   const int64_t threads = std::min<int64_t>(ceil_div(vectors, kWarp) * kWarp, kMaxThreads);
-  int64_t chunks = std::min(ceil_div(vectors, threads), ceil_div(4 * multiprocessors, std::max<int64_t>(rows, 1)));
-  chunks = std::max(chunks, (vocabulary >> 30) + 1);  // inside a chunk, indices are of 32 bits
-  const int64_t chunk = ceil_div(vectors, chunks) * kLanes<T>;
-  return {static_cast<uint32_t>(std::max<int64_t>(ceil_div(vocabulary, chunk), 1)), chunk,
-          static_cast<unsigned>(threads)};
+  const int64_t least = (vocabulary >> 30) + 1;  // inside a chunk, indices are of 32 bits
+  int64_t chunks = ceil_div(4 * device.multiprocessors, std::max<int64_t>(rows, 1));
+  chunks = std::min(chunks, ceil_div(vectors, threads));
+  const bool cluster = merges && device.clusters && chunks > 1 && least <= 1;
+  // Powers of 2 fit into a GPU's processing clusters without waste.
+  if (cluster) chunks = chunks >= 8 ? 8 : chunks >= 4 ? 4 : 2;
+  chunks = std::max(chunks, least);
+  return {static_cast<uint32_t>(chunks), ceil_div(vectors, chunks) * kLanes<T>, static_cast<unsigned>(threads),
+          cluster};
 }
 
 template <typename T>
 void forward(const Forward<T>& f, cudaStream_t stream) {
   if (f.pairs.rows == 0) return;
-  if (f.grid.chunks > 1) cudaMemsetAsync(f.arrived, 0, f.pairs.rows * sizeof(unsigned), stream);
-  launch(forward_kernel<T>, f.pairs.rows * f.grid.chunks, f.grid.threads, stream, f);
+  const dim3 blocks = f.pairs.rows * f.grid.chunks;
+  if (f.grid.cluster) {
+    launch_clusters(forward_kernel<T>, blocks, f.grid.threads, f.grid.chunks, 0, stream, f);
+  } else {
+    if (f.grid.chunks > 1) cudaMemsetAsync(f.arrived, 0, f.pairs.rows * sizeof(unsigned), stream);
+    launch(forward_kernel<T>, blocks, f.grid.threads, stream, f);
+  }
 }
 
 template <typename T>
