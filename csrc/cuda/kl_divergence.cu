@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   kl::Backward<T> b{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, current_device(), false), temperature};
   const Tensor states = torch::stable::contiguous(state), slopes = torch::stable::contiguous(grad_state);
   b.state = states_of<R>(states);
-  b.slope = states_of<R>(slopes);
+  b.gradient = states_of<R>(slopes);
   shape.back() = pairs.vocabulary;
   const std::vector<int64_t> nothing{0};
   Tensor grad_p = torch::stable::new_empty(p_logits, need_p ? shape : nothing);

@@ -491,46 +491,60 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const 
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
+// What a row's logits need to get their gradients:
+//   dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
+template <typename R>
+struct Slope {
+  R m_p, m_q, g_zp, g_a, g_zq, inverse, scale;
+
+  // `gradient` is that of the state.
+  __device__ Slope(const State<R>& state, const State<R>& gradient, double temperature)
+      : g_zp(gradient.z_p),
+        g_a(gradient.a),
+        g_zq(gradient.z_q),
+        inverse(1 / static_cast<R>(temperature)),
+        scale(static_cast<R>(kLog2e) * inverse) {
+    // The state's maxima are those of the scaled logits. Where all is -inf any finite number will do: e^x is 0.
+    m_p = state.m_p == R(-INFINITY) ? R(0) : state.m_p * static_cast<R>(temperature);
+    m_q = state.m_q == R(-INFINITY) ? R(0) : state.m_q * static_cast<R>(temperature);
+  }
+
+  template <typename T, int count>
+  __device__ void write(const R (&x)[count], const R (&y)[count], T* to_p, T* to_q) const {
+    struct alignas(count * sizeof(T)) Result {
+      T x[count];
+    } dp, dq;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const R e_p = power_of_2((x[i] - m_p) * scale);
+      const R e_q = power_of_2((y[i] - m_q) * scale);
+      const R g = g_zp + g_a * ((x[i] - y[i]) * inverse + 1);
+      round_to(dp.x[i], e_p == 0 ? R(0) : inverse * g * e_p);
+      round_to(dq.x[i], inverse * (g_zq * e_q - g_a * e_p));
+    }
+    if (to_p) *reinterpret_cast<Result*>(to_p) = dp;
+    if (to_q) *reinterpret_cast<Result*>(to_q) = dq;
+  }
+};
+
 template <typename T>
 struct Backward {
   Pairs<T> pairs;
   Grid grid;
   double temperature;
-  const State<Real<T>>*state, *slope;  // [rows]; the slope is the gradient with respect to the state
-  T *grad_p, *grad_q;                  // [rows, V], or null
+  const State<Real<T>>*state, *gradient;  // [rows]; the second is the gradient of the first
+  T *grad_p, *grad_q;                     // [rows, V], or null
 };
 
-// dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_kernel(const __grid_constant__ Backward<T> b) {
-  using R = Real<T>;
   const auto [row, begin, end] = b.grid.part(b.pairs.vocabulary);
   const int64_t at = row * b.pairs.vocabulary;
   T* const to_p = b.grad_p ? b.grad_p + at : nullptr;
   T* const to_q = b.grad_q ? b.grad_q + at : nullptr;
-
-  const State<R> state = b.state[row], slope = b.slope[row];
-  const R temperature = static_cast<R>(b.temperature), inverse = 1 / temperature;
-  const R scale = static_cast<R>(kLog2e) * inverse;
-  // The state's maxima are those of the scaled logits. Where all is -inf any finite number will do: e^x is 0.
-  const R m_p = state.m_p == R(-INFINITY) ? R(0) : state.m_p * temperature;
-  const R m_q = state.m_q == R(-INFINITY) ? R(0) : state.m_q * temperature;
-
+  const Slope<Real<T>> slope(b.state[row], b.gradient[row], b.temperature);
   visit_pairs(Row<T>(b.pairs, row), to_p ? to_p : to_q, begin, end, [&](int64_t i, const auto& x, const auto& y) {
-    constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(x)>>;
-    struct alignas(kCount * sizeof(T)) Result {
-      T x[kCount];
-    } dp, dq;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const R e_p = power_of_2((x[j] - m_p) * scale);
-      const R e_q = power_of_2((y[j] - m_q) * scale);
-      const R g = slope.z_p + slope.a * ((x[j] - y[j]) * inverse + 1);
-      round_to(dp.x[j], e_p == 0 ? R(0) : inverse * g * e_p);
-      round_to(dq.x[j], inverse * (slope.z_q * e_q - slope.a * e_p));
-    }
-    if (to_p) *reinterpret_cast<Result*>(to_p + i) = dp;
-    if (to_q) *reinterpret_cast<Result*>(to_q + i) = dq;
+    slope.write(x, y, to_p ? to_p + i : nullptr, to_q ? to_q + i : nullptr);
   });
 }
 
