@@ -306,6 +306,18 @@ __device__ void unpack(const uint4& bits, Real<T> (&to)[kLanes<T>]) {
   }
 }
 
+// One element, or an aligned vector.
+template <typename T, int count>
+__device__ void store(T* to, const T (&x)[count]) {
+  if constexpr (count == 1) {
+    *to = x[0];
+  } else {
+    uint4 bits;
+    memcpy(&bits, x, sizeof(bits));
+    __stcg(reinterpret_cast<uint4*>(to), bits);  // an assignment may be taken apart
+  }
+}
+
 __device__ inline unsigned misalignment(const void* address) {
   return static_cast<unsigned>(reinterpret_cast<uintptr_t>(address) % 16);
 }
@@ -511,19 +523,17 @@ struct Slope {
 
   template <typename T, int count>
   __device__ void write(const R (&x)[count], const R (&y)[count], T* to_p, T* to_q) const {
-    struct alignas(count * sizeof(T)) Result {
-      T x[count];
-    } dp, dq;
+    T dp[count], dq[count];
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const R e_p = power_of_2((x[i] - m_p) * scale);
       const R e_q = power_of_2((y[i] - m_q) * scale);
       const R g = g_zp + g_a * ((x[i] - y[i]) * inverse + 1);
-      round_to(dp.x[i], e_p == 0 ? R(0) : inverse * g * e_p);
-      round_to(dq.x[i], inverse * (g_zq * e_q - g_a * e_p));
+      round_to(dp[i], e_p == 0 ? R(0) : inverse * g * e_p);
+      round_to(dq[i], inverse * (g_zq * e_q - g_a * e_p));
     }
-    if (to_p) *reinterpret_cast<Result*>(to_p) = dp;
-    if (to_q) *reinterpret_cast<Result*>(to_q) = dq;
+    if (to_p) store(to_p, dp);
+    if (to_q) store(to_q, dq);
   }
 };
 

@@ -377,6 +377,7 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 inline void __threadfence() {}
+inline void __stcg(uint4* to, uint4 x) { *to = x; }
 
 namespace cooperative_groups {
 struct cluster_group {
