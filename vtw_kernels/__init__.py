@@ -12,6 +12,7 @@ from vtw_kernels.ops import (
     kl_divergence,
     kl_from_state,
     kl_state,
+    linear_kl_divergence,
     merge_kl_states,
     plan_compaction,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "kl_divergence",
     "kl_from_state",
     "kl_state",
+    "linear_kl_divergence",
     "merge_kl_states",
     "plan_compaction",
     "withdraw",

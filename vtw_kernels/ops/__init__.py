@@ -13,6 +13,7 @@ except ImportError as error:
 from vtw_kernels.ops._registration import backend_info
 from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, compact_paged_, expand, plan_compaction
 from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
+from vtw_kernels.ops.linear_kl_divergence import linear_kl_divergence
 
 __all__ = [
     "CompactionPlan",
@@ -24,6 +25,7 @@ __all__ = [
     "kl_divergence",
     "kl_from_state",
     "kl_state",
+    "linear_kl_divergence",
     "merge_kl_states",
     "plan_compaction",
 ]
