@@ -10,6 +10,7 @@ except ImportError as error:
         "run: pip install --no-build-isolation ."
     ) from None
 
+from vtw_kernels.ops import batching  # noqa: F401  registers the rules of torch.func.vmap
 from vtw_kernels.ops._registration import backend_info
 from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, compact_paged_, expand, plan_compaction
 from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
