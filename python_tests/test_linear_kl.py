@@ -1,6 +1,6 @@
 """linear_kl_divergence against fp64 of the same projections, in value, gradient and memory.
 
-On a grid of small whole numbers every logit is exact in every dtype and in every order of summation, so the tolerance of
+On a grid of small whole numbers every logit is exact in every dtype and order of summation, so the tolerance of
 kl_divergence itself applies; elsewhere it would measure the rounding of the matrix product.
 """
 
@@ -252,7 +252,7 @@ def test_no_second_derivative():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast(dtype, backward_inside):
-    """All is as if the inputs had been cast by hand, as F.linear casts them; the backward too, wherever it is called."""
+    """As if the inputs had been cast by hand, which is what F.linear does; the backward too, wherever it is called."""
     x = {name: t.requires_grad_() for name, t in inputs(normal).items()}
     with torch.autocast("cpu", dtype=dtype):
         assert F.linear(x["p_hidden"], x["p_weight"]).dtype == dtype

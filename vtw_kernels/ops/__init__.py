@@ -15,6 +15,7 @@ from vtw_kernels.ops._registration import backend_info
 from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, compact_paged_, expand, plan_compaction
 from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
 from vtw_kernels.ops.linear_kl_divergence import linear_kl_divergence
+from vtw_kernels.ops.vocab_parallel import kl_divergence_vocab_parallel
 
 __all__ = [
     "CompactionPlan",
@@ -24,6 +25,7 @@ __all__ = [
     "compact_paged_",
     "expand",
     "kl_divergence",
+    "kl_divergence_vocab_parallel",
     "kl_from_state",
     "kl_state",
     "linear_kl_divergence",

@@ -36,15 +36,15 @@ def register(name: str, *, reference: Callable, fake: Callable) -> None:
 
 
 def register_over_ops(name: str, *, kernel: Callable, fake: Callable) -> None:
-    """Gives an op that has a gradient of its own, but computes by calling other ops, its fake and its only kernel: which
-    backend does the work is decided where those are called."""
+    """Gives an op that has a gradient of its own, but computes by calling other ops, its fake and its only kernel:
+    which backend does the work is decided where those are called."""
     torch.library.register_fake(f"vtw_kernels::{name}", fake)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
 def register_autocast(name: str, *, cast: bool) -> None:
-    """Turns torch.autocast off inside an op, so that nothing that it calls changes a dtype behind its back; ``cast`` first
-    brings its tensors to the dtype of the autocast, fp64 excepted, as F.linear does."""
+    """Turns torch.autocast off inside an op, so that nothing that it calls changes a dtype behind its back; ``cast``
+    first brings its tensors to the dtype of the autocast, fp64 excepted, as F.linear does."""
     op = getattr(torch.ops.vtw_kernels, name).default
     for device in ("cpu", "cuda"):
         key = f"Autocast{device.upper()}"

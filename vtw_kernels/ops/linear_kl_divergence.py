@@ -42,17 +42,17 @@ def linear_kl_divergence(
         q_weight: ``[V, H_q]``; may be ``p_weight`` itself.
         temperature: a number above 0 that divides the logits of both.
         p_bias, q_bias: ``[V]`` or None. ``-inf`` gives an entry of the vocabulary a probability of 0.
-        chunk: how many entries of the vocabulary to project at a time. By default the largest multiple of 1024 whose two
-            logits, ``2·N·chunk`` numbers, take at most 64 MiB, and at least 1024.
+        chunk: how many entries of the vocabulary to project at a time. By default the largest multiple of 1024 for
+            which the two logits, ``2·N·chunk`` numbers, take at most 64 MiB, and at least 1024.
 
     Returns:
         ``[...]``, fp32 (fp64 for fp64 inputs), exact as ``kl_divergence`` is for the logits that it is given: those of
         F.linear in the dtype of the inputs, so rounded to bf16 for bf16, as a model's own are. Equal inputs with equal
         ``chunk`` give equal bits. Differentiable once, in all six tensors.
 
-    Memory: ``N`` rows after broadcasting, ``e`` bytes per number. Beyond inputs and results, the forward needs
-    ``2·N·chunk·e`` bytes, the backward twice that, and for each hidden that needs a gradient ``8·N·H`` more; gradients
-    of weights are written in place.
+    Memory: with ``N`` rows after broadcasting and ``e`` bytes per number, the forward takes ``2·N·chunk·e`` bytes beyond
+    its inputs and result, and the backward ``4·N·chunk·e``. In low precision it also takes ``4·N·H`` for each hidden that
+    needs a gradient, which is summed in fp32; those of weights and biases are written where they belong.
 
     Under ``torch.autocast`` all tensors are cast to its dtype, fp64 excepted, as F.linear casts them, and the result is
     still fp32.
