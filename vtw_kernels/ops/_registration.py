@@ -11,8 +11,14 @@ import torch
 from vtw_kernels import _C
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-# Composite ops have no kernels of their own; this is the one that does the work of each.
-KERNEL_OF = {"kl_divergence": "kl_divergence_with_state", "kl_state": "kl_divergence_with_state"}
+# Ops that are made of other ops have no kernels of their own; this is the one that does the work of each.
+KERNEL_OF = {
+    "kl_divergence": "kl_divergence_with_state",
+    "kl_state": "kl_divergence_with_state",
+    "linear_kl_divergence": "kl_divergence_with_state",
+    "linear_kl_divergence_with_state": "kl_divergence_with_state",
+    "linear_kl_divergence_backward": "kl_divergence_backward",
+}
 
 FORCED_BACKEND = os.environ.get("VTW_KERNELS_BACKEND") or None
 if FORCED_BACKEND not in (None, *BACKENDS):
@@ -49,6 +55,30 @@ def _triton_kernel(module: str, name: str) -> Callable:
         return getattr(import_module(f"vtw_kernels.triton.{module}"), name)(*args)
 
     return kernel
+
+
+def register_over_ops(name: str, *, kernel: Callable, fake: Callable) -> None:
+    """Gives an op that has a gradient of its own, but computes by calling other ops, its fake and its only kernel:
+    which backend does the work is decided where those are called."""
+    torch.library.register_fake(f"vtw_kernels::{name}", fake)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def register_autocast(name: str, *, cast: bool) -> None:
+    """Turns torch.autocast off inside an op, so that nothing that it calls changes a dtype behind its back; ``cast``
+    first brings its tensors to the dtype of the autocast, fp64 excepted, as F.linear does."""
+    op = getattr(torch.ops.vtw_kernels, name).default
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def run(*args, device: str = device, off: torch._C.DispatchKeySet = off):
+            if cast:
+                args = torch.amp.autocast_mode._cast(args, device, torch.get_autocast_dtype(device))
+            with torch._C._ExcludeDispatchKeyGuard(off):
+                return op(*args)
+
+        _library.impl(name, run, key)
 
 
 def register_mutation(name: str) -> None:
