@@ -3,6 +3,7 @@
 // Every thread of a block is a fiber. A fiber runs until it waits for others (a barrier, a shuffle), then another one
 // is picked *at random*; blocks run one after another in *random order*. So an access that only a missing barrier or a
 // lucky order protects goes wrong here, and AddressSanitizer sees each load and store. SIMT_SEED makes a run repeat.
+// The blocks of a cluster take turns, at random too.
 //
 // Stricter than a GPU: a thread that leaves, or waits elsewhere, while others of its block wait at a barrier is an
 // error. Not modelled: the order of memory between blocks that run at once, and anything about speed.
@@ -11,14 +12,20 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #define __global__
@@ -28,7 +35,9 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __restrict__
-#define __shared__ static  // blocks run one at a time; what the last one left behind stands for uninitialised memory
+// What the last block left behind stands for uninitialised memory. Blocks of a cluster have an OS thread each, and so
+// variables of their own.
+#define __shared__ static thread_local
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -41,8 +50,14 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 using cudaStream_t = void*;
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
 
-inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace simt {
 
@@ -70,6 +85,13 @@ struct Meeting {
   unsigned count[2] = {0, 0};
 };
 
+// A copy that its thread has not waited for yet.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -77,8 +99,34 @@ struct Fiber {
   const Meeting* waits_for = nullptr;
   unsigned waits_in = 0;  // the round that must be over before it runs on
   bool done = true;
+  std::vector<Copy> copies;
+  std::deque<std::vector<Copy>> groups;
 
   bool ready() const { return !done && (waits_for == nullptr || waits_for->round != waits_in); }
+};
+
+// Blocks that run at once: one at a time, as whoever holds the turn says.
+struct Cluster {
+  unsigned blocks = 1, turn = 0, left = 0;  // `left`: blocks that are not done
+  unsigned idle = 0;                        // turns in a row in which nothing could run
+  std::mutex mutex;
+  std::condition_variable turned;
+  Meeting all;
+  std::vector<char*> shared, dynamic;  // of each block
+  std::vector<bool> done;
+
+  void wait_for_turn(unsigned rank) {
+    std::unique_lock<std::mutex> lock(mutex);
+    turned.wait(lock, [&] { return turn == rank; });
+  }
+  void give_turn() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (left > 0) {
+      do turn = random()() % blocks;
+      while (done[turn]);
+    }
+    turned.notify_all();
+  }
 };
 
 struct Block {
@@ -88,10 +136,13 @@ struct Block {
   Meeting all;
   Fiber* running = nullptr;
   const std::function<void()>* kernel = nullptr;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;
+  std::vector<char> dynamic;  // shared memory whose size the launch says
 };
 
 inline Block& block() {
-  static Block the_block;
+  static thread_local Block the_block;
   return the_block;
 }
 
@@ -159,6 +210,8 @@ inline void run_block(dim3 shape, const std::function<void()>& kernel) {
     fiber.index = dim3(i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y);
     fiber.done = false;
     fiber.waits_for = nullptr;
+    fiber.copies.clear();
+    fiber.groups.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -180,19 +233,63 @@ inline void run_block(dim3 shape, const std::function<void()>& kernel) {
       swapcontext(&self.scheduler, &fiber.context);
       left -= fiber.done;
     }
-    if (!moved) fail("threads wait at a barrier that others of their block never reach");
+    if (self.cluster) {
+      self.cluster->idle = moved ? 0 : self.cluster->idle + 1;
+      if (self.cluster->idle > 1000) fail("threads wait at a barrier that others of their cluster never reach");
+      self.cluster->give_turn();
+      self.cluster->wait_for_turn(self.rank);
+    } else if (!moved) {
+      fail("threads wait at a barrier that others of their block never reach");
+    }
   }
 }
 
-inline void launch(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
+// Consecutive blocks, each on an OS thread of its own.
+inline void run_cluster(dim3 grid, dim3 threads, uint64_t first, unsigned blocks, size_t dynamic,
+                        const std::function<void()>& kernel) {
+  Cluster cluster;
+  cluster.blocks = cluster.left = blocks;
+  cluster.turn = blocks;  // nobody's yet
+  cluster.shared.resize(blocks), cluster.dynamic.resize(blocks), cluster.done.resize(blocks);
+  std::atomic<unsigned> started{0};
+  std::vector<std::thread> workers;
+  for (unsigned rank = 0; rank < blocks; ++rank) {
+    workers.emplace_back([&, rank] {
+      gridDim = grid;
+      blockDim = threads;
+      blockIdx = dim3(first + rank);
+      block().cluster = &cluster;
+      block().rank = rank;
+      block().dynamic.assign(dynamic, char(0xff));
+      cluster.shared[rank] = reinterpret_cast<char*>(&blockIdx);
+      cluster.dynamic[rank] = block().dynamic.data();
+      ++started;
+      cluster.wait_for_turn(rank);
+      run_block(threads, kernel);
+      cluster.done[rank] = true;
+      --cluster.left;
+      cluster.give_turn();
+    });
+  }
+  while (started < blocks) std::this_thread::yield();
+  cluster.give_turn();
+  for (auto& worker : workers) worker.join();
+}
+
+inline void launch(dim3 grid, dim3 threads, const std::function<void()>& kernel, unsigned cluster = 1,
+                   size_t dynamic = 0) {
   gridDim = grid;
   blockDim = threads;
-  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z / cluster);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random());
   for (uint64_t i : order) {
-    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    run_block(threads, kernel);
+    if (cluster > 1 || dynamic > 0) {
+      run_cluster(grid, threads, i * cluster, cluster, dynamic, kernel);
+    } else {
+      blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+      run_block(threads, kernel);
+    }
   }
 }
 
@@ -236,6 +333,41 @@ template <typename T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+template <typename To, typename From>
+To __simt_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline float __uint_as_float(unsigned x) { return __simt_bits<float>(x); }
+inline float __bfloat162float(__nv_bfloat16 x) { return __simt_bits<float>(uint32_t(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t bits = __simt_bits<uint32_t>(x);
+  return {uint16_t(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half x) {
+  const uint32_t magnitude = x.bits & 0x7fff;
+  const float value = magnitude < 0x7c00 ? __simt_bits<float>(magnitude << 13) * 0x1p112f
+                                         : __simt_bits<float>(magnitude << 13 | 0x7f800000);
+  return x.bits >> 15 ? -value : value;
+}
+inline __half __float2half_rn(float x) {
+  const float size = std::fabs(x);
+  const uint32_t bits = __simt_bits<uint32_t>(size);
+  uint32_t half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  if (size < 0x1p-14f) half = __simt_bits<uint32_t>(size + 0.5f) - __simt_bits<uint32_t>(0.5f);  // the sum rounds
+  if (size >= 65520.0f) half = 0x7c00;
+  if (x != x) half = 0x7fff;
+  return {uint16_t(half | (std::signbit(x) ? 0x8000 : 0))};
+}
+// As in CUDA, fp32 has overloads of its own: without them fp32 would be computed in fp64.
+using std::exp2, std::fabs, std::fma, std::fmax, std::log;
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <typename T>
@@ -245,3 +377,47 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 inline void __threadfence() {}
+inline void __stcg(uint4* to, uint4 x) { *to = x; }
+
+namespace cooperative_groups {
+struct cluster_group {
+  unsigned block_rank() const { return simt::block().rank; }
+  unsigned num_blocks() const { return simt::block().cluster->blocks; }
+  void sync() const {
+    simt::meet(simt::block().cluster->all, 0, num_blocks() * simt::block().fibers.size(), 0, nullptr);
+  }
+  // Shared memory of all blocks is laid out alike, whether variables or dynamic.
+  template <typename T>
+  T* map_shared_rank(T* address, unsigned rank) const {
+    const simt::Cluster& cluster = *simt::block().cluster;
+    char* const bytes = reinterpret_cast<char*>(address);
+    const std::vector<char>& dynamic = simt::block().dynamic;
+    const bool inside = bytes >= dynamic.data() && bytes < dynamic.data() + dynamic.size();
+    const auto& bases = inside ? cluster.dynamic : cluster.shared;
+    return reinterpret_cast<T*>(bytes - bases[block_rank()] + bases[rank]);
+  }
+};
+inline cluster_group this_cluster() { return {}; }
+}  // namespace cooperative_groups
+
+// Nothing arrives before it is waited for; until then its place holds NaN.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  std::memset(to, 0xff, bytes);
+  simt::block().running->copies.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {
+  simt::Fiber& self = *simt::block().running;
+  self.groups.push_back(std::move(self.copies));
+  self.copies.clear();
+}
+inline void __pipeline_wait_prior(size_t newest) {
+  auto& groups = simt::block().running->groups;
+  for (; groups.size() > newest; groups.pop_front()) {
+    for (const simt::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
+inline int cudaMemsetAsync(void* to, int value, size_t count, cudaStream_t) {
+  std::memset(to, value, count);
+  return 0;
+}
