@@ -132,6 +132,12 @@ def test_equals_kl_divergence_of_the_projections(chunk):
     assert bytes_of(kl) == bytes_of(torch.ops.vtw_kernels.linear_kl_divergence(**x, chunk=chunk))
 
 
+def test_many_chunks_round_no_more_than_one():
+    x = inputs(whole, (3,), (3,), 10000)
+    kl = vtw.linear_kl_divergence(**x, chunk=1)
+    torch.testing.assert_close(kl.double(), torch.from_numpy(kl_oracle(*projected(x)).kl), rtol=1e-7, atol=0)
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 
@@ -177,6 +183,17 @@ def test_gradients(dtype, chunk, p_rows, q_rows):
         step = max(torch.finfo(dtype).eps, 1e-6 if dtype != torch.float64 else 1e-14)
         error = (actual[name].double() - want[name]).abs()
         assert (error <= 2 * step * sizes[name]).all(), f"{name}: {(error / sizes[name]).max() / step}"
+
+
+def test_many_small_gradients_add_up():
+    """What hundreds of chunks add to the gradient of a hidden is not lost to its low precision."""
+    half = 600
+    unlikely = torch.tensor([-20.0, 0.0], dtype=torch.bfloat16).repeat_interleave(half)
+    hidden, weight = torch.zeros(1, 1, dtype=torch.bfloat16), (unlikely == 0).to(torch.bfloat16).unsqueeze(1)
+    hidden.requires_grad_()
+    biases = {"p_bias": unlikely.flip(0), "q_bias": unlikely}
+    vtw.linear_kl_divergence(torch.zeros_like(hidden), weight, hidden, weight, **biases, chunk=1).sum().backward()
+    assert abs(hidden.grad.item() - 1) < 0.01
 
 
 @pytest.mark.parametrize("wanted", [x for x in product((True, False), repeat=6) if any(x)])
