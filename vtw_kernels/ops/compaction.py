@@ -250,11 +250,11 @@ def _expand_backward(ctx, grads):
     return _backward(ctx, grads, inverse), None, None, None, None
 
 
-register("plan_compaction", reference=reference.plan_compaction, fake=_plan_compaction_fake)
-register("compact", reference=reference.compact, fake=_compact_fake)
-register("compact_", reference=reference.compact_, fake=_compact_inplace_fake)
-register("expand", reference=reference.expand, fake=_expand_fake)
-register("compact_paged_", reference=reference.compact_paged_, fake=_compact_paged_inplace_fake)
+register("plan_compaction", reference=reference.plan_compaction, fake=_plan_compaction_fake, triton="compaction")
+register("compact", reference=reference.compact, fake=_compact_fake, triton="compaction")
+register("compact_", reference=reference.compact_, fake=_compact_inplace_fake, triton="compaction")
+register("expand", reference=reference.expand, fake=_expand_fake, triton="compaction")
+register("compact_paged_", reference=reference.compact_paged_, fake=_compact_paged_inplace_fake, triton="compaction")
 register_mutation("compact_")
 register_mutation("compact_paged_")
 torch.library.register_autograd("vtw_kernels::compact", _compact_backward, setup_context=_setup_context)

@@ -153,10 +153,17 @@ def _from_state_backward(ctx, grad_kl: Tensor):
 
 register_composite("kl_divergence", kl_divergence)
 register_composite("kl_state", kl_state)
-register("kl_divergence_with_state", reference=reference.kl_divergence_with_state, fake=_with_state_fake)
-register("kl_divergence_backward", reference=reference.kl_divergence_backward, fake=_backward_fake)
-register("merge_kl_states", reference=reference.merge_kl_states, fake=_merge_fake)
-register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fake)
+register(
+    "kl_divergence_with_state",
+    reference=reference.kl_divergence_with_state,
+    fake=_with_state_fake,
+    triton="kl_divergence",
+)
+register(
+    "kl_divergence_backward", reference=reference.kl_divergence_backward, fake=_backward_fake, triton="kl_divergence"
+)
+register("merge_kl_states", reference=reference.merge_kl_states, fake=_merge_fake, triton="kl_divergence")
+register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fake, triton="kl_divergence")
 torch.library.register_autograd(
     "vtw_kernels::kl_divergence_with_state", _with_state_backward, setup_context=_with_state_setup
 )
