@@ -40,7 +40,7 @@ def triton_backends() -> list[Backend]:
 
     from vtw_kernels.triton import compaction, kl_divergence
 
-    kernels = SimpleNamespace(**vars(compaction), **vars(kl_divergence))
+    kernels = SimpleNamespace(**(vars(compaction) | vars(kl_divergence)))
     if on_gpu:
         return [with_composites("triton", kernels, device="cuda")]
 

@@ -194,8 +194,8 @@ def _search_batch(model: nn.Module, parts: Parts, batch: Mapping[str, Any], cand
         for hook in hooks:
             hook.remove()
     # Row 0 of the leading dimension is the full run, the others are the candidates.
-    full, *withdrawn = logits.float().unflatten(0, (1 + len(candidates), -1))
-    return kl_divergence(torch.stack(withdrawn), full).T.cpu()
+    runs = logits.unflatten(0, (1 + len(candidates), -1))
+    return kl_divergence(runs[1:], runs[0]).T.cpu()
 
 
 class _Continuations:

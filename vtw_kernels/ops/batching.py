@@ -1,5 +1,9 @@
 """Batching rules for torch.func.vmap: a batch dimension is one more leading dimension that broadcasts, so nothing is
-expanded or copied, and a reference that is not batched is still read once."""
+expanded or copied, and a reference that is not batched is still read once.
+
+Gradients are taken outside (``loss(vmap(...)).backward()``, or ``is_grads_batched=True``): torch.func.grad refuses
+every op whose gradient comes from torch.library.register_autograd.
+"""
 
 from collections.abc import Sequence
 

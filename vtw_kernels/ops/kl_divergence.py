@@ -32,6 +32,9 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
         makes the result ``+inf`` in ``q`` where ``p`` is above 0. NaN in gives NaN out, and so does a row without any
         finite logit. Differentiable once, in both.
 
+    Leading dimensions may be those of ``torch.func.vmap``. ``torch.autocast`` changes nothing: logits are taken as they
+    come, and everything is computed in fp32.
+
     Raises:
         RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0.
     """

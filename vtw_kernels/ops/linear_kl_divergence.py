@@ -14,8 +14,8 @@ from vtw_kernels.ops.kl_divergence import grad_of_kl, no_second_derivative
 
 OPS = torch.ops.vtw_kernels
 # What the two logits of a chunk may take by default. The smaller, the closer they stay to the processor: this is about
-# the last-level cache of a large GPU. But a chunk also has to fill the machine: with 8192 rows of bf16 it has 2048
-# entries, some hundred tiles of a matrix product for each of them.
+# the last-level cache of a large GPU. But a matrix product also has to fill that GPU: for 8192 rows of bf16 a chunk has
+# 2048 entries, which is some hundreds of tiles.
 LOGITS_BYTES = 64 * 2**20
 # A multiple of every tile of a matrix product, so that only the last chunk is ragged.
 CHUNK_STEP = 1024
@@ -50,9 +50,10 @@ def linear_kl_divergence(
         F.linear in the dtype of the inputs, so rounded to bf16 for bf16, as a model's own are. Equal inputs with equal
         ``chunk`` give equal bits. Differentiable once, in all six tensors.
 
-    Memory: with ``N`` rows after broadcasting and ``e`` bytes per number, the forward takes ``2·N·chunk·e`` bytes beyond
-    its inputs and result, and the backward ``4·N·chunk·e``. In low precision it also takes ``4·N·H`` for each hidden that
-    needs a gradient, which is summed in fp32; those of weights and biases are written where they belong.
+    Memory: with ``N`` rows after broadcasting and ``e`` bytes per number, the forward takes ``2·chunk·N·e`` bytes
+    beyond its inputs and result, and the backward ``(2·chunk + max(2·chunk, H))·N·e``. In low precision it takes up to
+    ``8·N·H`` more for each hidden that needs a gradient, as that is summed in fp32; gradients of weights are written
+    where they belong.
 
     Under ``torch.autocast`` all tensors are cast to its dtype, fp64 excepted, as F.linear casts them, and the result is
     still fp32.
@@ -113,9 +114,8 @@ def _backward(
     """The gradients of the six tensors, empty where not needed."""
     p, q = _Projection(p_hidden, p_weight, p_bias), _Projection(q_hidden, q_weight, q_bias)
     need_p, need_q = any(needs[:3]), any(needs[3:])
-    grads = [x.new_zeros(x.shape) if need else None for x, need in zip((*p, *q), needs)]
-    for i in (0, 3):  # a hidden's gradient is a sum over all chunks
-        grads[i] = grads[i].to(_sum_dtype(p)) if needs[i] else None
+    dtypes = [_sum_dtype(p), None, None] * 2  # the gradient of a hidden is a sum over the chunks
+    grads = [x.new_zeros(x.shape, dtype=dtype) if need else None for x, dtype, need in zip((*p, *q), dtypes, needs)]
     for entries in _chunks(p, q, chunk):
         slopes = OPS.kl_divergence_backward(
             grad_state, p.logits(entries), q.logits(entries), state, temperature, need_p, need_q
