@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .PHONY: demo test bench cuda-check cuda-build stable-abi clean
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
 
 demo: $(VENV)/installed
 	$(BIN)/vtw-kernels demo

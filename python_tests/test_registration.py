@@ -19,7 +19,7 @@ import vtw_kernels as vtw
 
 OPS = torch.ops.vtw_kernels
 NAMES = [
-    *("plan_compaction", "compact", "compact_", "expand"),
+    *("plan_compaction", "compact", "compact_", "expand", "compact_paged_"),
     *(
         "kl_divergence",
         "kl_state",
@@ -53,6 +53,12 @@ def decoder(grad=False, tokens=9):
 def in_place(tensors, token_dims, batch_dims):
     kept = [0, 2, 3]
     return [tensors[i] for i in kept], [token_dims[i] for i in kept], [batch_dims[i] for i in kept]
+
+
+def paged():
+    caches = [normal(5, 3, 3, 4), normal(5, 3, 3, 2).transpose(0, 3).contiguous().transpose(0, 3)]
+    table, lens = torch.tensor([[4, 1, 0], [3, 2, -1]], dtype=torch.int32), torch.tensor([9, 5], dtype=torch.int32)
+    return caches, table, lens, KEEP
 
 
 def state(*shape, grad=False):
@@ -96,6 +102,7 @@ def samples() -> dict[str, list[tuple]]:
         "compact": [(*wide, SOURCE), (*decoder(grad=True), SOURCE), ([], [], [], SOURCE), (*wide, SOURCE[:, :0])],
         "compact_": [(*in_place(*wide), SOURCE), ([], [], [], SOURCE)],
         "expand": [(*narrow, SOURCE, 9), (*decoder(grad=True, tokens=4), SOURCE, 12), ([], [], [], SOURCE, 9)],
+        "compact_paged_": [(*paged(), "NHD"), (*paged(), "HND"), ([], *paged()[1:], "NHD")],
         "kl_divergence": pairs,
         "kl_state": [*pairs, (normal(2, 0), normal(2, 0), 1.0)],
         "kl_divergence_with_state": pairs,
@@ -139,6 +146,8 @@ def test_schemas():
         "compact": f"(Tensor[] tensors, {dims}, Tensor source) -> Tensor[]",
         "compact_": f"(Tensor(a!)[] tensors, {dims}, Tensor source) -> ()",
         "expand": f"(Tensor[] tensors, {dims}, Tensor source, int length) -> Tensor[]",
+        "compact_paged_": "(Tensor(a!)[] caches, Tensor block_table, Tensor seq_lens, Tensor keep, "
+        'str layout="NHD") -> Tensor',
         "kl_divergence": pair,
         "kl_state": pair,
         "merge_kl_states": "(Tensor[] states) -> Tensor",
@@ -289,6 +298,11 @@ def test_fakes(device, grad):
         assert all(x.device.type == device and x.is_contiguous() for x in out)
         assert [x.shape for x in vtw.expand(out, plan, 20, **dims)] == [(3, 20, 8), (2, 3, 20), (3, 20, 2, 4)]
         assert vtw.compact_(tensors[2:], plan, 1) is None
+        pages = torch.empty(3, 4, dtype=torch.int32, **on)
+        caches = [torch.empty(10, 16, 2, 8, dtype=torch.bfloat16, **on)] * 2
+        lens = torch.empty(3, dtype=torch.int32, **on)
+        lengths = vtw.compact_paged_(caches, pages, lens, torch.empty(3, 60, dtype=torch.bool, **on))
+        assert (*lengths.shape, lengths.dtype, lengths.device.type) == (3, torch.int32, device)
 
         p = torch.empty(5, 1, 100, dtype=torch.float16, requires_grad=grad, **on)
         q = torch.empty(7, 100, dtype=torch.float16, requires_grad=grad, **on)
@@ -368,6 +382,8 @@ x = torch.arange(4.0).reshape(1, 4, 1).requires_grad_()
 (y,) = vtw.compact([x], plan, 1)
 (z,) = vtw.expand([y], plan, 4, 1)
 vtw.compact_([x.detach()], plan, 1)
+pages = torch.tensor([[1, 0]], dtype=torch.int32)
+vtw.compact_paged_([torch.zeros(2, 2, 1, 1)], pages, pages[0, :1] + 3, torch.ones(1, 4, dtype=torch.bool))
 p = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
 q = p.detach().flip(-1)
 kl = vtw.kl_from_state(vtw.merge_kl_states([vtw.kl_state(p, q)])) + vtw.kl_divergence(p, q)
@@ -392,9 +408,22 @@ def test_forced_backend(forced):
     assert done.stdout.splitlines() == [EXPECTED, f"{forced or None} {forced or 'cpu'}"]
 
 
-def test_forced_backend_that_does_not_serve_the_device():
-    done = run_python("-c", USES_EVERY_OP, VTW_KERNELS_BACKEND="cuda")
+@pytest.mark.parametrize("forced", ["cuda", "triton"])
+def test_forced_backend_that_does_not_serve_the_device(forced):
+    done = run_python("-c", USES_EVERY_OP, VTW_KERNELS_BACKEND=forced)
     assert done.returncode != 0 and "vtw_kernels::plan_compaction" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA may be built")
+@pytest.mark.parametrize("forced, wanted", [("", "triton"), ("triton", "triton"), ("reference", "reference")])
+def test_triton_serves_a_gpu_where_cuda_is_not_built(forced, wanted):
+    """Registered, but not imported before it is called."""
+    code = (
+        "import sys, vtw_kernels as vtw; info = vtw.backend_info();"
+        "print('vtw_kernels.triton.compaction' in sys.modules, *{x['cuda'] for x in info['ops'].values()})"
+    )
+    done = run_python("-c", code, VTW_KERNELS_BACKEND=forced)
+    assert done.stdout.strip() == f"False {wanted}", done.stderr
 
 
 def test_unknown_backend():
