@@ -83,7 +83,8 @@ def affordable(backend: Backend, test: str, values: dict) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     values = [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
-    keep = [affordable(x["backend"], item.name, x) if "backend" in x else True for item, x in zip(items, values)]
+    emulated = [isinstance(x.get("backend"), Backend) for x in values]
+    keep = [not may or affordable(x["backend"], item.name, x) for may, item, x in zip(emulated, items, values)]
     config.hook.pytest_deselected(items=[item for item, kept in zip(items, keep) if not kept])
     items[:] = [item for item, kept in zip(items, keep) if kept]
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtw_kernels.ops.checks import check_disjoint, check_keep, check_paged, check_tensors, paged_sizes, require
+from vtw_kernels.triton.launch import launch
 
 GROUP = 16
 DIMS = 3  # more than any layout of a decoder has; the rest is unrolled
@@ -172,13 +173,11 @@ def make_plan(keep: Tensor, limits: Tensor | None, rows: int, pad_left: bool) ->
     batch, tokens = keep.shape
     source = keep.new_empty(batch, rows, dtype=torch.int32)
     lengths = keep.new_empty(batch, dtype=torch.int32)
-    if batch:
-        flags = keep.view(torch.uint8)
-        limit_stride = 0 if limits is None else limits.stride(0)
-        plan_kernel[(batch,)](
-            flags, *keep.stride(), lengths if limits is None else limits, limit_stride, tokens, rows, source, lengths,
-            PAD_LEFT=pad_left, LIMITED=limits is not None, TILE=PLAN_TILE,
-        )  # fmt: skip
+    limit = (lengths, 0) if limits is None else (limits, limits.stride(0))
+    launch(
+        plan_kernel, batch, keep, keep.view(torch.uint8), *keep.stride(), *limit, tokens, rows, source, lengths,
+        PAD_LEFT=pad_left, LIMITED=limits is not None, TILE=PLAN_TILE,
+    )  # fmt: skip
     return source, lengths
 
 
@@ -232,8 +231,8 @@ def gather(tensors: list[Tensor], dims: list[tuple[int, int]], plan: Tensor) -> 
         tile_positions = power_of_2(lanes.count * rows, tile_vectors(lanes) // tile_columns)
         tiles = triton.cdiv(lanes.columns, tile_columns) * triton.cdiv(lanes.count * rows, tile_positions)
         _, columns, *geometry = (getattr(lanes, name) for name in lanes.__dataclass_fields__)
-        gather_kernel[(number * batch * tiles,)](
-            sources, targets, plan, *plan.stride(), rows, batch, columns, *geometry,
+        launch(
+            gather_kernel, number * batch * tiles, plan, sources, targets, plan, *plan.stride(), rows, batch, columns, *geometry,
             POSITIONS=tile_positions, COLUMNS=tile_columns, **kernel_options(lanes),
         )  # fmt: skip
     return results
@@ -316,8 +315,6 @@ def move_kernel(
 
 def move(described: list[tuple[Lanes, int, int]], plan: Tensor, table: Tensor | None, page_size: int) -> None:
     batch, rows = plan.shape
-    if batch == 0 or rows == 0:
-        return
     pages = (plan, 0, 0, 0) if table is None else (table, *table.stride(), table.shape[1])
     for lanes, number, addresses, _ in launches(described):
         # A strip is at most 256 bytes wide, which is a head of most models: many narrow strips keep a GPU busy.
@@ -325,8 +322,8 @@ def move(described: list[tuple[Lanes, int, int]], plan: Tensor, table: Tensor | 
         step = power_of_2(rows, tile_vectors(lanes) // columns)
         across = power_of_2(lanes.count, tile_vectors(lanes) // columns // step)
         strips = triton.cdiv(lanes.columns, columns) * triton.cdiv(lanes.count, across)
-        move_kernel[(number * batch * strips,)](
-            addresses, plan, *plan.stride(), rows, batch, *pages, page_size,
+        launch(
+            move_kernel, number * batch * strips, plan, addresses, plan, *plan.stride(), rows, batch, *pages, page_size,
             lanes.columns, lanes.limit, lanes.count, lanes.sizes, lanes.from_strides, lanes.from_batch, lanes.from_row,
             PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE, **kernel_options(lanes),
         )  # fmt: skip
@@ -357,9 +354,8 @@ def expand(
     require(length >= 0, "expand", "length", "a number of rows", length)
     batch, rows = source.shape
     inverse = source.new_full((batch, length), -1)
-    if source.numel():
-        tiles = triton.cdiv(rows, PLAN_TILE)
-        invert_kernel[(batch * tiles,)](source, *source.stride(), rows, length, inverse, tiles, TILE=PLAN_TILE)
+    tiles = triton.cdiv(rows, PLAN_TILE)
+    launch(invert_kernel, batch * tiles, source, source, *source.stride(), rows, length, inverse, tiles, TILE=PLAN_TILE)
     return gather(tensors, dims, inverse)
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states
+from vtw_kernels.triton.launch import launch
 
 # A tile is shared out to one lane per thread. A lane has its own maxima, so threads exchange nothing before the end of
 # a row, and looks at all its entries of a tile before it rescales its sums once: after the memory, the unit for
@@ -307,21 +308,15 @@ class Pairs:
         return LANES * ENTRIES[self.vector]
 
 
-def launch(kernel, programs: int, *args, warps: int = WARPS) -> None:
-    if programs > 0:
-        with torch.cuda.device_of(args[0]):
-            # Said, because the default depends on the version. A product and a sum may become one: p and q go through
-            # the same instructions all the same, so the divergence of equal rows stays 0.
-            kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True)
-
-
 def inverse_bits(temperature: float) -> int:
     """1 / temperature in fp64, as an integer: Triton would pass it as fp32, which is not enough for fp64 logits."""
     return struct.unpack("q", struct.pack("d", 1 / temperature))[0]
 
 
 def merge(parts: Tensor, temperature: float, state: Tensor, kl: Tensor) -> None:
-    launch(merge_kernel, kl.numel(), parts, state, kl, parts.shape[-2], inverse_bits(temperature), MERGED, warps=1)
+    launch(
+        merge_kernel, kl.numel(), kl, parts, state, kl, parts.shape[-2], inverse_bits(temperature), MERGED, num_warps=1,
+    )  # fmt: skip
 
 
 # --- ops ------------------------------------------------------------------------------------------
@@ -338,8 +333,8 @@ def kl_divergence_with_state(p_logits: Tensor, q_logits: Tensor, temperature: fl
     spans = max(1, triton.cdiv(vocabulary, span))
     parts = state if spans == 1 else state.new_empty(rows, spans, 5)
     launch(
-        span_kernel, rows * spans, p_logits, q_logits, parts, kl if spans == 1 else None, *pairs.geometry,
-        vocabulary, spans, span, inverse_bits(temperature), *pairs.options,
+        span_kernel, rows * spans, p_logits, p_logits, q_logits, parts, kl if spans == 1 else None, *pairs.geometry,
+        vocabulary, spans, span, inverse_bits(temperature), *pairs.options, num_warps=WARPS,
     )  # fmt: skip
     if spans > 1:
         merge(parts, temperature, state, kl)
@@ -361,9 +356,9 @@ def kl_divergence_backward(
     grad_p, grad_q = p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
     tiles = triton.cdiv(vocabulary, pairs.tile) if need_p or need_q else 0
     launch(
-        gradient_kernel, pairs.shape.numel() * tiles, p_logits, q_logits, grad_p if need_p else None,
+        gradient_kernel, pairs.shape.numel() * tiles, p_logits, p_logits, q_logits, grad_p if need_p else None,
         grad_q if need_q else None, state.contiguous(), grad_state.contiguous(), *pairs.geometry,
-        vocabulary, tiles, inverse_bits(temperature), *pairs.options,
+        vocabulary, tiles, inverse_bits(temperature), *pairs.options, num_warps=WARPS,
     )  # fmt: skip
     return grad_p, grad_q
 

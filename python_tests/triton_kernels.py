@@ -1,0 +1,112 @@
+"""Compiles every kernel of Triton for an architecture that needs not be there; prints its machine code as JSON.
+
+Run as a program by test_triton_compile.py, because kernels that are interpreted in the process of the tests can't be
+compiled there: python triton_kernels.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import triton.language as tl
+from sass import sass_of
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vtw_kernels.triton import compaction, kl_divergence
+
+ARCHS = (80, 90, 100, 120)
+ADDRESSES = ("i64",) * compaction.GROUP
+THREE = ("i32",) * 3
+
+# Arguments that keep their Python value, by name; those that are multiples of 16, as torch's addresses and most strides
+# are; and the types of all. A list of KV tensors is what the launches look like.
+WIDE = {"ELEMENT": tl.uint64, "VECTOR": 16, "PER_VECTOR": 2}
+PLAN = {"plan": "*i32", "plan_batch": "i64", "rows": "i32"}
+GEOMETRY = {"columns": "i32", "limit": "i32", "count": "i32", "sizes": ("i32", "i32")}
+STRIDES = {"from_strides": THREE, "to_strides": THREE, **dict.fromkeys(("from_batch", "to_batch"), "i64")}
+MOVED = PLAN | GEOMETRY | {"addresses": ADDRESSES, "strides": THREE, "lanes_batch": "i64", "lanes_row": "i32"}
+MOVED |= {"table": "*i32", "table_batch": "i64", "table_columns": "i32", "page_size": "i32"}
+MOVE_TILE = WIDE | {"batch": 1, "plan_row": 1, "table_column": 1, "LANES": 1, "ROWS": 64, "COLUMNS": 16, "SCAN": 1024}
+
+
+def logits(dtype: str, *pointers: str) -> dict:
+    types = {"p_ptr": f"*{dtype}", "q_ptr": f"*{dtype}"} | dict.fromkeys(pointers, "*fp32")
+    return types | {"p_step": "i32", "q_step": "i32", "vocabulary": "i32", "inverse_bits": "i64"}
+
+
+def tile(vector: int) -> dict:
+    lanes = {"VECTOR": vector, "LANES": kl_divergence.LANES, "ENTRIES": kl_divergence.ENTRIES[vector]}
+    return lanes | {"sizes": (), "p_strides": ("i64",), "q_strides": ("i64",)}
+
+
+KERNELS = {
+    "plan": (
+        compaction.plan_kernel,
+        {"keep": "*u8", "keep_batch": "i64", "limits": "*i32", "tokens": "i32", "rows": "i32", "source": "*i32"}
+        | {"lengths": "*i32"},
+        {"keep_token": 1, "limit_stride": 1, "PAD_LEFT": False, "LIMITED": True, "TILE": compaction.PLAN_TILE},
+    ),
+    "invert": (
+        compaction.invert_kernel,
+        PLAN | {"length": "i32", "inverse": "*i32", "tiles": "i32"},
+        {"plan_row": 1, "TILE": compaction.PLAN_TILE},
+    ),
+    "gather": (
+        compaction.gather_kernel,
+        PLAN | GEOMETRY | STRIDES | {"sources": ADDRESSES, "targets": ADDRESSES, "from_row": "i32", "to_row": "i32"},
+        WIDE | {"batch": 1, "plan_row": 1, "POSITIONS": 64, "COLUMNS": 16},
+    ),
+    "move": (compaction.move_kernel, MOVED, MOVE_TILE | {"PAGED": False}),
+    "move_paged": (compaction.move_kernel, MOVED, MOVE_TILE | {"PAGED": True}),
+    **{
+        f"span_{dtype}": (
+            kl_divergence.span_kernel,
+            logits(dtype, "state_ptr", "kl_ptr") | {"spans": "i32", "span": "i32"},
+            tile(vector),
+        )
+        for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4))
+    },
+    **{
+        f"gradient_{dtype}": (
+            kl_divergence.gradient_kernel,
+            logits(dtype, "state_ptr", "slope_ptr")
+            | dict.fromkeys(("grad_p_ptr", "grad_q_ptr"), f"*{dtype}")
+            | {"tiles": "i32"},
+            tile(vector),
+        )
+        for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4))
+    },
+    "merge": (
+        kl_divergence.merge_kernel,
+        dict.fromkeys(("parts_ptr", "state_ptr", "kl_ptr"), "*fp32") | {"parts": "i32", "inverse_bits": "i64"},
+        {"MERGED": kl_divergence.MERGED},
+    ),
+}
+WARPS = {"merge": 1} | {name: kl_divergence.WARPS for name in KERNELS if name.startswith(("span", "gradient"))}
+
+
+def machine_code(name: str, arch: int, folder: Path) -> str:
+    kernel, types, values = KERNELS[name]
+    signature, constants, multiples = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in types or isinstance(values.get(argument), tuple):
+            type_ = signature[argument] = types.get(argument, values.get(argument))
+            # Addresses, and the strides of tensors whose rows are whole vectors, are multiples of 16.
+            for path in [(i, j) for j in range(len(type_))] if isinstance(type_, tuple) else [(i,)]:
+                multiples[path] = [["tt.divisibility", 16]]
+        else:
+            signature[argument], constants[i,] = "constexpr", values[argument]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
+    options = {"num_warps": WARPS.get(name, compaction.WARPS), "enable_fp_fusion": True}
+    compiled = compile_kernel(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cubin = folder / f"{name}_{arch}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    (code,) = sass_of(cubin).values()
+    return code
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    print(json.dumps({f"{name}-{arch}": machine_code(name, arch, folder) for name in KERNELS for arch in ARCHS}))
