@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench cuda-check cuda-build stable-abi clean
+.PHONY: demo test bench gpu-check cuda-check cuda-build stable-abi clean
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
@@ -19,6 +19,18 @@ demo: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --device $(DEVICE) --benchmark-quiet --benchmark-storage=file://benchmarks/results \
 		--benchmark-save=$(or $(NAME),run)
+
+# On a machine with a GPU: all that needs one. The conformance tables on CUDA and Triton, the sanitizer if the toolkit is
+# there, and the benchmarks of both kernels. TORCH_CUDA_ARCH_LIST=9.0 makes the build short.
+SANITIZED := python_tests/test_compaction.py python_tests/test_compaction_paged.py python_tests/test_kl_divergence.py \
+	-k "cuda and (images or prefix or sizes)"
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
+	if command -v compute-sanitizer; then \
+		compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu $(SANITIZED) && \
+		compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu $(SANITIZED); \
+	else echo "gpu-check: there is no compute-sanitizer: not run"; fi
+	$(MAKE) bench DEVICE=cuda NAME=$(or $(NAME),gpu)
 
 # A torch that this Python already has is used as it is.
 $(VENV)/bin/python:

@@ -185,6 +185,41 @@ inline void check_logits(const char* op, const Tensor& p, const Tensor& q, doubl
               text(temperature));
 }
 
+// A state or its gradient, in the backward of kl_divergence: of the type that the logits are computed in.
+inline ScalarType real_type(ScalarType logits) {
+  return logits == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_row_states(const char* argument, const Tensor& x, const std::vector<int64_t>& shape,
+                             const Tensor& logits) {
+  const char* op = "kl_divergence_backward";
+  const auto dtype = real_type(logits.scalar_type());
+  VTW_REQUIRE(x.scalar_type() == dtype, op, argument, text("dtype ", dtype_name(dtype)), dtype_name(x.scalar_type()));
+  VTW_REQUIRE(x.device() == logits.device(), op, argument, "the device of p_logits", "another one");
+  VTW_REQUIRE(list_text(x.sizes()) == list_text(shape), op, argument, text("shape ", list_text(shape)), shape_text(x));
+}
+
+// `call` with T as the type of the logits, half precision as each device has it.
+#define VTW_DISPATCH_LOGITS(dtype, HALF, BFLOAT16, call) \
+  switch (dtype) {                                       \
+    case ScalarType::Float: {                            \
+      using T = float;                                   \
+      return call;                                       \
+    }                                                    \
+    case ScalarType::Half: {                             \
+      using T = HALF;                                    \
+      return call;                                       \
+    }                                                    \
+    case ScalarType::BFloat16: {                         \
+      using T = BFLOAT16;                                \
+      return call;                                       \
+    }                                                    \
+    default: {                                           \
+      using T = double;                                  \
+      return call;                                       \
+    }                                                    \
+  }
+
 inline void check_state(const char* op, const std::string& argument, const Tensor& state) {
   const auto dtype = state.scalar_type();
   VTW_REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::Double, op, argument, "dtype fp32 or fp64",

@@ -310,6 +310,10 @@ def make_cases() -> dict[str, Case]:
     # A static cache is longer than its prompt: lists may differ in S.
     longer = (Spec((2, 2, 20, 4), 2), Spec((2, 13, 4), 1), Spec((2, 2, 33, 4), 2, dtype=torch.float16))
     cases["different_S"] = Case(plan_of("images", 2, 13), longer)
+    # More dimensions than any descriptor has, none of which go on in another; and more tensors than any table.
+    deep = Spec((2, 2, 13, 2, 3, 2, 3), 2, layout="reversed")
+    cases["rank_7"] = Case(plan_of("random", 2, 13), (deep, replace(deep, dtype=torch.bool, layout="step_2")))
+    cases["many_tensors"] = Case(plan_of("images", 2, 5), (Spec((2, 5, 3), 1, dtype=torch.int16),) * 210)
     # Large enough that threads share the work, that a row is cut into tiles and that stores go around the caches.
     kv = tuple(Spec((4, 8, 700, 64), 2, dtype=torch.bfloat16) for _ in range(12))
     cases["large-kv"] = Case(plan_of("prefix_suffix", 4, 700), kv)

@@ -126,6 +126,15 @@ def test_strides(backend, dtype, p_layout, q_layout):
     check_forward(backend, strided(p_layout, 0), strided(q_layout, 1))
 
 
+@over_dtypes
+@pytest.mark.parametrize("vocabulary", [7, 2048, 2051])
+def test_rows_that_end_with_their_memory(backend, dtype, vocabulary):
+    """Unlike in alignment, and nothing behind them may be read: the sanitizers watch."""
+    p, q = logits((vocabulary,), dtype), logits((vocabulary + 1,), dtype, seed=1)
+    expected = kl_oracle(p, q[1:])
+    assert_kl(backend.kl_divergence(p.to(backend.device), q.to(backend.device)[1:], 1.0), expected, dtype)
+
+
 def test_expanded_vocabulary(backend):
     p = torch.zeros(2, 1, device=backend.device).expand(2, 100)
     check_forward(backend, p, logits((2, 100), seed=1, device=backend.device))

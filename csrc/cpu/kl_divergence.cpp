@@ -372,12 +372,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   return {kl, state};
 }
 
-void check_row_states(const char* argument, const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype) {
-  const char* op = "kl_divergence_backward";
-  VTW_REQUIRE(x.scalar_type() == dtype, op, argument, text("dtype ", dtype_name(dtype)), dtype_name(x.scalar_type()));
-  VTW_REQUIRE(list_text(x.sizes()) == list_text(shape), op, argument, text("shape ", list_text(shape)), shape_text(x));
-}
-
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_logits, const Tensor& q_logits,
                                     const Tensor& state, double temperature, bool need_p, bool need_q) {
@@ -385,8 +379,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   const RowPairs pairs(p_logits, q_logits);
   std::vector<int64_t> shape = pairs.shape;
   shape.push_back(5);
-  check_row_states("state", state, shape, sizeof(R) == 8 ? ScalarType::Double : ScalarType::Float);
-  check_row_states("grad_state", grad_state, shape, sizeof(R) == 8 ? ScalarType::Double : ScalarType::Float);
+  check_row_states("state", state, shape, p_logits);
+  check_row_states("grad_state", grad_state, shape, p_logits);
   shape.back() = pairs.vocabulary;
   const std::vector<int64_t> nothing{0};
   Tensor grad_p = allocate(p_logits, need_p ? shape : nothing);
@@ -417,39 +411,19 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
 
 // --- ops -------------------------------------------------------------------------------------------------------------
 
-#define VTW_DISPATCH_LOGITS(dtype, call) \
-  switch (dtype) {                       \
-    case ScalarType::Float: {            \
-      using T = float;                   \
-      return call;                       \
-    }                                    \
-    case ScalarType::Half: {             \
-      using T = Half;                    \
-      return call;                       \
-    }                                    \
-    case ScalarType::BFloat16: {         \
-      using T = BFloat16;                \
-      return call;                       \
-    }                                    \
-    default: {                           \
-      using T = double;                  \
-      return call;                       \
-    }                                    \
-  }
-
 std::tuple<Tensor, Tensor> kl_divergence_with_state(const Tensor& p_logits, const Tensor& q_logits,
                                                     double temperature) {
   check_logits("kl_divergence", p_logits, q_logits, temperature);
   const auto dtype = p_logits.scalar_type();
-  const auto result_type = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  VTW_DISPATCH_LOGITS(dtype, forward<T>(p_logits, q_logits, temperature, result_type));
+  const auto result_type = real_type(dtype);
+  VTW_DISPATCH_LOGITS(dtype, Half, BFloat16, forward<T>(p_logits, q_logits, temperature, result_type));
 }
 
 std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, const Tensor& p_logits,
                                                   const Tensor& q_logits, const Tensor& state, double temperature,
                                                   bool need_p, bool need_q) {
   check_logits("kl_divergence_backward", p_logits, q_logits, temperature);
-  VTW_DISPATCH_LOGITS(p_logits.scalar_type(),
+  VTW_DISPATCH_LOGITS(p_logits.scalar_type(), Half, BFloat16,
                       backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
 }
 

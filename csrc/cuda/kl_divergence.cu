@@ -71,8 +71,6 @@ const kl::Device& current_device() {
 #endif
 }
 
-ScalarType real_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
-
 template <typename R>
 kl::State<R>* states_of(const Tensor& x) {
   return static_cast<kl::State<R>*>(x.mutable_data_ptr());
@@ -101,14 +99,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   return {result, state};
 }
 
-void check_row_states(const char* argument, const Tensor& x, const std::vector<int64_t>& shape, const Tensor& logits) {
-  const char* op = "kl_divergence_backward";
-  const auto dtype = real_type(logits.scalar_type());
-  VTW_REQUIRE(x.scalar_type() == dtype, op, argument, text("dtype ", dtype_name(dtype)), dtype_name(x.scalar_type()));
-  VTW_REQUIRE(x.device() == logits.device(), op, argument, "the device of p_logits", "another one");
-  VTW_REQUIRE(list_text(x.sizes()) == list_text(shape), op, argument, text("shape ", list_text(shape)), shape_text(x));
-}
-
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_logits, const Tensor& q_logits,
                                     const Tensor& state, double temperature, bool need_p, bool need_q) {
@@ -133,37 +123,17 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   return {grad_p, grad_q};
 }
 
-#define VTW_DISPATCH_LOGITS(dtype, call) \
-  switch (dtype) {                       \
-    case ScalarType::Float: {            \
-      using T = float;                   \
-      return call;                       \
-    }                                    \
-    case ScalarType::Half: {             \
-      using T = __half;                  \
-      return call;                       \
-    }                                    \
-    case ScalarType::BFloat16: {         \
-      using T = __nv_bfloat16;           \
-      return call;                       \
-    }                                    \
-    default: {                           \
-      using T = double;                  \
-      return call;                       \
-    }                                    \
-  }
-
 std::tuple<Tensor, Tensor> kl_divergence_with_state(const Tensor& p_logits, const Tensor& q_logits,
                                                     double temperature) {
   check_logits("kl_divergence", p_logits, q_logits, temperature);
-  VTW_DISPATCH_LOGITS(p_logits.scalar_type(), forward<T>(p_logits, q_logits, temperature));
+  VTW_DISPATCH_LOGITS(p_logits.scalar_type(), __half, __nv_bfloat16, forward<T>(p_logits, q_logits, temperature));
 }
 
 std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, const Tensor& p_logits,
                                                   const Tensor& q_logits, const Tensor& state, double temperature,
                                                   bool need_p, bool need_q) {
   check_logits("kl_divergence_backward", p_logits, q_logits, temperature);
-  VTW_DISPATCH_LOGITS(p_logits.scalar_type(),
+  VTW_DISPATCH_LOGITS(p_logits.scalar_type(), __half, __nv_bfloat16,
                       backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
 }
 
