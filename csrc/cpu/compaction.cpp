@@ -257,10 +257,14 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
     const char* from = view.from + lane / view.count * view.from_batch;
     char* to = view.to + lane / view.count * view.to_batch;
     view.locate(lane % view.count, from, to);
-    for (const Run& run : runs[lane / view.count]) {
+    // The runs that reach into this task; a plan without long runs has as many as rows.
+    const std::vector<Run>& all = runs[lane / view.count];
+    auto next = std::upper_bound(all.begin(), all.end(), begin,
+                                 [](int64_t row, const Run& run) { return row < run.to + run.count; });
+    for (; next != all.end() && next->to < end; ++next) {
+      const Run& run = *next;
       const int64_t first = std::max(run.to, begin);
       const int64_t count = std::min(run.to + run.count, end) - first;
-      if (count <= 0) continue;
       char* target = to + first * view.to_row;
       if (run.from < 0) {
         clear_rows(target, view.to_row, count, view.block);
