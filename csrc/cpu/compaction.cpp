@@ -12,9 +12,6 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -37,9 +34,6 @@ constexpr int64_t kSerialBytes = 64 * 1024;
 // An op that moves more than this writes around the caches: little of it would still be there when it is next read, and
 // a store that goes through a cache first reads the line that it overwrites. 2 to 3 times faster where it applies.
 constexpr int64_t kStreamBytes = 16 * 1024 * 1024;
-// malloc never keeps a block of more than this (its largest threshold for mmap): a result that large is new pages each
-// time, and getting them costs more than the copy. Pages of 2 MiB instead of 4 KiB make it 2 times faster in all.
-constexpr int64_t kFreshBytes = 32 * 1024 * 1024;
 
 // `count` rows from `from` go to `to`; from = -1 is a run of zero rows.
 struct Run {
@@ -214,17 +208,6 @@ void for_each_task(const std::vector<int64_t>& counts, int64_t bytes, const Task
   });
 }
 
-void use_large_pages(const Tensor& fresh) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t end = begin + fresh.numel() * static_cast<int64_t>(fresh.element_size());
-  if (end - begin <= kFreshBytes) return;
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), end / kPage * kPage - first, MADV_HUGEPAGE);  // advice: may well be refused
-#endif
-}
-
 std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims, const Runs& runs,
                            int64_t rows) {
   std::vector<Tensor> results;
@@ -239,7 +222,6 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
     shape[dims[i].token] = rows;
     shape[dims[i].batch] = batch;
     results.push_back(allocate(tensors[i], shape));
-    use_large_pages(results[i]);
     const bool empty = results[i].numel() == 0;
     lanes.emplace_back(tensors[i], results[i], dims[i]);
     const int64_t chunk = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, lanes[i].block));
