@@ -14,25 +14,41 @@ KL = ("kl_divergence_with_state", "kl_divergence_backward", "merge_kl_states", "
 
 
 def with_composites(name: str, ops, **options) -> Backend:
-    """A backend whose kernels are called as they stand, and the two ops that are halves of another one."""
+    """A backend, and the two ops that are halves of another one."""
     kernels = {op: getattr(ops, op) for op in (*COMPACTION, *KL)}
     kernels["kl_divergence"] = lambda p, q, temperature=1.0: ops.kl_divergence_with_state(p, q, temperature)[0]
     kernels["kl_state"] = lambda p, q, temperature=1.0: ops.kl_divergence_with_state(p, q, temperature)[1]
     return Backend(name, SimpleNamespace(**kernels), **options)
 
 
-def simt_backend(library: str) -> Backend:
-    """The CUDA kernels on the host (test_simt.py): the same schemas in a library of their own."""
-    definitions = torch.library.Library("vtw_simt", "DEF")
+LIBRARIES = []  # what they define ends with them
+
+
+def library_of(name: str, kernels=None, key: str = "CPU"):
+    """The ops again in a library of their own, called through the dispatcher as the others are: ``torch.ops.NAME``."""
+    library = torch.library.Library(name, "DEF")
+    LIBRARIES.append(library)
     for op in (*COMPACTION, *KL):
-        definitions.define(str(getattr(torch.ops.vtw_kernels, op).default._schema).removeprefix("vtw_kernels::"))
-    torch.ops.load_library(library)
-    simt_backend.definitions = definitions  # which end with it
-    return with_composites("simt", torch.ops.vtw_simt)
+        original = getattr(torch.ops.vtw_kernels, op).default
+        library.define(str(original._schema).removeprefix("vtw_kernels::"))
+        library.impl(op, original, "Meta")
+        library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")  # an empty list is on no device
+        if kernels is not None:
+            library.impl(op, getattr(kernels, op), key)
+    return getattr(torch.ops, name)
+
+
+def simt_backend(path: str) -> Backend:
+    """The CUDA kernels on the host (test_simt.py)."""
+    ops = library_of("vtw_simt")
+    torch.ops.load_library(path)
+    for op in (*COMPACTION, *KL):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vtw_simt::{op}", "CPU"), op
+    return with_composites("simt", ops)
 
 
 def triton_backends() -> list[Backend]:
-    """Triton's kernels, called as they stand: on a GPU, or in the interpreter, programs in order and at random."""
+    """Triton's kernels on a GPU; or in the interpreter, programs in order and at random."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
@@ -42,7 +58,7 @@ def triton_backends() -> list[Backend]:
 
     kernels = SimpleNamespace(**(vars(compaction) | vars(kl_divergence)))
     if on_gpu:
-        return [with_composites("triton", kernels, device="cuda")]
+        return [with_composites("triton", library_of("vtw_triton", kernels, "CUDA"), device="cuda")]
 
     def permuted(op):
         def call(*args):
@@ -52,7 +68,10 @@ def triton_backends() -> list[Backend]:
         return call
 
     shuffled = SimpleNamespace(**{op: permuted(getattr(kernels, op)) for op in (*COMPACTION, *KL)})
-    return [with_composites("triton", kernels), with_composites("triton_permuted", shuffled)]
+    return [
+        with_composites("triton", library_of("vtw_triton", kernels)),
+        with_composites("triton_permuted", library_of("vtw_triton_permuted", shuffled)),
+    ]
 
 
 # `reference` is called as it stands, `cpu` and `cuda` through the dispatcher, which takes the C++ kernels.

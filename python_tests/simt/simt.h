@@ -9,6 +9,7 @@
 // error. Not modelled: the order of memory between blocks that run at once, and anything about speed.
 #pragma once
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -62,7 +63,6 @@ inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace simt {
 
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 64 * 1024;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "simt: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
@@ -76,6 +76,22 @@ inline std::mt19937_64& random() {
   }());
   return generator;
 }
+
+// A kernel's arguments alone may be 32 KB, more than once in unoptimised code. Below the stack lies a page that may not
+// be touched: what runs over ends there, not in another thread's stack.
+struct Stack {
+  static constexpr size_t kBytes = 128 * 1024, kGuard = 4096;
+  char* const memory = static_cast<char*>(std::aligned_alloc(kGuard, kGuard + kBytes));
+
+  Stack() {
+    if (mprotect(memory, kGuard, PROT_NONE)) fail("no guard page");
+  }
+  Stack(const Stack&) = delete;
+  ~Stack() {
+    mprotect(memory, kGuard, PROT_READ | PROT_WRITE);
+    std::free(memory);
+  }
+};
 
 // Where threads meet. Two sets of slots, used in turn: a thread may enter the next meeting while another has yet to
 // read from this one, but none gets two ahead.
@@ -94,7 +110,7 @@ struct Copy {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  std::unique_ptr<Stack> stack{new Stack};
   dim3 index;
   const Meeting* waits_for = nullptr;
   unsigned waits_in = 0;  // the round that must be over before it runs on
@@ -214,8 +230,8 @@ inline void run_block(dim3 shape, const std::function<void()>& kernel) {
     fiber.copies.clear();
     fiber.groups.clear();
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_stack.ss_sp = fiber.stack->memory + Stack::kGuard;
+    fiber.context.uc_stack.ss_size = Stack::kBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
