@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, StaticLayer
 
 from vtw_kernels.integration.cache import Slots, shifted, slots_of, wrap_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
+from vtw_kernels.integration.masks import attended_tokens, check_mask, kind_of_masks, take_blocks, take_columns
 from vtw_kernels.ops import CompactionPlan, compact, expand, plan_compaction
 
 # In names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
@@ -38,7 +40,8 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
     the context, or use ``apply``: older releases of transformers recompute a layer with the hooks it has by then.
 
     Args:
-        model: of transformers, with attention "eager" or "sdpa"; with or without its language modelling head.
+        model: of transformers, with attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that
+            is registered with a mask function; with or without its language modelling head.
         layer: 1..number of decoder layers; the latter withdraws nothing.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
@@ -78,6 +81,8 @@ class LayerCompaction:
             default those of the plan: the keys are the rows. None together with no plan leaves masks alone.
         past: tokens before this forward, an int or int64 [].
         padded: whether -1 may be among ``columns``; then a mask of None (plain causal) is written out.
+        flash: whether masks are ``[B, keys]``. Such attention takes gaps in ``position_ids`` for packed sequences, but
+            not if it is given a mask.
     """
 
     def __init__(
@@ -87,10 +92,12 @@ class LayerCompaction:
         columns: Tensor | None = None,
         past: int | Tensor = 0,
         padded: bool = True,
+        flash: bool = False,
     ):
-        self.tokens, self.plan, self.past, self.padded = tokens, plan, past, padded
+        self.tokens, self.plan, self.past, self.flash = tokens, plan, past, flash
+        self.needs_mask = padded or (flash and plan is not None)
         self.columns = plan.source if columns is None and plan is not None else columns
-        self.done: list[tuple[Tensor, Tensor]] = []  # full length, compacted
+        self.done: list[tuple[Any, Any]] = []  # full length, compacted
         self.causal: Tensor | None = None
 
     def __call__(
@@ -99,16 +106,17 @@ class LayerCompaction:
         """Compacts the keyword arguments of a decoder layer and, if given, its full-length input ``[..., B, q, H]``.
 
         Raises:
-            TypeError: an attention mask that is neither None nor a tensor ``[B, heads, q, keys]``.
+            TypeError: an attention mask of no known kind.
         """
         if self.columns is None:
             return kwargs, hidden_states
         mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
-            given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"attention_mask: expected [B, heads, q, keys] or None, as eager and sdpa attention, got {given}"
-            )
+        check_mask(mask)
+        if mask is not None and not any(mask is x for x, _ in self.done):
+            if isinstance(mask, BlockMask):
+                self.done.append((mask, take_blocks(mask, self._rows(), self.columns)))
+            elif mask.ndim == 2:
+                self.done.append((mask, take_columns(mask, self.columns)))
 
         new: list[tuple[Tensor, int, int]] = []
         for name, value in kwargs.items():
@@ -125,10 +133,10 @@ class LayerCompaction:
                 moved = compact([x.to(device) for x in moved], self._plan_on(device), token_dims, batch_dims)
             if hidden_states is not None:
                 hidden_states = moved.pop()
-        self.done += [(x, self._take_columns(y) if x is mask else y) for (x, *_), y in zip(new, moved)]
+        self.done += [(x, take_columns(y, self.columns) if x is mask else y) for (x, *_), y in zip(new, moved)]
 
         kwargs = _replace(self.done, kwargs)
-        if mask is None and self.padded and "attention_mask" in kwargs:
+        if mask is None and self.needs_mask and "attention_mask" in kwargs:
             self.causal = self._causal_mask() if self.causal is None else self.causal
             kwargs["attention_mask"] = self.causal
         return kwargs, hidden_states
@@ -148,14 +156,16 @@ class LayerCompaction:
     def _plan_on(self, device: torch.device) -> CompactionPlan:
         return CompactionPlan(*(x.to(device) for x in self.plan))
 
-    def _take_columns(self, mask: Tensor) -> Tensor:
-        columns = self.columns.to(mask.device)[:, None, None, :]
-        mask = torch.take_along_dim(mask, columns.clamp(min=0).long(), dim=-1)
-        return mask.masked_fill_(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    def _rows(self) -> Tensor:
+        """int ``[B, q]``: which rows of the forward are left, or -1."""
+        if self.plan is not None:
+            return self.plan.source
+        return torch.arange(self.tokens, device=self.columns.device).expand(len(self.columns), -1)
 
     def _causal_mask(self) -> Tensor:
-        source = torch.arange(self.tokens, device=self.columns.device)[None] if self.plan is None else self.plan.source
-        rows, columns = shifted(source, self.past)[:, None, :, None], self.columns[:, None, None, :]
+        if self.flash:
+            return self.columns >= 0
+        rows, columns = shifted(self._rows(), self.past)[:, None, :, None], self.columns[:, None, None, :]
         return (columns >= 0) & (columns <= rows)
 
 
@@ -165,6 +175,7 @@ class _Forward:
     slots: Slots  # of the withdrawn layers, before this forward
     plan: CompactionPlan | None
     padded: bool  # whether a row of the plan may be padding
+    masks: str  # what kind of them the attention gets
     compaction: LayerCompaction | None = None
 
 
@@ -241,9 +252,7 @@ class Withdrawal:
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
             return  # the model says it better
-        attention = self.parts.decoder.config._attn_implementation
-        if any(kind in attention for kind in ("flash", "flex", "paged")):
-            raise ValueError(f"model: expected attention 'eager' or 'sdpa', got {attention!r}")
+        masks = kind_of_masks(self.parts.decoder.config._attn_implementation)
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
@@ -274,7 +283,7 @@ class Withdrawal:
                 length = max(1, *kept)  # layers do not run on no rows at all
                 plan = plan_compaction(keep, length, pad="left")
                 padded = min(kept) < length
-        self._forwards[_thread()] = _Forward(sequence, slots, plan, padded)
+        self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
 
     def _visual_tokens(
         self, inputs: dict, batch: int, tokens: int, slots: Slots, device: torch.device
@@ -323,11 +332,16 @@ class Withdrawal:
             wrap_layers(cache, slots, len(self.parts.layers))
             if isinstance(static := cache.layers[self.layer], StaticLayer):
                 capacity = static.max_cache_len
+                if forward.masks != "dense":
+                    # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late,
+                    # when the cache has moved on: transformers' own static caches go wrong with it.
+                    attention = self.parts.decoder.config._attn_implementation
+                    raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
         slots.append(tokens, None if plan is None else plan.source, batch, device, capacity)
         slots.padded, slots.open = padded, True
         # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
         padded = padded or (capacity is not None and plan is not None and plan.source.shape[1] == 1)
-        forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded)
+        forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded, forward.masks == "padding")
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Puts rows back; also runs after an exception, then without an output."""
@@ -352,26 +366,6 @@ class Withdrawal:
         return output
 
 
-def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tensor:
-    """bool ``[B, S]``: all tokens of a forward but padding.
-
-    Args:
-        attention_mask: of a model of transformers: None, ``[B, past + S]``, or already made for the layers, as with
-            static caches: ``[B, heads, S, keys]`` or a dict of those. There, padding is what may not look at itself.
-        visual: ``[B, S]``.
-        past: tokens before this forward.
-    """
-    tokens = visual.shape[1]
-    if isinstance(attention_mask, dict):
-        attention_mask = next(iter(attention_mask.values()))
-    if not isinstance(attention_mask, Tensor):
-        return torch.ones_like(visual)
-    if attention_mask.ndim == 2:
-        return attention_mask[:, past : past + tokens] != 0
-    itself = attention_mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :tokens]
-    return (itself if itself.dtype == torch.bool else itself == 0).expand_as(visual)
-
-
 def _thread() -> int:
     """Whose forward this is. A compiled one begins and ends between two looks at the state, so it has no name."""
     return 0 if torch.compiler.is_compiling() else get_ident()
@@ -386,8 +380,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _replace(done: list[tuple[Tensor, Tensor]], value: Any) -> Any:
-    if isinstance(value, Tensor):
+def _replace(done: list[tuple[Any, Any]], value: Any) -> Any:
+    if isinstance(value, Tensor | BlockMask):
         return next((result for x, result in done if x is value), value)
     if type(value) in (tuple, list):
         return type(value)(_replace(done, x) for x in value)
