@@ -1,13 +1,20 @@
 """Cache layers that hold fewer rows than tokens.
 
 transformers sizes masks and positions by the lengths that some cache layer reports, which may be one without visual
-tokens. So these report the number of *tokens* seen, and keep to themselves which of them have a *slot* in the cache.
+tokens. So these report the number of *tokens* seen, and keep to themselves which of them have a *slot* in the cache. A sliding
+window holds its last slots, which reach back at least as far as the window does; the mask hides what lies beyond it.
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 
 class Slots(NamedTuple):
@@ -44,6 +51,18 @@ class WithdrawnLayer:
     def get_seq_length(self) -> int:
         return self.slots.tokens
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys_returned(self.slots.tokens, query_length)
+
+    def keys_returned(self, seen: int, new: int) -> tuple[int, int]:
+        """How many keys ``update`` returns for ``new`` rows after ``seen`` ones, and which row is the first of them."""
+        is_static = isinstance(self, StaticLayer)
+        first = 0
+        if self.is_sliding:
+            first = max(0, seen + 1 - (self.max_cache_len if is_static else self.sliding_window))
+        length = seen + new - first
+        return (max(length, self.max_cache_len) if is_static else length), first
+
     def reset(self) -> None:
         super().reset()
         self.slots, self.incoming, self.withdraw_layer = EMPTY, None, None
@@ -70,7 +89,7 @@ class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
         tokens, columns, padded = self.slots
         # Up to 4.57, a positive number is the length to keep.
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, tokens - tokens_to_remove)
-        if removed == 0 or not self.is_initialized:
+        if not self.is_initialized or (removed == 0 and not self.is_sliding):
             return
         count = removed
         if columns is not None:
@@ -82,16 +101,33 @@ class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
                     "sequences hold different numbers"
                 )
             columns = columns[:, : columns.shape[1] - count]
+        self._crop_rows(count)
+        self.slots = Slots(tokens - removed, columns, padded)
+
+    def _crop_rows(self, count: int) -> None:
         length = self.keys.shape[-2] - count
         self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
-        self.slots = Slots(tokens - removed, columns, padded)
+
+
+class WithdrawnDynamicSlidingWindowLayer(WithdrawnDynamicLayer, DynamicSlidingWindowLayer):
+    def _crop_rows(self, count: int) -> None:
+        DynamicSlidingWindowLayer.crop(self, -count)
 
 
 class WithdrawnStaticLayer(WithdrawnLayer, StaticLayer):
     pass
 
 
-KINDS = {DynamicLayer: WithdrawnDynamicLayer, StaticLayer: WithdrawnStaticLayer}
+class WithdrawnStaticSlidingWindowLayer(WithdrawnLayer, StaticSlidingWindowLayer):
+    pass
+
+
+KINDS = {
+    DynamicLayer: WithdrawnDynamicLayer,
+    DynamicSlidingWindowLayer: WithdrawnDynamicSlidingWindowLayer,
+    StaticLayer: WithdrawnStaticLayer,
+    StaticSlidingWindowLayer: WithdrawnStaticSlidingWindowLayer,
+}
 
 
 def tokens_seen(cache: Cache | None, layer: int) -> int:
@@ -120,7 +156,7 @@ def tokens_seen(cache: Cache | None, layer: int) -> int:
 
 
 def wrap_layers(cache: Cache, layer: int, num_layers: int) -> None:
-    """Replaces the cache layers from ``layer`` on, which share their tensors with the ones they replace.
+    """Replaces the cache layers ``layer..num_layers-1``; the new ones share their tensors with the ones they replace.
 
     Raises:
         ValueError: a kind of cache layer that is not supported.

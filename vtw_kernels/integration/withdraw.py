@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -28,7 +28,9 @@ VISUAL_INPUT = re.compile("^(?!.*grid).*(pixel|image|video|mm_encoder)")
 
 
 @contextmanager
-def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None) -> Iterator["Withdrawal"]:
+def withdraw(
+    model: nn.Module, layer: int, *, visual_mask: Tensor | None = None, decoder: nn.Module | None = None
+) -> Iterator["Withdrawal"]:
     """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
 
     Equal to hiding the visual keys from every query in those layers. ``generate``, training, and further turns on the
@@ -40,11 +42,12 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
 
     Args:
         model: of transformers, with attention "eager" or "sdpa"; with or without its language modelling head.
-        layer: 1..number of decoder layers; the latter withdraws nothing.
+        layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says why.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
             ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
             in the same forward (a sampled one) is text.
+        decoder: the module that has ``.layers``, for models that do not have it where others do.
 
     Raises:
         TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that can't be handled,
@@ -55,16 +58,18 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
     Threads may share the model: what belongs to a forward is kept per thread. Compile the model inside the context:
     torch skips hooks that were added after it compiled.
     """
-    handle = apply(model, layer, visual_mask=visual_mask)
+    handle = apply(model, layer, visual_mask=visual_mask, decoder=decoder)
     try:
         yield handle
     finally:
         handle.remove()
 
 
-def apply(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None) -> "Withdrawal":
+def apply(
+    model: nn.Module, layer: int, *, visual_mask: Tensor | None = None, decoder: nn.Module | None = None
+) -> "Withdrawal":
     """``withdraw`` until ``remove()`` of the returned handle is called."""
-    return Withdrawal(model, layer, visual_mask)
+    return Withdrawal(model, layer, visual_mask, decoder)
 
 
 class LayerCompaction:
@@ -75,7 +80,7 @@ class LayerCompaction:
     Args:
         tokens: rows of the forward before compaction, ``q``.
         plan: which of them survive; None for all.
-        columns: int ``[B, keys]``, the token that each key stands for, or -1 for one that nothing may attend to. By
+        columns: int ``[B, slots]``, the token that each key stands for, or -1 for one that nothing may attend to. By
             default those of the plan: the keys are the rows. None together with no plan leaves masks alone.
         past: tokens before this forward.
         padded: whether -1 may be among ``columns``; then a mask of None (plain causal) is written out.
@@ -92,12 +97,14 @@ class LayerCompaction:
         self.tokens, self.plan, self.past, self.padded = tokens, plan, past, padded
         self.columns = plan.source if columns is None and plan is not None else columns
         self.done: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the full-length tensor, which is kept alive
-        self.causal: Tensor | None = None
+        self.causal: dict[tuple[int, int] | None, Tensor] = {}  # by keys
 
     def __call__(
-        self, kwargs: dict[str, Any], hidden_states: Tensor | None = None
+        self, kwargs: dict[str, Any], hidden_states: Tensor | None = None, keys: tuple[int, int] | None = None
     ) -> tuple[dict[str, Any], Tensor | None]:
         """Compacts the keyword arguments of a decoder layer and, if given, its full-length input ``[..., B, q, H]``.
+
+        ``keys``: how many keys the layer attends to, and the slot of the first of them; by default all slots.
 
         Raises:
             TypeError: an attention mask that is neither None nor a tensor ``[B, heads, q, keys]``.
@@ -126,12 +133,13 @@ class LayerCompaction:
             if hidden_states is not None:
                 hidden_states = moved.pop()
         for (x, *_), result in zip(new.values(), moved):
-            self.done[id(x)] = (x, self._take_columns(result) if x is mask else result)
+            self.done[id(x)] = (x, self._take_columns(result, keys) if x is mask else result)
 
         kwargs = _replace(self.done, kwargs)
         if mask is None and self.padded and "attention_mask" in kwargs:
-            self.causal = self._causal_mask() if self.causal is None else self.causal
-            kwargs["attention_mask"] = self.causal
+            if keys not in self.causal:
+                self.causal[keys] = self._causal_mask(keys)
+            kwargs["attention_mask"] = self.causal[keys]
         return kwargs, hidden_states
 
     def _dims(self, name: str, x: Tensor) -> tuple[int, int] | None:
@@ -149,14 +157,25 @@ class LayerCompaction:
     def _plan_on(self, device: torch.device) -> CompactionPlan:
         return CompactionPlan(*(x.to(device) for x in self.plan))
 
-    def _take_columns(self, mask: Tensor) -> Tensor:
-        columns = self.columns.to(mask.device)[:, None, None, :]
+    def _columns_of(self, keys: tuple[int, int] | None) -> Tensor:
+        """int ``[B, keys]``; slots that are not filled yet are -1."""
+        if keys is None:
+            return self.columns
+        length, first = keys
+        columns = self.columns[:, first:]
+        return F.pad(columns, (0, length - columns.shape[1]), value=-1) if columns.shape[1] < length else columns
+
+    def _take_columns(self, mask: Tensor, keys: tuple[int, int] | None) -> Tensor:
+        """The first column of the mask of a sliding window may stand for a later token than the first."""
+        columns = self._columns_of(keys).to(mask.device) - max(0, self.past + self.tokens - mask.shape[-1])
+        columns = columns[:, None, None, :]
         mask = torch.take_along_dim(mask, columns.clamp(min=0).long(), dim=-1)
         return mask.masked_fill_(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
-    def _causal_mask(self) -> Tensor:
-        source = torch.arange(self.tokens, device=self.columns.device)[None] if self.plan is None else self.plan.source
-        rows, columns = _shifted(source, self.past)[:, None, :, None], self.columns[:, None, None, :]
+    def _causal_mask(self, keys: tuple[int, int] | None) -> Tensor:
+        columns = self._columns_of(keys)[:, None, None, :]
+        source = torch.arange(self.tokens, device=columns.device)[None] if self.plan is None else self.plan.source
+        rows = _shifted(source, self.past)[:, None, :, None]
         return (columns >= 0) & (columns <= rows)
 
 
@@ -165,25 +184,31 @@ class _Forward:
     tokens: int
     past: int
     slots: Slots  # of the withdrawn layers, once this forward is through
+    past_slots: int  # filled in the withdrawn layers, before
     plan: CompactionPlan | None = None
     cache: Cache | None = None
     compaction: LayerCompaction | None = None
+    keys: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the last layer of each type
+
+    @property
+    def rows(self) -> int:
+        """How many rows run in the withdrawn layers."""
+        return self.tokens if self.plan is None else self.plan.source.shape[1]
 
 
 class Withdrawal:
     """What ``apply`` returns: the hooks of one model. Its state is that of the forwards that are running."""
 
-    def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None):
+    def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None, decoder: nn.Module | None = None):
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 "model: expected one that is not compiled yet, as torch skips hooks added later, got a compiled one"
             )
-        self.parts = find_parts(model)
-        first, last = self.parts.min_layer, len(self.parts.layers)
+        self.parts = find_parts(model, decoder)
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer: expected an int, got {type(layer).__name__}")
-        if not first <= layer <= last:
-            raise ValueError(f"layer: expected {first}..{last} ({last} withdraws nothing), got {layer}")
+        self.parts.check_layer(layer)
+        last = len(self.parts.layers)
         if visual_mask is not None and not isinstance(visual_mask, Tensor):
             raise TypeError(f"visual_mask: expected a tensor, got {type(visual_mask).__name__}")
         if visual_mask is not None and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
@@ -224,16 +249,16 @@ class Withdrawal:
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._labels[get_ident()] = kwargs.get("labels")
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decides, before anything is computed or cached, which rows this forward drops."""
         if get_ident() in self._forwards:
-            return  # the decoder, within the body
+            return self._keep_all_rows(module, args, kwargs)  # the decoder, within the body
         makes_logits = get_ident() in self._labels
         labels = self._labels.pop(get_ident(), None)
         inputs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
-            return  # the model says it better
+            return None  # the model says it better
         attention = self.parts.decoder.config._attn_implementation
         if any(kind in attention for kind in ("flash", "flex", "paged")):
             raise ValueError(f"model: expected attention 'eager' or 'sdpa', got {attention!r}")
@@ -264,6 +289,11 @@ class Withdrawal:
                     "model.base_model"
                 )
             if any(withdrawn):
+                if past + tokens >= self.parts.max_tokens:
+                    raise ValueError(
+                        f"input_ids: expected less than {self.parts.max_tokens} tokens, as layers of this model scale "
+                        f"attention by positions that they count themselves, from there on; got {past + tokens}"
+                    )
                 length = max(1, *kept)  # layers do not run on no rows at all
                 plan = plan_compaction(keep, length, pad="left")
                 padded = padded or min(kept) < length
@@ -273,7 +303,16 @@ class Withdrawal:
                 columns = torch.arange(past, device=device).expand(batch, past)
             new = torch.arange(past, past + tokens, device=device).expand(batch, tokens)
             columns = torch.cat([columns, new if plan is None else _shifted(plan.source, past)], dim=1)
-        self._forwards[get_ident()] = _Forward(tokens, past, Slots(past + tokens, columns, padded), plan)
+        past_slots = past if slots.columns is None else slots.columns.shape[1]
+        self._forwards[get_ident()] = _Forward(tokens, past, Slots(past + tokens, columns, padded), past_slots, plan)
+        return self._keep_all_rows(module, args, kwargs)
+
+    def _keep_all_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Gemma 4's decoder would drop rows itself: all but those of the logits, in layers without keys of their own."""
+        slots = self._forwards[get_ident()].slots
+        if module is not self.parts.decoder or slots.columns is None or not kwargs.get("logits_to_keep"):
+            return None
+        return args, kwargs | {"logits_to_keep": 0}
 
     def _visual_tokens(self, inputs: dict, batch: int, tokens: int, past: int, device: torch.device) -> Tensor | None:
         """Those of this forward, bool ``[B, q]``; None for none, known without asking the device."""
@@ -300,12 +339,20 @@ class Withdrawal:
             names = list(inspect.signature(module.forward).parameters)
             args, kwargs = args[:1], dict(zip(names[1:], args[1:])) | kwargs
         first = index == self.layer
-        if first:
-            self._start(forward, kwargs.get("past_key_values"))
-        if forward.cache is not None:
-            forward.cache.layers[index].incoming = forward.slots
         hidden = args[0] if args else kwargs["hidden_states"]
-        kwargs, compacted = forward.compaction(kwargs, hidden if first else None)
+        if first:
+            if hidden.shape[-2] != forward.tokens:
+                raise ValueError(
+                    f"visual_mask: expected bool [B, {hidden.shape[-2]}], as the model makes so many tokens of its "
+                    f"inputs, got {forward.tokens} tokens; pass inputs in which each visual token has a place"
+                )
+            self._start(forward, kwargs.get("past_key_values"))
+        kind = self.parts.layer_types[index]
+        if forward.cache is not None and index < self.parts.num_cached:
+            layer = forward.cache.layers[index]
+            layer.incoming = forward.slots
+            forward.keys[kind] = layer.keys_returned(forward.past_slots, forward.rows)
+        kwargs, compacted = forward.compaction(kwargs, hidden if first else None, forward.keys.get(kind))
         if not first:
             return args, kwargs
         return ((compacted,), kwargs) if args else ((), kwargs | {"hidden_states": compacted})
@@ -313,13 +360,11 @@ class Withdrawal:
     def _start(self, forward: _Forward, cache: Cache | None) -> None:
         columns, padded = forward.slots.columns, forward.slots.padded
         if cache is not None:
-            wrap_layers(cache, self.layer, len(self.parts.layers))
+            wrap_layers(cache, self.layer, self.parts.num_cached)
             forward.cache = cache
-            layer = cache.layers[self.layer]
-            if columns is not None and isinstance(layer, StaticLayer):
+            if columns is not None and isinstance(cache.layers[self.layer], StaticLayer):
                 # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
-                padded = padded or (forward.plan is not None and forward.plan.source.shape[1] == 1)
-                columns = F.pad(columns, (0, layer.max_cache_len - columns.shape[1]), value=-1)
+                padded = padded or (forward.plan is not None and forward.rows == 1)
         forward.compaction = LayerCompaction(forward.tokens, forward.plan, columns, forward.past, padded)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -328,7 +373,7 @@ class Withdrawal:
         if forward is None:
             return None
         if forward.cache is not None:
-            for layer in forward.cache.layers[self.layer :]:
+            for layer in forward.cache.layers[self.layer : self.parts.num_cached]:
                 layer.incoming = None
         if output is None or forward.plan is None:
             return None
@@ -363,7 +408,8 @@ def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tenso
         return torch.ones_like(visual)
     if attention_mask.ndim == 2:
         return attention_mask[:, past : past + tokens] != 0
-    itself = attention_mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :tokens]
+    first = max(0, past + tokens - attention_mask.shape[-1])  # the token of a sliding window's first column
+    itself = attention_mask[:, 0].diagonal(offset=past - first, dim1=-2, dim2=-1)[:, :tokens]
     return (itself if itself.dtype == torch.bool else itself == 0).expand_as(visual)
 
 

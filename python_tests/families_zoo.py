@@ -1,0 +1,226 @@
+"""A tiny random model of each family of vision-language models in transformers, and prompts for it.
+
+The decoder, its positions, masks and caches are the family's own. Placeholders keep their embeddings: no pixels, except
+where the vision tower decides about positions or goes on adding features in the decoder.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+LAYERS, VOCABULARY, PAD, IMAGE, VIDEO = 4, 100, 0, 7, 8
+SLIDING = ["sliding_attention", "full_attention"] * 2
+WINDOW = 6  # prompts are longer, so that windows move
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``config``: keyword arguments of the family's config, ``text`` and ``vision``: what is special in those parts.
+
+    ``layer``: before which to withdraw; ``masked``: whether visual tokens can only be told by ``visual_mask=``;
+    ``flat``: the text's settings stand in the config itself."""
+
+    text: dict = field(default_factory=dict)
+    vision: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    layer: int = 2
+    masked: bool = False
+    flat: bool = False
+    pixels: str = ""
+
+
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=256,
+    pad_token_id=PAD,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+)
+CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
+LLAMA, QWEN2, MISTRAL = {"model_type": "llama"}, {"model_type": "qwen2"}, {"model_type": "mistral"}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+QWEN_VISION = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_hidden_layers=2)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
+
+RECIPES = {
+    "llava": Recipe(LLAMA, CLIP),
+    "llava_next": Recipe(LLAMA, CLIP),
+    "llava_next_video": Recipe(LLAMA, CLIP),
+    "llava_onevision": Recipe(QWEN2, SIGLIP),
+    "video_llava": Recipe(LLAMA, CLIP),
+    "vipllava": Recipe(LLAMA, CLIP),
+    "internvl": Recipe(QWEN2),
+    "smolvlm": Recipe(LLAMA),
+    "idefics2": Recipe(
+        MISTRAL, config={"perceiver_config": dict(hidden_size=32, resampler_n_latents=2, resampler_depth=1)}
+    ),
+    "idefics3": Recipe(LLAMA),
+    "paligemma": Recipe({"model_type": "gemma"}, SIGLIP | {"projection_dim": 32}),
+    "gemma3": Recipe({"layer_types": SLIDING, "sliding_window": WINDOW}, SIGLIP),
+    "gemma4": Recipe(
+        dict(
+            layer_types=SLIDING,
+            sliding_window=WINDOW,
+            hidden_size_per_layer_input=4,
+            vocab_size_per_layer_input=VOCABULARY,
+            global_head_dim=8,
+        ),
+        dict(num_key_value_heads=2, head_dim=8, position_embedding_size=16),
+    ),
+    "mistral3": Recipe(MISTRAL, {"model_type": "pixtral", "head_dim": 8}),
+    "aria": Recipe(
+        dict(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1), config={"projector_patch_to_query_dict": {4: 4}}
+    ),
+    "janus": Recipe(
+        LLAMA,
+        dict(projection_dim=32),
+        config={
+            "vq_config": dict(
+                embed_dim=4,
+                num_embeddings=8,
+                latent_channels=4,
+                base_channels=32,
+                channel_multiplier=[1, 1],
+                num_res_blocks=1,
+                num_patches=4,
+                projection_dim=32,
+                image_token_embed_dim=32,
+            )
+        },
+    ),
+    "llama4": Recipe(
+        dict(
+            intermediate_size_mlp=64,
+            num_local_experts=2,
+            no_rope_layer_interval=2,
+            layer_types=["chunked_attention", "full_attention"] * 2,
+            attention_chunk_size=WINDOW,
+        ),
+        dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+    ),
+    "lfm2_vl": Recipe(
+        dict(model_type="lfm2", layer_types=["conv", "full_attention", "full_attention", "full_attention"]),
+        dict(model_type="siglip2_vision_model", num_patches=4),
+    ),
+    "aya_vision": Recipe(dict(model_type="cohere2", layer_types=SLIDING, sliding_window=WINDOW), SIGLIP),
+    "fast_vlm": Recipe(QWEN2, CLIP),
+    "got_ocr2": Recipe(
+        QWEN2, dict(output_channels=8, mlp_dim=16, window_size=2, global_attn_indexes=[0], num_hidden_layers=1)
+    ),
+    "chameleon": Recipe(
+        config={
+            "vocabulary_map": {"<image>": IMAGE},
+            "vq_config": dict(
+                embed_dim=4,
+                num_embeddings=8,
+                latent_channels=4,
+                resolution=8,
+                base_channels=32,
+                channel_multiplier=[1, 1],
+                num_res_blocks=1,
+            ),
+        },
+        flat=True,
+    ),
+    "phi4_multimodal": Recipe(
+        vision=dict(image_token_id=IMAGE),
+        config={"audio_config": dict(hidden_size=16, intermediate_size=16, num_blocks=1, num_attention_heads=2,
+                                     nemo_conv_channels=8, ext_pw_out_channel=16)},
+        flat=True,
+    ),
+    "qwen2_vl": Recipe(MROPE, QWEN_VISION | dict(embed_dim=16, hidden_size=32, mlp_ratio=2), pixels="grid"),
+    "qwen2_5_vl": Recipe(
+        MROPE,
+        QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, window_size=16, fullatt_block_indexes=[1]),
+        pixels="grid",
+    ),
+    "qwen3_vl": Recipe(
+        MROPE,
+        QWEN_VISION
+        | dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16),
+        pixels="grid",
+    ),
+    "qwen3_vl_moe": Recipe(
+        MROPE | MOE,
+        QWEN_VISION
+        | dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16),
+        pixels="grid",
+    ),
+    "glm4v": Recipe(
+        MROPE, QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16), pixels="grid"
+    ),
+    "glm4v_moe": Recipe(
+        MROPE | dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1),
+        QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16),
+        pixels="grid",
+    ),
+    "blip-2": Recipe(
+        dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
+        config={
+            "qformer_config": dict(
+                hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_hidden_size=16, vocab_size=VOCABULARY
+            ),
+            "num_query_tokens": 4,
+        },
+        masked=True,
+        pixels="plain",
+    ),
+    "instructblip": Recipe(
+        dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
+        config={
+            "qformer_config": dict(
+                hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_hidden_size=16, vocab_size=VOCABULARY
+            ),
+            "num_query_tokens": 4,
+        },
+        masked=True,
+        pixels="plain",
+    ),
+    "ovis2": Recipe(QWEN2, dict(hidden_size=32, vocab_size=VOCABULARY)),
+    "deepseek_vl": Recipe(LLAMA, SIGLIP),
+    "perception_lm": Recipe(LLAMA, CLIP),
+}
+
+
+def make_config(family: str):
+    recipe = copy.deepcopy(RECIPES[family])
+    config = {"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False} | recipe.config
+    config["vision_config"] = VISION | recipe.vision
+    text = TEXT | recipe.text
+    config |= text if recipe.flat else {"text_config": text}
+    return AutoConfig.for_model(family, **config)
+
+
+def make_model(family: str):
+    config = make_config(family)
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForImageTextToText.from_config(config)
+    except ValueError:
+        model = AutoModelForMultimodalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in model.parameters():  # the default of 0.02 leaves logits that depend on nothing
+            if x.ndim > 1:
+                x.normal_(0, 0.25, generator=generator)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None
+    return model.eval()
