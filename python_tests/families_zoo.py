@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from vlm import make_batch
 
 LAYERS, VOCABULARY, PAD, IMAGE, VIDEO = 4, 100, 0, 7, 8
 SLIDING = ["sliding_attention", "full_attention"] * 2
@@ -30,6 +31,7 @@ class Recipe:
     masked: bool = False
     flat: bool = False
     pixels: str = ""
+    types: str = ""
 
 
 TEXT = dict(
@@ -73,8 +75,8 @@ RECIPES = {
         MISTRAL, config={"perceiver_config": dict(hidden_size=32, resampler_n_latents=2, resampler_depth=1)}
     ),
     "idefics3": Recipe(LLAMA),
-    "paligemma": Recipe({"model_type": "gemma"}, SIGLIP | {"projection_dim": 32}),
-    "gemma3": Recipe({"layer_types": SLIDING, "sliding_window": WINDOW}, SIGLIP),
+    "paligemma": Recipe({"model_type": "gemma"}, SIGLIP | {"projection_dim": 32}, types="token_type_ids"),
+    "gemma3": Recipe({"layer_types": SLIDING, "sliding_window": WINDOW}, SIGLIP, types="token_type_ids"),
     "gemma4": Recipe(
         dict(
             layer_types=SLIDING,
@@ -84,6 +86,7 @@ RECIPES = {
             global_head_dim=8,
         ),
         dict(num_key_value_heads=2, head_dim=8, position_embedding_size=16),
+        types="mm_token_type_ids",
     ),
     "mistral3": Recipe(MISTRAL, {"model_type": "pixtral", "head_dim": 8}),
     "aria": Recipe(
@@ -168,7 +171,7 @@ RECIPES = {
         MROPE, QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16), pixels="grid"
     ),
     "glm4v_moe": Recipe(
-        MROPE | dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1),
+        dict(rope_parameters=MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1),
         QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16),
         pixels="grid",
     ),
@@ -194,9 +197,48 @@ RECIPES = {
         masked=True,
         pixels="plain",
     ),
-    "ovis2": Recipe(QWEN2, dict(hidden_size=32, vocab_size=VOCABULARY)),
+    "ovis2": Recipe(
+        QWEN2,
+        dict(vocab_size=VOCABULARY),
+        config=dict(visual_indicator_token_ids=[90, 91, 92, 93, 94], hidden_size=32, vocab_size=VOCABULARY),
+    ),
     "deepseek_vl": Recipe(LLAMA, SIGLIP),
-    "perception_lm": Recipe(LLAMA, CLIP),
+    "cohere2_vision": Recipe(dict(model_type="cohere2", layer_types=SLIDING, sliding_window=WINDOW), SIGLIP),
+    "deepseek_vl_hybrid": Recipe(
+        LLAMA, SIGLIP, config={"high_res_vision_config": VISION | dict(output_channels=8, mlp_dim=16)}
+    ),
+    "emu3": Recipe(
+        config={
+            "vocabulary_map": {"<image>": IMAGE},
+            "vq_config": dict(
+                embed_dim=4,
+                codebook_size=8,
+                latent_channels=4,
+                base_channels=32,
+                channel_multiplier=[1, 1],
+                num_res_blocks=1,
+                attn_resolutions=[],
+            ),
+        },
+    ),
+    "ernie4_5_vl_moe": Recipe(
+        dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 2]}, moe_num_experts=4, moe_k=2, moe_intermediate_size=[16, 8], moe_num_shared_experts=1, moe_layer_start_index=1,
+             ),
+        dict(depth=1, num_heads=2, spatial_merge_size=2),
+        config={},
+    ),
+    "exaone4_5": Recipe(dict(model_type="exaone4", layer_types=SLIDING, sliding_window=WINDOW), QWEN_VISION | dict(out_hidden_size=32)),
+    "fuyu": Recipe({"model_type": "persimmon"}),
+    "granite4_vision": Recipe(vision=dict(hidden_size=64), config=dict(downsample_rate="1/2", deepstack_layer_map=[[0, 0], [0, 1]], spatial_target_layers=[2, 2, 2, 2])),
+    "granite_docling": Recipe(vision=dict(out_hidden_size=32, deepstack_visual_indexes=[0, 0])),
+    "kimi_k25": Recipe(dict(head_dim=4, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)),
+    "lighton_ocr": Recipe({"model_type": "qwen3"}, {"model_type": "pixtral", "head_dim": 8}),
+    "molmo2": Recipe(vision=dict(image_size=[8, 8]), config=dict(video_token_id=IMAGE, adapter_config=dict(vision_feature_layer=[0], hidden_size=16, intermediate_size=16, text_hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8))),
+    "paddleocr_vl": Recipe(MROPE),
+    "qianfan_ocr": Recipe({"model_type": "qwen3"}),
+    "qwen3_5": Recipe(dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention"] * 2 + ["full_attention"] * 2), QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, num_position_embeddings=16)),
+    "video_llama_3": Recipe(QWEN2),
+    "perception_lm": Recipe(LLAMA, {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}),
 }
 
 
@@ -224,3 +266,17 @@ def make_model(family: str):
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def make_prompts(family: str, rows: list[list[int]]) -> dict[str, Tensor]:
+    """Inputs of ``generate``. ``rows``: per sequence the lengths of its segments, in turn text and images of 4 tokens."""
+    recipe = RECIPES[family]
+    batch = make_batch("qwen2_vl" if recipe.pixels == "grid" else "llava", rows)
+    inputs = batch.inputs()
+    if not recipe.pixels:
+        del inputs["pixel_values"]
+    if recipe.types:
+        inputs[recipe.types] = batch.visual.long()
+    if family == "instructblip":
+        inputs["qformer_input_ids"] = torch.ones(len(batch.images), 3, dtype=torch.long)
+    return inputs

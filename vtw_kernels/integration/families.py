@@ -82,10 +82,7 @@ def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
         raise ValueError(f"model: {name} is not supported: {refused}")
 
     body = model.base_model
-    if decoder is None:
-        decoder = body.get_decoder()
-        while not hasattr(decoder, "layers") and getattr(decoder, "base_model", decoder) is not decoder:
-            decoder = decoder.base_model
+    decoder = _find_decoder(body) if decoder is None else decoder
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(
@@ -100,6 +97,20 @@ def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
     )
 
 
+def _find_decoder(module: nn.Module) -> nn.Module:
+    """The first module with ``.layers``, from the whole model inwards; or where there is no way on."""
+    while True:
+        inner = module.get_decoder() if hasattr(module, "get_decoder") else module
+        for candidate in (inner, getattr(inner, "base_model", None), getattr(inner, "model", None)):
+            if isinstance(candidate, nn.Module) and candidate is not module:
+                break
+        else:
+            return module
+        module = candidate
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return module
+
+
 def _layer_limits(config: Any, num_layers: int) -> tuple[int, int, tuple[str, ...], list[str], int]:
     """``min_layer`` to ``num_cached`` of ``Parts``."""
     text = config.get_text_config(decoder=True)
@@ -108,6 +119,7 @@ def _layer_limits(config: Any, num_layers: int) -> tuple[int, int, tuple[str, ..
     for path in ("deepstack_visual_indexes", "vision_config.deepstack_visual_indexes"):
         injected.append(len(_lookup(config, path) or ()))  # added behind layers 0, 1, ...
     injected += [layer for _, layer in _lookup(config, "deepstack_layer_map") or ()]
+    injected += _lookup(config, "spatial_target_layers") or ()
     if max(injected) > first:
         first = max(injected)
         limits.append(f"visual features go on being added up to layer {first}")
