@@ -19,17 +19,17 @@ WINDOW = 6  # prompts are longer, so that windows move
 
 @dataclass(frozen=True)
 class Recipe:
-    """``config``: keyword arguments of the family's config, ``text`` and ``vision``: what is special in those parts.
+    """What is special in a family's ``config``, and in its parts ``text`` and ``vision``.
 
-    ``layer``: before which to withdraw; ``masked``: whether visual tokens can only be told by ``visual_mask=``;
-    ``flat``: the text's settings stand in the config itself."""
+    ``flat``: the text's settings stand in the config itself. ``masked``: visual tokens can only be told by
+    ``visual_mask=``. ``pixels``: "" for none, "square", or "grid" for those of Qwen2-VL. ``types``: name of an input
+    that says which tokens are visual, to models whose images look at themselves in both directions."""
 
     text: dict = field(default_factory=dict)
     vision: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
-    layer: int = 2
-    masked: bool = False
     flat: bool = False
+    masked: bool = False
     pixels: str = ""
     types: str = ""
 
@@ -60,6 +60,24 @@ LLAMA, QWEN2, MISTRAL = {"model_type": "llama"}, {"model_type": "qwen2"}, {"mode
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
 QWEN_VISION = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_hidden_layers=2)
+DEEPSTACK = dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
+QFORMER = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    encoder_hidden_size=16,
+    vocab_size=VOCABULARY,
+)
+VQ = dict(
+    embed_dim=4,
+    num_embeddings=8,
+    latent_channels=4,
+    base_channels=32,
+    channel_multiplier=[1, 1],
+    num_res_blocks=1,
+    attn_resolutions=[],
+)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
 
 RECIPES = {
@@ -95,19 +113,7 @@ RECIPES = {
     "janus": Recipe(
         LLAMA,
         dict(projection_dim=32),
-        config={
-            "vq_config": dict(
-                embed_dim=4,
-                num_embeddings=8,
-                latent_channels=4,
-                base_channels=32,
-                channel_multiplier=[1, 1],
-                num_res_blocks=1,
-                num_patches=4,
-                projection_dim=32,
-                image_token_embed_dim=32,
-            )
-        },
+        config={"vq_config": VQ | dict(num_patches=4, projection_dim=32, image_token_embed_dim=32)},
     ),
     "llama4": Recipe(
         dict(
@@ -131,22 +137,22 @@ RECIPES = {
     "chameleon": Recipe(
         config={
             "vocabulary_map": {"<image>": IMAGE},
-            "vq_config": dict(
-                embed_dim=4,
-                num_embeddings=8,
-                latent_channels=4,
-                resolution=8,
-                base_channels=32,
-                channel_multiplier=[1, 1],
-                num_res_blocks=1,
-            ),
+            "vq_config": VQ,
         },
         flat=True,
     ),
     "phi4_multimodal": Recipe(
         vision=dict(image_token_id=IMAGE),
-        config={"audio_config": dict(hidden_size=16, intermediate_size=16, num_blocks=1, num_attention_heads=2,
-                                     nemo_conv_channels=8, ext_pw_out_channel=16)},
+        config={
+            "audio_config": dict(
+                hidden_size=16,
+                intermediate_size=16,
+                num_blocks=1,
+                num_attention_heads=2,
+                nemo_conv_channels=8,
+                ext_pw_out_channel=16,
+            )
+        },
         flat=True,
     ),
     "qwen2_vl": Recipe(MROPE, QWEN_VISION | dict(embed_dim=16, hidden_size=32, mlp_ratio=2), pixels="grid"),
@@ -157,45 +163,45 @@ RECIPES = {
     ),
     "qwen3_vl": Recipe(
         MROPE,
-        QWEN_VISION
-        | dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16),
+        QWEN_VISION | DEEPSTACK,
         pixels="grid",
     ),
     "qwen3_vl_moe": Recipe(
         MROPE | MOE,
-        QWEN_VISION
-        | dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16),
+        QWEN_VISION | DEEPSTACK,
         pixels="grid",
     ),
-    "glm4v": Recipe(
-        MROPE, QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16), pixels="grid"
-    ),
+    "glm4v": Recipe(MROPE, QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16), pixels="grid"),
     "glm4v_moe": Recipe(
-        dict(rope_parameters=MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1),
+        dict(
+            rope_parameters=MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0},
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
         QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16),
         pixels="grid",
     ),
     "blip-2": Recipe(
         dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
         config={
-            "qformer_config": dict(
-                hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_hidden_size=16, vocab_size=VOCABULARY
-            ),
+            "qformer_config": QFORMER,
             "num_query_tokens": 4,
         },
         masked=True,
-        pixels="plain",
+        pixels="square",
     ),
     "instructblip": Recipe(
         dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
         config={
-            "qformer_config": dict(
-                hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_hidden_size=16, vocab_size=VOCABULARY
-            ),
+            "qformer_config": QFORMER,
             "num_query_tokens": 4,
         },
         masked=True,
-        pixels="plain",
+        pixels="square",
     ),
     "ovis2": Recipe(
         QWEN2,
@@ -210,57 +216,104 @@ RECIPES = {
     "emu3": Recipe(
         config={
             "vocabulary_map": {"<image>": IMAGE},
-            "vq_config": dict(
-                embed_dim=4,
-                codebook_size=8,
-                latent_channels=4,
-                base_channels=32,
-                channel_multiplier=[1, 1],
-                num_res_blocks=1,
-                attn_resolutions=[],
-            ),
+            "vq_config": VQ | dict(codebook_size=8),
         },
     ),
     "ernie4_5_vl_moe": Recipe(
-        dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 2]}, moe_num_experts=4, moe_k=2, moe_intermediate_size=[16, 8], moe_num_shared_experts=1, moe_layer_start_index=1,
-             ),
+        dict(
+            rope_parameters=ROPE | {"mrope_section": [1, 1, 2]},
+            moe_num_experts=4,
+            moe_k=2,
+            moe_intermediate_size=[16, 8],
+            moe_num_shared_experts=1,
+            moe_layer_start_index=1,
+        ),
         dict(depth=1, num_heads=2, spatial_merge_size=2),
         config={},
     ),
-    "exaone4_5": Recipe(dict(model_type="exaone4", layer_types=SLIDING, sliding_window=WINDOW), QWEN_VISION | dict(out_hidden_size=32)),
+    "exaone4_5": Recipe(
+        dict(model_type="exaone4", layer_types=SLIDING, sliding_window=WINDOW), QWEN_VISION | dict(out_hidden_size=32)
+    ),
     "fuyu": Recipe({"model_type": "persimmon"}),
-    "granite4_vision": Recipe(vision=dict(hidden_size=64), config=dict(downsample_rate="1/2", deepstack_layer_map=[[0, 0], [0, 1]], spatial_target_layers=[2, 2, 2, 2])),
+    "granite4_vision": Recipe(
+        vision=dict(hidden_size=64),
+        config=dict(downsample_rate="1/2", deepstack_layer_map=[[0, 0], [0, 1]], spatial_target_layers=[2, 2, 2, 2]),
+    ),
     "granite_docling": Recipe(vision=dict(out_hidden_size=32, deepstack_visual_indexes=[0, 0])),
-    "kimi_k25": Recipe(dict(head_dim=4, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)),
+    "kimi_k25": Recipe(
+        dict(
+            head_dim=4,
+            num_key_value_heads=4,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            first_k_dense_replace=1,
+        )
+    ),
     "lighton_ocr": Recipe({"model_type": "qwen3"}, {"model_type": "pixtral", "head_dim": 8}),
-    "molmo2": Recipe(vision=dict(image_size=[8, 8]), config=dict(video_token_id=IMAGE, adapter_config=dict(vision_feature_layer=[0], hidden_size=16, intermediate_size=16, text_hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8))),
+    "molmo2": Recipe(
+        vision=dict(image_size=[8, 8]),
+        config=dict(
+            video_token_id=IMAGE,
+            adapter_config=dict(
+                vision_feature_layer=[0],
+                hidden_size=16,
+                intermediate_size=16,
+                text_hidden_size=32,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=8,
+            ),
+        ),
+    ),
     "paddleocr_vl": Recipe(MROPE),
     "qianfan_ocr": Recipe({"model_type": "qwen3"}),
-    "qwen3_5": Recipe(dict(rope_parameters=ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention"] * 2 + ["full_attention"] * 2), QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, num_position_embeddings=16)),
+    "qwen3_5": Recipe(
+        dict(
+            rope_parameters=ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0},
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            layer_types=["linear_attention"] * 2 + ["full_attention"] * 2,
+        ),
+        QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, num_position_embeddings=16),
+    ),
     "video_llama_3": Recipe(QWEN2),
     "perception_lm": Recipe(LLAMA, {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}),
 }
 
 
-def make_config(family: str):
+def make_config(family: str, **text):
+    """``text``: settings of the decoder that replace those of the recipe."""
     recipe = copy.deepcopy(RECIPES[family])
-    config = {"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False} | recipe.config
+    defaults = AutoConfig.for_model(family)
+    named = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    config = {name: token for name, token in named.items() if hasattr(defaults, name)} | recipe.config
     config["vision_config"] = VISION | recipe.vision
-    text = TEXT | recipe.text
+    text = TEXT | recipe.text | text
     config |= text if recipe.flat else {"text_config": text}
     return AutoConfig.for_model(family, **config)
 
 
-def make_model(family: str):
-    config = make_config(family)
+def make_model(family: str, **text):
+    """Raises ImportError for a model that needs a package that is not installed."""
+    config = make_config(family, **text)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping:
+            break
     torch.manual_seed(0)
-    try:
-        model = AutoModelForImageTextToText.from_config(config)
-    except ValueError:
-        model = AutoModelForMultimodalLM.from_config(config)
+    model = auto.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for x in model.parameters():  # the default of 0.02 leaves logits that depend on nothing
+        for x in model.parameters():  # the default of 0.02 leaves logits that hardly depend on anything
             if x.ndim > 1:
                 x.normal_(0, 0.25, generator=generator)
     model.generation_config.pad_token_id = PAD

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 
@@ -54,14 +55,16 @@ class Parts(NamedTuple):
     num_cached: int
     max_tokens: float
 
+    @property
+    def allowed(self) -> str:
+        last = len(self.layers)
+        span = f"{self.min_layer}..{self.max_layer}" + (f" or {last}" if self.max_layer < last else "")
+        return f"{span if self.min_layer < last else last} ({last} withdraws nothing)"
+
     def check_layer(self, layer: int) -> None:
         """Raises ValueError for a layer before which the visual tokens can't be withdrawn."""
-        first, last = self.min_layer, len(self.layers)
-        if not (first <= layer <= self.max_layer or layer == last):
-            span = f"{first}..{self.max_layer}" + (f" or {last}" if self.max_layer < last else "")
-            span = f"{last}" if first >= last else span
-            why = "".join(f"; {limit}" for limit in self.limits)
-            raise ValueError(f"layer: expected {span} ({last} withdraws nothing), got {layer}{why}")
+        if not (self.min_layer <= layer <= self.max_layer or layer == len(self.layers)):
+            raise ValueError("; ".join([f"layer: expected {self.allowed}, got {layer}", *self.limits]))
 
 
 def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
@@ -95,6 +98,37 @@ def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
     return Parts(
         body, decoder, layers, sorted(ids), *limits, max_tokens=float("inf") if max_tokens is None else max_tokens
     )
+
+
+def describe(name: str) -> dict[str, str]:
+    """What ``withdraw`` would work with in a model of which only the config is loaded, in words.
+
+    Args:
+        name: of a model on the Hub, or its folder.
+
+    Raises:
+        OSError: no config there.
+        ValueError: a model that withdrawal does not apply to, or that transformers does not know.
+        ImportError: the model needs a package that is not installed.
+    """
+    config = transformers.AutoConfig.from_pretrained(name)
+    architectures = config.architectures or []
+    if not architectures or not hasattr(transformers, architectures[0]):
+        raise ValueError(
+            f"model: expected a config with an architecture of transformers, got {architectures} in {name}"
+        )
+    with torch.device("meta"):
+        model = getattr(transformers, architectures[0])(config)
+    parts = find_parts(model)
+    path = next((path for path, module in model.named_modules() if module is parts.decoder), "")
+    kinds = [f"{parts.layer_types.count(kind)} {kind}" for kind in dict.fromkeys(parts.layer_types)]
+    return {
+        "family": f"{config.model_type} ({type(model).__name__})",
+        "decoder": f"{path or 'the model itself'} ({type(parts.decoder).__name__})",
+        "decoder layers": f"{len(parts.layers)}: {', '.join(kinds)}",
+        "visual token ids": ", ".join(map(str, parts.token_ids)) or "none in the config: pass visual_mask=",
+        "layer": "; ".join([parts.allowed, *parts.limits]),
+    }
 
 
 def _find_decoder(module: nn.Module) -> nn.Module:

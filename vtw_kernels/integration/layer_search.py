@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtw_kernels.integration.families import Parts, find_parts, find_visual_tokens
-from vtw_kernels.integration.withdraw import LayerCompaction, attended_tokens
+from vtw_kernels.integration.withdraw import LayerCompaction, attended_tokens, named_arguments
 from vtw_kernels.ops import kl_divergence, plan_compaction
 
 PAPER_THRESHOLD = 0.003
@@ -134,6 +134,8 @@ def find_layer(
             tokens or with nothing after them, a threshold that is not a number of at least 0.
     """
     parts = find_parts(model)
+    if parts.num_cached < len(parts.layers):
+        raise ValueError("model: expected layers with keys of their own, which runs side by side need, got shared ones")
     candidates = check_candidates(candidates, parts)
     if not threshold >= 0:
         raise ValueError(f"threshold: expected a number of nats, at least 0, got {threshold}")
@@ -162,7 +164,7 @@ def check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int
     first, last = parts.min_layer, len(parts.layers) - 1
     chosen = sorted(set(range(first, last + 1) if candidates is None else candidates))
     if not chosen or not first <= chosen[0] <= chosen[-1] <= last:
-        raise ValueError(f"candidates: expected layers in {first}..{last}, got {chosen}")
+        raise ValueError("; ".join([f"candidates: expected layers in {first}..{last}, got {chosen}", *parts.limits]))
     return chosen
 
 
@@ -208,6 +210,7 @@ class _Continuations:
 
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A candidate joins with the text rows that enter its layer in the full run."""
+        args, kwargs = named_arguments(module, args, kwargs)
         if index in self.candidates:
             hidden = args[0] if args else kwargs["hidden_states"]
             self.kwargs, joining = self.compaction(kwargs, hidden)

@@ -254,7 +254,7 @@ class Withdrawal:
         if get_ident() in self._forwards:
             return self._keep_all_rows(module, args, kwargs)  # the decoder, within the body
         makes_logits = get_ident() in self._labels
-        labels = self._labels.pop(get_ident(), None)
+        labels = self._labels.pop(get_ident(), kwargs.get("labels"))  # the body may be the whole model
         inputs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
@@ -335,16 +335,14 @@ class Withdrawal:
                 f"withdraw: decoder layer {index} ran outside a forward of its model; is it recomputed for gradient "
                 "checkpointing? That needs transformers 5"
             )
-        if len(args) > 1:
-            names = list(inspect.signature(module.forward).parameters)
-            args, kwargs = args[:1], dict(zip(names[1:], args[1:])) | kwargs
+        args, kwargs = named_arguments(module, args, kwargs)
         first = index == self.layer
         hidden = args[0] if args else kwargs["hidden_states"]
         if first:
             if hidden.shape[-2] != forward.tokens:
                 raise ValueError(
-                    f"visual_mask: expected bool [B, {hidden.shape[-2]}], as the model makes so many tokens of its "
-                    f"inputs, got {forward.tokens} tokens; pass inputs in which each visual token has a place"
+                    f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
+                    f"them, visual ones included, got {forward.tokens}"
                 )
             self._start(forward, kwargs.get("past_key_values"))
         kind = self.parts.layer_types[index]
@@ -390,6 +388,14 @@ class Withdrawal:
         if len(states) > 1:
             output.hidden_states = (*output.hidden_states[: self.layer + 1], *states[1:])
         return output
+
+
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """All but the first argument of a forward by their names."""
+    if len(args) < 2:
+        return args, kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return args[:1], dict(zip(names[1:], args[1:])) | kwargs
 
 
 def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tensor:
