@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import visual_keys_hidden
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, Batch, append, make_batch, make_model
@@ -440,6 +442,53 @@ def test_outputs_keep_their_length(family, model):
     torch.testing.assert_close(last, output.logits[:, -1:])
 
 
+# ----------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
+def test_compiled_decode_is_one_graph(family, attention, rows):
+    """The prefill as it is, then one graph for every token."""
+    model = model_of(family, attention)
+    batch, ends = with_decode_steps(make_batch(family, rows))
+    positions = batch.positions(model)
+    graphs = CompileCounter()
+
+    @torch.no_grad()
+    def decode(step):
+        cache = StaticCache(config=model.config, max_cache_len=ends[-1] + 3)
+        run(model, batch, ends[:1], cache)
+        logits = []
+        for begin in ends[:-1]:
+            inputs = {"input_ids": batch.ids[:, begin : begin + 1], "attention_mask": padding, "use_cache": True}
+            logits.append(step(**inputs, position_ids=positions[..., begin : begin + 1], past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
+
+    padding = F.pad(batch.mask, (0, 3), value=1)  # of the cache's length, so that its shape stays
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted = decode(model)
+    torch.compiler.reset()
+    with vtw.withdraw(model, 2):
+        given = decode(torch.compile(model, backend=graphs, fullgraph=True))
+    assert (given - wanted).abs().max() <= TOLERANCE
+    assert graphs.frame_count == 1
+
+
+def test_compiled_before(family):
+    """Compiled code that knows nothing of the withdrawal is not used under it, nor the other way round."""
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    ends = [batch.ids.shape[1]]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    wanted = run(model, batch, ends)
+    assert torch.equal(run(compiled, batch, ends), wanted)
+    with vtw.withdraw(compiled, 2):
+        withdrawn = run(model, batch, ends)
+        assert torch.equal(run(compiled, batch, ends), withdrawn)
+    assert not torch.equal(withdrawn, wanted)
+    assert torch.equal(run(compiled, batch, ends), wanted)
+
+
 # ------------------------------------------------------------------------------------------------- life and errors
 
 
@@ -576,8 +625,6 @@ def test_errors(family, match, error, layer, visual_mask, inputs):
 def test_context_errors(llava):
     with vtw.withdraw(llava, 2), pytest.raises(ValueError, match=r"got one with withdraw\(layer=2\) in effect"):
         vtw.apply(llava, 3)
-    with pytest.raises(ValueError, match="not compiled yet"):
-        vtw.apply(torch.compile(llava), 2)
     with vtw.withdraw(llava, 2), pytest.raises(RuntimeError, match="ran outside a forward of its model"):
         llava.model.language_model.layers[2](torch.zeros(1, 3, 32))
     config = llava.model.language_model.config

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtw_kernels.integration.families import Parts, find_parts, find_visual_tokens
-from vtw_kernels.integration.withdraw import LayerCompaction, attended_tokens, named_arguments
+from vtw_kernels.integration.withdraw import LayerCompaction, attended_tokens
 from vtw_kernels.ops import kl_divergence, plan_compaction
 
 PAPER_THRESHOLD = 0.003
@@ -210,7 +211,8 @@ class _Continuations:
 
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A candidate joins with the text rows that enter its layer in the full run."""
-        args, kwargs = named_arguments(module, args, kwargs)
+        if len(args) > 1:
+            args, kwargs = args[:1], dict(zip(list(signature(module.forward).parameters)[1:], args[1:])) | kwargs
         if index in self.candidates:
             hidden = args[0] if args else kwargs["hidden_states"]
             self.kwargs, joining = self.compaction(kwargs, hidden)

@@ -6,7 +6,6 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 """
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from vtw_kernels.integration.cache import EMPTY, Slots, tokens_seen, wrap_layers
+from vtw_kernels.integration.cache import Slots, shifted, slots_of, wrap_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.ops import CompactionPlan, compact, expand, plan_compaction
 
-# Names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
-VISUAL_INPUT = re.compile("^(?!.*grid).*(pixel|image|video|mm_encoder)")
+# In names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
+VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
 
 
 @contextmanager
@@ -55,8 +54,8 @@ def withdraw(
             no row to predict from. Chunks of a prompt that end in an image go to ``model.base_model``, which makes no
             logits.
 
-    Threads may share the model: what belongs to a forward is kept per thread. Compile the model inside the context:
-    torch skips hooks that were added after it compiled.
+    Threads may share the model: what belongs to a forward is kept per thread. A model may be compiled before, within
+    or with ``torch.compile(model)`` as argument; a step of decoding with a static cache is one graph.
     """
     handle = apply(model, layer, visual_mask=visual_mask, decoder=decoder)
     try:
@@ -82,7 +81,7 @@ class LayerCompaction:
         plan: which of them survive; None for all.
         columns: int ``[B, slots]``, the token that each key stands for, or -1 for one that nothing may attend to. By
             default those of the plan: the keys are the rows. None together with no plan leaves masks alone.
-        past: tokens before this forward.
+        past: tokens before this forward, an int or int64 [].
         padded: whether -1 may be among ``columns``; then a mask of None (plain causal) is written out.
     """
 
@@ -91,20 +90,21 @@ class LayerCompaction:
         tokens: int,
         plan: CompactionPlan | None,
         columns: Tensor | None = None,
-        past: int = 0,
+        past: int | Tensor = 0,
         padded: bool = True,
     ):
         self.tokens, self.plan, self.past, self.padded = tokens, plan, past, padded
         self.columns = plan.source if columns is None and plan is not None else columns
-        self.done: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the full-length tensor, which is kept alive
-        self.causal: dict[tuple[int, int] | None, Tensor] = {}  # by keys
+        self.done: list[tuple[Tensor, Tensor]] = []  # full length, compacted
+        self.causal: dict[Any, Tensor] = {}  # by window
 
     def __call__(
-        self, kwargs: dict[str, Any], hidden_states: Tensor | None = None, keys: tuple[int, int] | None = None
+        self, kwargs: dict[str, Any], hidden_states: Tensor | None = None, window: tuple[int, int, int] | None = None
     ) -> tuple[dict[str, Any], Tensor | None]:
         """Compacts the keyword arguments of a decoder layer and, if given, its full-length input ``[..., B, q, H]``.
 
-        ``keys``: how many keys the layer attends to, and the slot of the first of them; by default all slots.
+        ``window``: how many keys the layer attends to, the slot of the first of them, and the token of the mask's first
+        column; by default all slots and all tokens.
 
         Raises:
             TypeError: an attention mask that is neither None nor a tensor ``[B, heads, q, keys]``.
@@ -118,28 +118,28 @@ class LayerCompaction:
                 f"attention_mask: expected [B, heads, q, keys] or None, as eager and sdpa attention, got {given}"
             )
 
-        new: dict[int, tuple[Tensor, int, int]] = {}
+        new: list[tuple[Tensor, int, int]] = []
         for name, value in kwargs.items():
             for x in _tensors(value):
-                if id(x) not in self.done and (dims := self._dims(name, x)) is not None:
-                    new[id(x)] = (x, *dims)
-        moved = [x for x, *_ in new.values()]
+                known = any(x is y for y, *_ in self.done) or any(x is y for y, *_ in new)
+                if not known and (dims := self._dims(name, x)) is not None:
+                    new.append((x, *dims))
+        moved = [x for x, *_ in new]
         if self.plan is not None:
-            rows = [*new.values()] if hidden_states is None else [*new.values(), (hidden_states, -2, -3)]
+            rows = new if hidden_states is None else [*new, (hidden_states, -2, -3)]
             if rows:
                 moved, token_dims, batch_dims = map(list, zip(*rows))
                 device = moved[-1].device
                 moved = compact([x.to(device) for x in moved], self._plan_on(device), token_dims, batch_dims)
             if hidden_states is not None:
                 hidden_states = moved.pop()
-        for (x, *_), result in zip(new.values(), moved):
-            self.done[id(x)] = (x, self._take_columns(result, keys) if x is mask else result)
+        self.done += [(x, self._take_columns(y, window) if x is mask else y) for (x, *_), y in zip(new, moved)]
 
         kwargs = _replace(self.done, kwargs)
         if mask is None and self.padded and "attention_mask" in kwargs:
-            if keys not in self.causal:
-                self.causal[keys] = self._causal_mask(keys)
-            kwargs["attention_mask"] = self.causal[keys]
+            if window not in self.causal:
+                self.causal[window] = self._causal_mask(window)
+            kwargs["attention_mask"] = self.causal[window]
         return kwargs, hidden_states
 
     def _dims(self, name: str, x: Tensor) -> tuple[int, int] | None:
@@ -157,58 +157,50 @@ class LayerCompaction:
     def _plan_on(self, device: torch.device) -> CompactionPlan:
         return CompactionPlan(*(x.to(device) for x in self.plan))
 
-    def _columns_of(self, keys: tuple[int, int] | None) -> Tensor:
-        """int ``[B, keys]``; slots that are not filled yet are -1."""
-        if keys is None:
-            return self.columns
-        length, first = keys
-        columns = self.columns[:, first:]
-        return F.pad(columns, (0, length - columns.shape[1]), value=-1) if columns.shape[1] < length else columns
+    def _columns(self, window: tuple[int, int, int] | None) -> Tensor:
+        """The token of each key, int ``[B, 1, 1, keys]``, negative for those that nothing may attend to."""
+        columns = self.columns
+        if window is not None:
+            length, first, _ = window
+            columns = columns[:, first : first + length]
+            columns = F.pad(columns, (0, length - columns.shape[1]), value=-1)
+        return columns[:, None, None, :]
 
-    def _take_columns(self, mask: Tensor, keys: tuple[int, int] | None) -> Tensor:
-        """The first column of the mask of a sliding window may stand for a later token than the first."""
-        columns = self._columns_of(keys).to(mask.device) - max(0, self.past + self.tokens - mask.shape[-1])
-        columns = columns[:, None, None, :]
+    def _take_columns(self, mask: Tensor, window: tuple[int, int, int] | None) -> Tensor:
+        columns = self._columns(window).to(mask.device) - (0 if window is None else window[2])
         mask = torch.take_along_dim(mask, columns.clamp(min=0).long(), dim=-1)
         return mask.masked_fill_(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
-    def _causal_mask(self, keys: tuple[int, int] | None) -> Tensor:
-        columns = self._columns_of(keys)[:, None, None, :]
-        source = torch.arange(self.tokens, device=columns.device)[None] if self.plan is None else self.plan.source
-        rows = _shifted(source, self.past)[:, None, :, None]
+    def _causal_mask(self, window: tuple[int, int, int] | None) -> Tensor:
+        source = torch.arange(self.tokens, device=self.columns.device)[None] if self.plan is None else self.plan.source
+        rows, columns = shifted(source, self.past)[:, None, :, None], self._columns(window)
         return (columns >= 0) & (columns <= rows)
 
 
 @dataclass
 class _Forward:
-    tokens: int
-    past: int
-    slots: Slots  # of the withdrawn layers, once this forward is through
-    past_slots: int  # filled in the withdrawn layers, before
-    plan: CompactionPlan | None = None
-    cache: Cache | None = None
+    sequence: Tensor  # [B, S, ...]
+    slots: Slots  # of the withdrawn layers, before this forward
+    plan: CompactionPlan | None
+    padded: bool  # whether a row of the plan may be padding
     compaction: LayerCompaction | None = None
-    keys: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the last layer of each type
+    windows: dict[str, tuple[int, int, int] | None] = field(default_factory=dict)  # by type of layer
 
     @property
     def rows(self) -> int:
-        """How many rows run in the withdrawn layers."""
-        return self.tokens if self.plan is None else self.plan.source.shape[1]
+        """How many there are in the withdrawn layers."""
+        return self.sequence.shape[1] if self.plan is None else self.plan.source.shape[1]
 
 
 class Withdrawal:
     """What ``apply`` returns: the hooks of one model. Its state is that of the forwards that are running."""
 
     def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None, decoder: nn.Module | None = None):
-        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                "model: expected one that is not compiled yet, as torch skips hooks added later, got a compiled one"
-            )
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         self.parts = find_parts(model, decoder)
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer: expected an int, got {type(layer).__name__}")
         self.parts.check_layer(layer)
-        last = len(self.parts.layers)
         if visual_mask is not None and not isinstance(visual_mask, Tensor):
             raise TypeError(f"visual_mask: expected a tensor, got {type(visual_mask).__name__}")
         if visual_mask is not None and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
@@ -224,19 +216,31 @@ class Withdrawal:
         self.layer, self.visual_mask = layer, visual_mask
         self._forwards: dict[int, _Forward] = {}  # by thread
         self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
+        self._rebound: list[nn.Module] = []
+        self._names = {
+            module: list(inspect.signature(module.forward).parameters)
+            for module in (self.parts.body, self.parts.decoder, *self.parts.layers[layer:])
+        }
         self.parts.decoder._vtw_withdrawal = self
-        self._hooks = self._register(model) if layer < last else []
+        self._hooks = self._register(model) if layer < len(self.parts.layers) else []
 
     def remove(self) -> None:
         """Restores the model; calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for module in self._rebound:
+            del module.forward
+        self._rebound = []
         if getattr(self.parts.decoder, "_vtw_withdrawal", None) is self:
             del self.parts.decoder._vtw_withdrawal
 
     def _register(self, model: nn.Module) -> list:
         body, decoder, layers = self.parts[:3]
+        # Compiled code does not look whether hooks have changed, but whether `forward` still is that of the class.
+        self._rebound = [x for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
+        for module in self._rebound:
+            module.forward = module.forward
         hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head, with_kwargs=True)]
         for module in dict.fromkeys((body, decoder)):
             hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -247,15 +251,15 @@ class Withdrawal:
         return hooks
 
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._labels[get_ident()] = kwargs.get("labels")
+        self._labels[_thread()] = kwargs.get("labels")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decides, before anything is computed or cached, which rows this forward drops."""
-        if get_ident() in self._forwards:
+        if _thread() in self._forwards:
             return self._keep_all_rows(module, args, kwargs)  # the decoder, within the body
-        makes_logits = get_ident() in self._labels
-        labels = self._labels.pop(get_ident(), kwargs.get("labels"))  # the body may be the whole model
-        inputs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs
+        makes_logits = _thread() in self._labels
+        labels = self._labels.pop(_thread(), kwargs.get("labels"))  # the body may be the whole model
+        inputs = dict(zip(self._names[module], args)) | kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
             return None  # the model says it better
@@ -265,11 +269,11 @@ class Withdrawal:
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
-        past = tokens_seen(cache, self.layer)
-        slots = cache.layers[self.layer].slots if past else EMPTY
-        visual = self._visual_tokens(inputs, batch, tokens, past, device)
-        plan, padded = None, slots.padded
+        slots = slots_of(cache, self.layer) or Slots(self.layer)
+        visual = self._visual_tokens(inputs, batch, tokens, slots, device)
+        plan, padded = None, False
         if visual is not None:
+            past = int(slots.tokens)
             attended = attended_tokens(inputs.get("attention_mask"), visual, past)
             last = attended.long().cumsum(1).argmax(1)
             keep = attended & ~visual  # padding is of no more use than a visual token is
@@ -296,31 +300,32 @@ class Withdrawal:
                     )
                 length = max(1, *kept)  # layers do not run on no rows at all
                 plan = plan_compaction(keep, length, pad="left")
-                padded = padded or min(kept) < length
-        columns = slots.columns
-        if plan is not None or columns is not None:
-            if columns is None:
-                columns = torch.arange(past, device=device).expand(batch, past)
-            new = torch.arange(past, past + tokens, device=device).expand(batch, tokens)
-            columns = torch.cat([columns, new if plan is None else _shifted(plan.source, past)], dim=1)
-        past_slots = past if slots.columns is None else slots.columns.shape[1]
-        self._forwards[get_ident()] = _Forward(tokens, past, Slots(past + tokens, columns, padded), past_slots, plan)
+                padded = min(kept) < length
+        self._forwards[_thread()] = _Forward(sequence, slots, plan, padded)
         return self._keep_all_rows(module, args, kwargs)
 
     def _keep_all_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Gemma 4's decoder would drop rows itself: all but those of the logits, in layers without keys of their own."""
-        slots = self._forwards[get_ident()].slots
-        if module is not self.parts.decoder or slots.columns is None or not kwargs.get("logits_to_keep"):
+        forward = self._forwards[_thread()]
+        if module is not self.parts.decoder or not kwargs.get("logits_to_keep"):
+            return None
+        if forward.plan is None and forward.slots.columns is None:
             return None
         return args, kwargs | {"logits_to_keep": 0}
 
-    def _visual_tokens(self, inputs: dict, batch: int, tokens: int, past: int, device: torch.device) -> Tensor | None:
+    def _visual_tokens(
+        self, inputs: dict, batch: int, tokens: int, slots: Slots, device: torch.device
+    ) -> Tensor | None:
         """Those of this forward, bool ``[B, q]``; None for none, known without asking the device."""
         if self.visual_mask is None:
-            has_features = any(v is not None and VISUAL_INPUT.search(k) for k, v in inputs.items())
-            if past and inputs.get("input_ids") is not None and not has_features:
+            given = [name for name, value in inputs.items() if value is not None and NOT_VISUAL not in name]
+            has_features = any(word in name for name in given for word in VISUAL_INPUTS)
+            if slots.at_least and inputs.get("input_ids") is not None and not has_features:
                 return None
             return find_visual_tokens(self.parts, inputs)
+        if slots.at_least >= self.visual_mask.shape[1]:
+            return None
+        past = int(slots.tokens)
         visual = self.visual_mask[:, past : past + tokens].to(device)
         if batch % len(visual):
             raise ValueError(f"visual_mask: expected {batch} rows, or a divisor, as the inputs have, got {len(visual)}")
@@ -329,50 +334,56 @@ class Withdrawal:
         return F.pad(visual, (0, tokens - visual.shape[1])).repeat_interleave(batch // len(visual), dim=0)
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        forward = self._forwards.get(get_ident())
+        forward = self._forwards.get(_thread())
         if forward is None:
             raise RuntimeError(
                 f"withdraw: decoder layer {index} ran outside a forward of its model; is it recomputed for gradient "
                 "checkpointing? That needs transformers 5"
             )
-        args, kwargs = named_arguments(module, args, kwargs)
-        first = index == self.layer
+        args, kwargs = args[:1], dict(zip(self._names[module][1:], args[1:])) | kwargs
+        first, cache = index == self.layer, kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs["hidden_states"]
+        tokens = forward.sequence.shape[1]
         if first:
-            if hidden.shape[-2] != forward.tokens:
+            if hidden.shape[-2] != tokens:
                 raise ValueError(
                     f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
-                    f"them, visual ones included, got {forward.tokens}"
+                    f"them, visual ones included, got {tokens}"
                 )
-            self._start(forward, kwargs.get("past_key_values"))
-        kind = self.parts.layer_types[index]
-        if forward.cache is not None and index < self.parts.num_cached:
-            layer = forward.cache.layers[index]
-            layer.incoming = forward.slots
-            forward.keys[kind] = layer.keys_returned(forward.past_slots, forward.rows)
-        kwargs, compacted = forward.compaction(kwargs, hidden if first else None, forward.keys.get(kind))
+            self._start(forward, cache)
+        kind = self.parts.layer_types[index]  # layers that share keys have those of the last one of their type
+        if cache is not None and index < self.parts.num_cached:
+            forward.windows[kind] = cache.layers[index].keys_returned(forward.rows, tokens)
+        kwargs, compacted = forward.compaction(kwargs, hidden if first else None, forward.windows.get(kind))
         if not first:
             return args, kwargs
         return ((compacted,), kwargs) if args else ((), kwargs | {"hidden_states": compacted})
 
     def _start(self, forward: _Forward, cache: Cache | None) -> None:
-        columns, padded = forward.slots.columns, forward.slots.padded
+        """All that may raise has been looked at, so what is cached is written down."""
+        slots, plan, padded = forward.slots, forward.plan, forward.padded or forward.slots.padded
+        (batch, tokens), device = forward.sequence.shape[:2], forward.sequence.device
+        past = slots.tokens if isinstance(slots.tokens, int) else slots.tokens.clone()
+        capacity = None
         if cache is not None:
-            wrap_layers(cache, self.layer, self.parts.num_cached)
-            forward.cache = cache
-            if columns is not None and isinstance(cache.layers[self.layer], StaticLayer):
-                # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
-                padded = padded or (forward.plan is not None and forward.rows == 1)
-        forward.compaction = LayerCompaction(forward.tokens, forward.plan, columns, forward.past, padded)
+            wrap_layers(cache, slots, self.parts.num_cached)
+            # Windows alone do not say how long the sequence may become; their books grow as those of dynamic layers.
+            static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
+            capacity = max(static, default=None)
+        slots.past = past
+        slots.append(tokens, None if plan is None else plan.source, batch, device, capacity)
+        slots.padded, slots.open = padded, True
+        # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
+        is_static = cache is not None and isinstance(cache.layers[self.layer], StaticLayer)
+        padded = padded or (is_static and plan is not None and forward.rows == 1)
+        forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Puts rows back; also runs after an exception, then without an output."""
-        forward = self._forwards.pop(get_ident(), None)
+        forward = self._forwards.pop(_thread(), None)
         if forward is None:
             return None
-        if forward.cache is not None:
-            for layer in forward.cache.layers[self.layer : self.parts.num_cached]:
-                layer.incoming = None
+        forward.slots.open = False
         if output is None or forward.plan is None:
             return None
         if forward.compaction is None:
@@ -380,7 +391,7 @@ class Withdrawal:
         states = [output[0], *(getattr(output, "hidden_states", None) or ())[self.layer + 1 :]]
         short = [x for x in states if x is not None]
         plan = CompactionPlan(*(x.to(short[0].device) for x in forward.plan))
-        full = iter(expand(short, plan, forward.tokens, token_dims=-2, batch_dims=-3))
+        full = iter(expand(short, plan, forward.sequence.shape[1], token_dims=-2, batch_dims=-3))
         states = [x if x is None else next(full) for x in states]
         if isinstance(output, tuple):
             return (states[0], *output[1:])
@@ -388,14 +399,6 @@ class Withdrawal:
         if len(states) > 1:
             output.hidden_states = (*output.hidden_states[: self.layer + 1], *states[1:])
         return output
-
-
-def named_arguments(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """All but the first argument of a forward by their names."""
-    if len(args) < 2:
-        return args, kwargs
-    names = list(inspect.signature(module.forward).parameters)
-    return args[:1], dict(zip(names[1:], args[1:])) | kwargs
 
 
 def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tensor:
@@ -419,9 +422,9 @@ def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tenso
     return (itself if itself.dtype == torch.bool else itself == 0).expand_as(visual)
 
 
-def _shifted(source: Tensor, past: int) -> Tensor:
-    """Rows of a forward as tokens of the sequence: int64, -1 stays."""
-    return torch.where(source < 0, -1, source.long() + past)
+def _thread() -> int:
+    """Whose forward this is. A compiled one begins and ends between two looks at the state, so it has no name."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -433,9 +436,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _replace(done: dict[int, tuple[Tensor, Tensor]], value: Any) -> Any:
+def _replace(done: list[tuple[Tensor, Tensor]], value: Any) -> Any:
     if isinstance(value, Tensor):
-        return done.get(id(value), (value, value))[1]
+        return next((result for x, result in done if x is value), value)
     if type(value) in (tuple, list):
         return type(value)(_replace(done, x) for x in value)
     return {key: _replace(done, x) for key, x in value.items()} if type(value) is dict else value
