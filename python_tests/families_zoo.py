@@ -48,18 +48,14 @@ TEXT = dict(
     eos_token_id=None,
 )
 VISION = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=8,
-    patch_size=4,
+    hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
 )
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
 LLAMA, QWEN2, MISTRAL = {"model_type": "llama"}, {"model_type": "qwen2"}, {"model_type": "mistral"}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
 QWEN_VISION = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_hidden_layers=2)
+GLM_VISION = QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16)
 DEEPSTACK = dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
 QFORMER = dict(
     hidden_size=16,
@@ -77,6 +73,13 @@ VQ = dict(
     channel_multiplier=[1, 1],
     num_res_blocks=1,
     attn_resolutions=[],
+)
+LINEAR = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    layer_types=["linear_attention"] * 2 + ["full_attention"] * 2,
 )
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
 
@@ -102,6 +105,7 @@ RECIPES = {
             hidden_size_per_layer_input=4,
             vocab_size_per_layer_input=VOCABULARY,
             global_head_dim=8,
+            use_bidirectional_attention="vision",
         ),
         dict(num_key_value_heads=2, head_dim=8, position_embedding_size=16),
         types="mm_token_type_ids",
@@ -134,13 +138,7 @@ RECIPES = {
     "got_ocr2": Recipe(
         QWEN2, dict(output_channels=8, mlp_dim=16, window_size=2, global_attn_indexes=[0], num_hidden_layers=1)
     ),
-    "chameleon": Recipe(
-        config={
-            "vocabulary_map": {"<image>": IMAGE},
-            "vq_config": VQ,
-        },
-        flat=True,
-    ),
+    "chameleon": Recipe(config={"vocabulary_map": {"<image>": IMAGE}, "vq_config": VQ}, flat=True),
     "phi4_multimodal": Recipe(
         vision=dict(image_token_id=IMAGE),
         config={
@@ -161,17 +159,9 @@ RECIPES = {
         QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, window_size=16, fullatt_block_indexes=[1]),
         pixels="grid",
     ),
-    "qwen3_vl": Recipe(
-        MROPE,
-        QWEN_VISION | DEEPSTACK,
-        pixels="grid",
-    ),
-    "qwen3_vl_moe": Recipe(
-        MROPE | MOE,
-        QWEN_VISION | DEEPSTACK,
-        pixels="grid",
-    ),
-    "glm4v": Recipe(MROPE, QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16), pixels="grid"),
+    "qwen3_vl": Recipe(MROPE, QWEN_VISION | DEEPSTACK, pixels="grid"),
+    "qwen3_vl_moe": Recipe(MROPE | MOE, QWEN_VISION | DEEPSTACK, pixels="grid"),
+    "glm4v": Recipe(MROPE, GLM_VISION, pixels="grid"),
     "glm4v_moe": Recipe(
         dict(
             rope_parameters=MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0},
@@ -182,24 +172,18 @@ RECIPES = {
             topk_group=1,
             first_k_dense_replace=1,
         ),
-        QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16),
+        GLM_VISION,
         pixels="grid",
     ),
     "blip-2": Recipe(
         dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
-        config={
-            "qformer_config": QFORMER,
-            "num_query_tokens": 4,
-        },
+        config={"qformer_config": QFORMER, "num_query_tokens": 4},
         masked=True,
         pixels="square",
     ),
     "instructblip": Recipe(
         dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
-        config={
-            "qformer_config": QFORMER,
-            "num_query_tokens": 4,
-        },
+        config={"qformer_config": QFORMER, "num_query_tokens": 4},
         masked=True,
         pixels="square",
     ),
@@ -213,15 +197,10 @@ RECIPES = {
     "deepseek_vl_hybrid": Recipe(
         LLAMA, SIGLIP, config={"high_res_vision_config": VISION | dict(output_channels=8, mlp_dim=16)}
     ),
-    "emu3": Recipe(
-        config={
-            "vocabulary_map": {"<image>": IMAGE},
-            "vq_config": VQ | dict(codebook_size=8),
-        },
-    ),
+    "emu3": Recipe(config={"vocabulary_map": {"<image>": IMAGE}, "vq_config": VQ | dict(codebook_size=8)}),
     "ernie4_5_vl_moe": Recipe(
         dict(
-            rope_parameters=ROPE | {"mrope_section": [1, 1, 2]},
+            **MROPE,
             moe_num_experts=4,
             moe_k=2,
             moe_intermediate_size=[16, 8],
@@ -229,7 +208,6 @@ RECIPES = {
             moe_layer_start_index=1,
         ),
         dict(depth=1, num_heads=2, spatial_merge_size=2),
-        config={},
     ),
     "exaone4_5": Recipe(
         dict(model_type="exaone4", layer_types=SLIDING, sliding_window=WINDOW), QWEN_VISION | dict(out_hidden_size=32)
@@ -259,6 +237,7 @@ RECIPES = {
     ),
     "lighton_ocr": Recipe({"model_type": "qwen3"}, {"model_type": "pixtral", "head_dim": 8}),
     "molmo2": Recipe(
+        types="token_type_ids",
         vision=dict(image_size=[8, 8]),
         config=dict(
             video_token_id=IMAGE,
@@ -276,17 +255,14 @@ RECIPES = {
     "paddleocr_vl": Recipe(MROPE),
     "qianfan_ocr": Recipe({"model_type": "qwen3"}),
     "qwen3_5": Recipe(
-        dict(
-            rope_parameters=ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0},
-            linear_num_key_heads=2,
-            linear_num_value_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            layer_types=["linear_attention"] * 2 + ["full_attention"] * 2,
-        ),
+        LINEAR | {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
         QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, num_position_embeddings=16),
     ),
     "video_llama_3": Recipe(QWEN2),
+    "gemma3n": Recipe(),
+    "glm46v": Recipe(MROPE, GLM_VISION, pixels="grid"),
+    "glm_ocr": Recipe(MROPE, GLM_VISION, pixels="grid"),
+    "minicpmv4_6": Recipe(LINEAR | {"model_type": "qwen3_5_text"}),
     "perception_lm": Recipe(LLAMA, {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}),
 }
 

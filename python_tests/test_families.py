@@ -241,13 +241,11 @@ def test_models_that_do_not_apply(name):
 
 
 def test_positions_that_layers_count():
-    """Llama 4 scales attention by a position that a layer counts from its rows."""
-    model, inputs = make_model("llama4", floor_scale=20), make_prompts("llama4", PROMPTS["one"])
-    with vtw.withdraw(model, 2):
-        model.generate(**inputs, max_new_tokens=12)  # decoding goes on beyond it
-        inputs = make_prompts("llama4", [[10, 4, 6]])
-        with pytest.raises(ValueError, match="input_ids: expected less than 20 tokens, .* got 20"):
-            model(**inputs)
+    """Llama 4 scales attention by positions that a layer counts from the cache's length and its rows."""
+    model = make_model("llama4", floor_scale=18, attn_scale=1.0)
+    assert_equal_to_oracle(model, 2, "llama4")  # decoding goes on beyond them
+    with vtw.withdraw(model, 2), pytest.raises(ValueError, match="input_ids: expected less than 18 tokens, .* got 18"):
+        model(**make_prompts("llama4", [[8, 4, 6]]))
 
 
 def test_visual_mask_is_asked_for():
