@@ -237,7 +237,7 @@ RECIPES = {
     ),
     "lighton_ocr": Recipe({"model_type": "qwen3"}, {"model_type": "pixtral", "head_dim": 8}),
     "molmo2": Recipe(
-        types="token_type_ids",
+        types="mm_token_type_ids",
         vision=dict(image_size=[8, 8]),
         config=dict(
             video_token_id=IMAGE,
