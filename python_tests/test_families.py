@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
+from vtw_kernels.integration.withdraw import attended_tokens
 
 TOLERANCE = 1e-4
 STEPS = 6  # the prompt's last row, and five tokens decoded
@@ -94,10 +95,13 @@ def test_generate(family):
 # ------------------------------------------------------------------------------------ sliding windows, shared layers
 
 
-@pytest.mark.parametrize("family, layer", [("gemma3", 1), ("gemma3", 3), ("llama4", 1), ("llama4", 3)])
-def test_windows_on_either_side(family, layer):
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("family", ["gemma3", "llama4"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_windows_on_either_side(family, layer, order):
     """The layer that masks are made for is one that keeps the visual tokens, or one that does not."""
-    assert_equal_to_oracle(make_model(family), layer, family)
+    types = RECIPES[family].text["layer_types"][::order]
+    assert_equal_to_oracle(make_model(family, layer_types=types), layer, family)
 
 
 @pytest.mark.parametrize("layer", [1, 3])
@@ -158,6 +162,45 @@ def test_assisted_decoding_with_windows():
         wanted = model.generate(**inputs, **options)
         given = model.generate(**inputs, **options, prompt_lookup_num_tokens=3)
     assert torch.equal(given, wanted)
+
+
+def test_crop_of_an_image_with_windows():
+    """A turn with an image is taken back, and another one follows."""
+    model, kept = make_model("aya_vision", layer_types=SLIDING[::-1]), 12
+    first = make_prompts("aya_vision", [[3, 4, 8, 4, 2]])["input_ids"]
+    second = torch.where(torch.arange(first.shape[1]) < kept, first, first.flip(1).where(first.flip(1) != IMAGE, 50))
+
+    @torch.no_grad()
+    def run(ids, cache, begin):
+        with vtw.withdraw(model, 1, visual_mask=ids == IMAGE):
+            ends = [kept, 18, *range(19, ids.shape[1] + 1)] if begin == 0 else [18, *range(19, ids.shape[1] + 1)]
+            for end in ends:
+                logits = model(input_ids=ids[:, begin:end], past_key_values=cache).logits
+                cache.crop(0)
+                begin = end
+        return logits
+
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        cache.activate_past_recording()
+    wanted = run(second, caches[0], 0)
+    with vtw.withdraw(model, 1, visual_mask=first == IMAGE), torch.no_grad():
+        model(input_ids=first[:, :kept], past_key_values=caches[1])
+        caches[1].crop(0)
+        model(input_ids=first[:, kept:], past_key_values=caches[1])
+        caches[1].crop(kept - first.shape[1])
+    assert (run(second, caches[1], kept) - wanted).abs().max() <= TOLERANCE
+    for cache in caches:
+        with pytest.raises(ValueError, match="^crop: expected at least slot .* in the window, got"):
+            cache.crop(-6)
+
+
+def test_padding_in_the_mask_of_a_window():
+    """Token 4 of 7 is padding; with a window of 3, the first column is token 2."""
+    query, key = torch.arange(4, 7)[:, None], torch.arange(2, 7)
+    mask = (key <= query) & (key > query - 3) & (key > 4)
+    visual = torch.zeros(1, 3, dtype=torch.bool)
+    assert attended_tokens({"sliding_attention": mask[None, None]}, visual, past=4).tolist() == [[False, True, True]]
 
 
 @pytest.mark.parametrize("layer", [1, 2])
