@@ -163,7 +163,7 @@ def _layer_limits(config: Any, num_layers: int) -> tuple[int, int, tuple[str, ..
     if odd and max(odd) >= first:
         first = max(odd) + 1
         kinds = ", ".join(sorted(set(odd.values())))
-        limits.append(f"layers of type {kinds}, here up to {first - 1}, mix neighbours, so they need all tokens")
+        limits.append(f"layers of type {kinds}, here up to {first - 1}, are not attention alone and need all tokens")
 
     modes = getattr(text, "kv_sharing_modes", None) or []
     if "reuse" in modes:
