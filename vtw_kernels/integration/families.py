@@ -30,6 +30,7 @@ CROSS_ATTENTION = "images reach its text through cross-attention layers, not as 
 FAMILIES = {
     "idefics": Family(refused=CROSS_ATTENTION),
     "mllama": Family(refused=CROSS_ATTENTION),
+    "minimax_m3_vl": Family(refused="its layers choose blocks of keys by their place, which withdrawal moves"),
     "llama4": Family(max_tokens="text_config.floor_scale"),
     "phi4_multimodal": Family(token_ids=("vision_config.image_token_id",)),
 }
