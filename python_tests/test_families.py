@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
-from vtw_kernels.integration.withdraw import attended_tokens
+from vtw_kernels.integration.masks import attended_tokens
 
 TOLERANCE = 1e-4
 STEPS = 6  # the prompt's last row, and five tokens decoded
@@ -294,6 +294,15 @@ def test_positions_that_layers_count():
     assert_equal_to_oracle(model, 2, "llama4")  # decoding goes on beyond them
     with vtw.withdraw(model, 2), pytest.raises(ValueError, match="input_ids: expected less than 18 tokens, .* got 18"):
         model(**make_prompts("llama4", [[8, 4, 6]]))
+
+
+def test_windows_of_flash_attention():
+    """It has them in its kernel, where the withdrawn rows would not count."""
+    model = make_model("gemma3")
+    with vtw.withdraw(model, 2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
+        with pytest.raises(ValueError, match="gets the window in its mask.*sliding_attention, got 'flash_attention_2'"):
+            model(**make_prompts("gemma3", PROMPTS["one"]))
 
 
 def test_visual_mask_is_asked_for():

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, StaticLayer
 
 from vtw_kernels.integration.cache import Slots, shifted, slots_of, wrap_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
+from vtw_kernels.integration.masks import attended_tokens, check_mask, kind_of_masks, take_blocks, take_columns
 from vtw_kernels.ops import CompactionPlan, compact, expand, plan_compaction
 
 # In names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
@@ -40,7 +42,8 @@ def withdraw(
     the context, or use ``apply``: older releases of transformers recompute a layer with the hooks it has by then.
 
     Args:
-        model: of transformers, with attention "eager" or "sdpa"; with or without its language modelling head.
+        model: of transformers, with attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that
+            is registered with a mask function; with or without its language modelling head.
         layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says why.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
@@ -83,6 +86,8 @@ class LayerCompaction:
             default those of the plan: the keys are the rows. None together with no plan leaves masks alone.
         past: tokens before this forward, an int or int64 [].
         padded: whether -1 may be among ``columns``; then a mask of None (plain causal) is written out.
+        flash: whether masks are ``[B, keys]``. Such attention takes gaps in ``position_ids`` for packed sequences, but
+            not if it is given a mask.
     """
 
     def __init__(
@@ -92,10 +97,12 @@ class LayerCompaction:
         columns: Tensor | None = None,
         past: int | Tensor = 0,
         padded: bool = True,
+        flash: bool = False,
     ):
-        self.tokens, self.plan, self.past, self.padded = tokens, plan, past, padded
+        self.tokens, self.plan, self.past, self.flash = tokens, plan, past, flash
+        self.needs_mask = padded or (flash and plan is not None)
         self.columns = plan.source if columns is None and plan is not None else columns
-        self.done: list[tuple[Tensor, Tensor]] = []  # full length, compacted
+        self.done: list[tuple[Any, Any]] = []  # full length, compacted
         self.causal: dict[Any, Tensor] = {}  # by window
 
     def __call__(
@@ -107,16 +114,17 @@ class LayerCompaction:
         column; by default all slots and all tokens.
 
         Raises:
-            TypeError: an attention mask that is neither None nor a tensor ``[B, heads, q, keys]``.
+            TypeError: an attention mask of no known kind.
         """
         if self.columns is None:
             return kwargs, hidden_states
         mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
-            given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"attention_mask: expected [B, heads, q, keys] or None, as eager and sdpa attention, got {given}"
-            )
+        check_mask(mask)
+        if mask is not None and not any(mask is x for x, _ in self.done):
+            if isinstance(mask, BlockMask):
+                self.done.append((mask, take_blocks(mask, self._rows(), self._mask_columns(window))))
+            elif mask.ndim == 2:
+                self.done.append((mask, take_columns(mask, self._mask_columns(window))))
 
         new: list[tuple[Tensor, int, int]] = []
         for name, value in kwargs.items():
@@ -133,10 +141,12 @@ class LayerCompaction:
                 moved = compact([x.to(device) for x in moved], self._plan_on(device), token_dims, batch_dims)
             if hidden_states is not None:
                 hidden_states = moved.pop()
-        self.done += [(x, self._take_columns(y, window) if x is mask else y) for (x, *_), y in zip(new, moved)]
+        self.done += [
+            (x, take_columns(y, self._mask_columns(window)) if x is mask else y) for (x, *_), y in zip(new, moved)
+        ]
 
         kwargs = _replace(self.done, kwargs)
-        if mask is None and self.padded and "attention_mask" in kwargs:
+        if mask is None and self.needs_mask and "attention_mask" in kwargs:
             if window not in self.causal:
                 self.causal[window] = self._causal_mask(window)
             kwargs["attention_mask"] = self.causal[window]
@@ -158,22 +168,27 @@ class LayerCompaction:
         return CompactionPlan(*(x.to(device) for x in self.plan))
 
     def _columns(self, window: tuple[int, int, int] | None) -> Tensor:
-        """The token of each key, int ``[B, 1, 1, keys]``, negative for those that nothing may attend to."""
-        columns = self.columns
-        if window is not None:
-            length, first, _ = window
-            columns = columns[:, first : first + length]
-            columns = F.pad(columns, (0, length - columns.shape[1]), value=-1)
-        return columns[:, None, None, :]
+        """The token of each key, int ``[B, keys]``, or -1 for those that nothing may attend to."""
+        if window is None:
+            return self.columns
+        length, first, _ = window
+        columns = self.columns[:, first : first + length]
+        return F.pad(columns, (0, length - columns.shape[1]), value=-1)
 
-    def _take_columns(self, mask: Tensor, window: tuple[int, int, int] | None) -> Tensor:
-        columns = self._columns(window).to(mask.device) - (0 if window is None else window[2])
-        mask = torch.take_along_dim(mask, columns.clamp(min=0).long(), dim=-1)
-        return mask.masked_fill_(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    def _mask_columns(self, window: tuple[int, int, int] | None) -> Tensor:
+        """The same as columns of the model's mask, negative for those that nothing may attend to."""
+        return self._columns(window) - (0 if window is None else window[2])
+
+    def _rows(self) -> Tensor:
+        """int ``[B, q]``: which rows of the forward are left, or -1."""
+        if self.plan is not None:
+            return self.plan.source
+        return torch.arange(self.tokens, device=self.columns.device).expand(len(self.columns), -1)
 
     def _causal_mask(self, window: tuple[int, int, int] | None) -> Tensor:
-        source = torch.arange(self.tokens, device=self.columns.device)[None] if self.plan is None else self.plan.source
-        rows, columns = shifted(source, self.past)[:, None, :, None], self._columns(window)
+        if self.flash:
+            return self._columns(window) >= 0
+        rows, columns = shifted(self._rows(), self.past)[:, None, :, None], self._columns(window)[:, None, None, :]
         return (columns >= 0) & (columns <= rows)
 
 
@@ -183,6 +198,7 @@ class _Forward:
     slots: Slots  # of the withdrawn layers, before this forward
     plan: CompactionPlan | None
     padded: bool  # whether a row of the plan may be padding
+    masks: str  # what kind of them the attention gets
     compaction: LayerCompaction | None = None
     windows: dict[str, tuple[int, int, int] | None] = field(default_factory=dict)  # by type of layer
 
@@ -263,9 +279,13 @@ class Withdrawal:
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
             return None  # the model says it better
-        attention = self.parts.decoder.config._attn_implementation
-        if any(kind in attention for kind in ("flash", "flex", "paged")):
-            raise ValueError(f"model: expected attention 'eager' or 'sdpa', got {attention!r}")
+        masks = kind_of_masks(self.parts.decoder.config._attn_implementation)
+        kinds = set(self.parts.layer_types[self.layer :]) - {"full_attention"}
+        if masks == "padding" and kinds:
+            raise ValueError(
+                f"model: expected attention that gets the window in its mask, as 'sdpa', in layers of type "
+                f"{', '.join(sorted(kinds))}, got {self.parts.decoder.config._attn_implementation!r}"
+            )
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
@@ -301,7 +321,7 @@ class Withdrawal:
                 length = max(1, *kept)  # layers do not run on no rows at all
                 plan = plan_compaction(keep, length, pad="left")
                 padded = min(kept) < length
-        self._forwards[_thread()] = _Forward(sequence, slots, plan, padded)
+        self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
         return self._keep_all_rows(module, args, kwargs)
 
     def _keep_all_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -370,13 +390,18 @@ class Withdrawal:
             # Windows alone do not say how long the sequence may become; their books grow as those of dynamic layers.
             static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
             capacity = max(static, default=None)
+            if forward.masks != "dense" and isinstance(cache.layers[self.layer], StaticLayer):
+                # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late,
+                # when the cache has moved on: transformers' own static caches go wrong with it.
+                attention = self.parts.decoder.config._attn_implementation
+                raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
         slots.past = past
         slots.append(tokens, None if plan is None else plan.source, batch, device, capacity)
         slots.padded, slots.open = padded, True
         # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
         is_static = cache is not None and isinstance(cache.layers[self.layer], StaticLayer)
         padded = padded or (is_static and plan is not None and forward.rows == 1)
-        forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded)
+        forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded, forward.masks == "padding")
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Puts rows back; also runs after an exception, then without an output."""
@@ -401,27 +426,6 @@ class Withdrawal:
         return output
 
 
-def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tensor:
-    """bool ``[B, S]``: all tokens of a forward but padding.
-
-    Args:
-        attention_mask: of a model of transformers: None, ``[B, past + S]``, or already made for the layers, as with
-            static caches: ``[B, heads, S, keys]`` or a dict of those. There, padding is what may not look at itself.
-        visual: ``[B, S]``.
-        past: tokens before this forward.
-    """
-    tokens = visual.shape[1]
-    if isinstance(attention_mask, dict):
-        attention_mask = next(iter(attention_mask.values()))
-    if not isinstance(attention_mask, Tensor):
-        return torch.ones_like(visual)
-    if attention_mask.ndim == 2:
-        return attention_mask[:, past : past + tokens] != 0
-    first = max(0, past + tokens - attention_mask.shape[-1])  # the token of a sliding window's first column
-    itself = attention_mask[:, 0].diagonal(offset=past - first, dim1=-2, dim2=-1)[:, :tokens]
-    return (itself if itself.dtype == torch.bool else itself == 0).expand_as(visual)
-
-
 def _thread() -> int:
     """Whose forward this is. A compiled one begins and ends between two looks at the state, so it has no name."""
     return 0 if torch.compiler.is_compiling() else get_ident()
@@ -436,8 +440,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _replace(done: list[tuple[Tensor, Tensor]], value: Any) -> Any:
-    if isinstance(value, Tensor):
+def _replace(done: list[tuple[Any, Any]], value: Any) -> Any:
+    if isinstance(value, Tensor | BlockMask):
         return next((result for x, result in done if x is value), value)
     if type(value) in (tuple, list):
         return type(value)(_replace(done, x) for x in value)

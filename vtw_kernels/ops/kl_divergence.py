@@ -94,9 +94,9 @@ def _backward_fake(grad_state, p_logits, q_logits, state, temperature, need_p, n
 def grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
     """Gradient of ``kl_from_state``. The maxima get none: what the divergence gains through them it loses through
     the exponentials that they scale."""
-    _, z_p, a, _, z_q = state.unbind(-1)
-    zero = torch.zeros_like(grad_kl)
-    return torch.stack((zero, -grad_kl / z_p * (a / z_p + 1), grad_kl / z_p, zero, grad_kl / z_q), dim=-1)
+    z_p, a, z_q = (state.select(-1, i) for i in (1, 2, 4))
+    zero, grad_a = torch.zeros_like(grad_kl), grad_kl / z_p
+    return torch.stack((zero, -torch.addcmul(grad_a, grad_a, a / z_p), grad_a, zero, grad_kl / z_q), dim=-1)
 
 
 def _with_state_setup(ctx, inputs, output):
@@ -107,20 +107,24 @@ def _with_state_setup(ctx, inputs, output):
 
 def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None):
     p_logits, q_logits, state = ctx.saved_tensors
-    grads = [] if grad_state is None else [grad_state]
     if grad_kl is not None:
-        grads.append(grad_of_kl(state, grad_kl))
-    if not grads:
+        through_kl = grad_of_kl(state, grad_kl)
+        grad_state = through_kl if grad_state is None else grad_state + through_kl
+    if grad_state is None:
         return None, None, None
     need_p, need_q = ctx.needs_input_grad[:2]
     grad_p, grad_q = torch.ops.vtw_kernels.kl_divergence_backward(
-        sum(grads), p_logits, q_logits, state, ctx.temperature, need_p, need_q
+        grad_state, p_logits, q_logits, state, ctx.temperature, need_p, need_q
     )
     return (
-        grad_p.sum_to_size(p_logits.shape) if need_p else None,
-        grad_q.sum_to_size(q_logits.shape) if need_q else None,
+        _sum_to(grad_p, p_logits) if need_p else None,
+        _sum_to(grad_q, q_logits) if need_q else None,
         None,
     )
+
+
+def _sum_to(grad: Tensor, x: Tensor) -> Tensor:
+    return grad if grad.shape == x.shape else grad.sum_to_size(x.shape)
 
 
 def no_second_derivative(ctx, *grads):
