@@ -272,6 +272,31 @@ def test_gradient_checkpointing(family):
         torch.testing.assert_close(grad, want)
 
 
+def test_a_layer_drawn_at_random(family):
+    """Each forward of the training is one of those at a single layer, and all of them come."""
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    model.train()
+
+    def states():
+        return model(**batch.inputs(), use_cache=False).logits.detach()
+
+    candidates = {}
+    for layer in (1, 3, LAYERS):
+        with vtw.withdraw(model, layer):
+            candidates[layer] = states()
+    torch.manual_seed(0)
+    with vtw.withdraw(model, [1, 3, LAYERS]):
+        drawn = [next(k for k, x in candidates.items() if torch.equal(x, y)) for y in (states() for _ in range(20))]
+        torch.manual_seed(0)
+        assert torch.equal(states(), candidates[drawn[0]])
+        model.eval()
+        with pytest.raises(ValueError, match=r"expected an int where a model is not in training mode, got \[1, 3, 4\]"):
+            states()
+    assert set(drawn) == set(candidates)
+    with pytest.raises(ValueError, match=r"layer: expected 1\.\.4 .* got 5"):
+        vtw.apply(model, range(2, 6))
+
+
 # --------------------------------------------------------------------------------------------------------- generate
 
 GREEDY = {}
@@ -568,6 +593,50 @@ def test_leaves_no_trace(family):
     assert hooks == [len(x._forward_hooks) + len(x._forward_pre_hooks) for x in model.modules()]
 
 
+def test_config_and_files(tmp_path):
+    """The layer goes with the model, and comes back from it or from a search."""
+    model, batch = make_model("llava"), make_batch("llava", ONE)
+    ends = [batch.ids.shape[1]]
+    with vtw.withdraw(model, 2):
+        wanted = run(model, batch, ends)
+        model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "vtw")
+    with pytest.raises(ValueError, match="config has none under vtw"):
+        vtw.apply(model)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.vtw == {"layer": 2}
+    with vtw.withdraw(loaded):
+        assert torch.equal(run(loaded, batch, ends), wanted)
+    with vtw.withdraw(loaded, 3):
+        assert loaded.config.vtw == {"layer": 3}
+    assert loaded.config.vtw == {"layer": 2}
+    for found, threshold in ((2, 0.5), (None, 0.1)):
+        search = vtw.LayerSearch([1, 2, 3], torch.tensor([[0.9, 0.2, 0.15]]), threshold, LAYERS, "llava")
+        assert search.layer == found
+        search.save(tmp_path / "vtw.json")
+        if found is None:
+            with pytest.raises(ValueError, match="none is below its threshold"):
+                vtw.apply(model, tmp_path / "vtw.json")
+        else:
+            with vtw.withdraw(model, str(tmp_path / "vtw.json")):
+                assert torch.equal(run(model, batch, ends), wanted)
+
+
+def test_copies_are_withdrawn(family):
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    ends = [batch.ids.shape[1]]
+    handle = vtw.apply(model, 2)
+    wanted = run(model, batch, ends)
+    copied = copy.deepcopy(model)
+    handle.remove()
+    plain = run(model, batch, ends)
+    assert not torch.equal(plain, wanted)
+    assert torch.equal(run(copied, batch, ends), wanted)
+    with pytest.raises(ValueError, match=r"layer=2\) in effect"):
+        vtw.apply(copied, 3)
+    assert torch.equal(run(model, batch, ends), plain)
+
+
 def test_threads_share_a_model(llava):
     """Different prompts at the same time, each on a cache of its own."""
     batches = [make_batch("llava", rows, seed=i) for i, rows in enumerate([ONE, RAGGED, [[2, 4, 9]], [[7]]])]
@@ -651,8 +720,8 @@ EMBEDS = torch.zeros(1, 5, 32)
     [
         bad_call("llava", r"layer: expected 1\.\.4 \(4 withdraws nothing\), got 0", layer=0),
         bad_call("llava", r"layer: expected 1\.\.4 .* got 5", layer=5),
-        bad_call("llava", "layer: expected an int, got bool", TypeError, layer=True),
-        bad_call("llava", "layer: expected an int, got float", TypeError, layer=2.0),
+        bad_call("llava", "layer: expected an int, or some, got bool", TypeError, layer=True),
+        bad_call("llava", "layer: expected an int, or some, got float", TypeError, layer=2.0),
         bad_call("llava", "visual_mask: expected a tensor, got list", TypeError, visual_mask=[[True]]),
         bad_call("llava", "visual_mask: expected bool .* got torch.int64", visual_mask=torch.ones(1, 5).long()),
         bad_call(

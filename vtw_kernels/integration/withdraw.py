@@ -6,10 +6,12 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 """
 
 import inspect
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from threading import get_ident
 from typing import Any
 
@@ -30,7 +32,11 @@ VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
 
 @contextmanager
 def withdraw(
-    model: nn.Module, layer: int, *, visual_mask: Tensor | None = None, decoder: nn.Module | None = None
+    model: nn.Module,
+    layer: int | Sequence[int] | str | Path | None = None,
+    *,
+    visual_mask: Tensor | None = None,
+    decoder: nn.Module | None = None,
 ) -> Iterator["Withdrawal"]:
     """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
 
@@ -38,13 +44,17 @@ def withdraw(
     same cache work as without; text-only prompts take exactly the usual path. ``last_hidden_state``, ``logits`` and
     ``hidden_states`` keep their length, with zeros in rows that were withdrawn and in those of padding beside them; so
     labels stay aligned, but a label that a withdrawn row would predict (that of the first text token after an image)
-    must be -100. ``attentions`` of the later layers are short. With gradient checkpointing, call ``backward`` inside
+    must be -100. ``attentions`` of the later layers are short. ``save_pretrained`` writes the layer into the config, as
+    ``vtw``. With gradient checkpointing, call ``backward`` inside
     the context, or use ``apply``: older releases of transformers recompute a layer with the hooks it has by then.
 
     Args:
-        model: of transformers, with attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that
-            is registered with a mask function; with or without its language modelling head.
+        model: of transformers, with or without its language modelling head, also within PEFT, DDP or torch.compile.
+            Attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that is registered with a
+            mask function.
         layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says why.
+            A sequence of them, as ``range(8, 24)``, is for training: each forward draws one, with torch's generator of
+            the CPU. Or the path of what ``LayerSearch.save`` wrote; or None for what the model's config says.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
             ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
@@ -68,9 +78,13 @@ def withdraw(
 
 
 def apply(
-    model: nn.Module, layer: int, *, visual_mask: Tensor | None = None, decoder: nn.Module | None = None
+    model: nn.Module,
+    layer: int | Sequence[int] | str | Path | None = None,
+    *,
+    visual_mask: Tensor | None = None,
+    decoder: nn.Module | None = None,
 ) -> "Withdrawal":
-    """``withdraw`` until ``remove()`` of the returned handle is called."""
+    """``withdraw`` until ``remove()`` of the returned handle is called. A copy of the model is withdrawn as well."""
     return Withdrawal(model, layer, visual_mask, decoder)
 
 
@@ -211,12 +225,18 @@ class _Forward:
 class Withdrawal:
     """What ``apply`` returns: the hooks of one model. Its state is that of the forwards that are running."""
 
-    def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None, decoder: nn.Module | None = None):
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: int | Sequence[int] | str | Path | None,
+        visual_mask: Tensor | None,
+        decoder: nn.Module | None = None,
+    ):
+        model = _unwrapped(model)
         self.parts = find_parts(model, decoder)
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layer: expected an int, got {type(layer).__name__}")
-        self.parts.check_layer(layer)
+        layer = _chosen(layer, model.config)
+        for candidate in [layer] if isinstance(layer, int) else layer:
+            self.parts.check_layer(candidate)
         if visual_mask is not None and not isinstance(visual_mask, Tensor):
             raise TypeError(f"visual_mask: expected a tensor, got {type(visual_mask).__name__}")
         if visual_mask is not None and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
@@ -230,15 +250,19 @@ class Withdrawal:
                 f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect"
             )
         self.layer, self.visual_mask = layer, visual_mask
+        first = layer if isinstance(layer, int) else min(layer)
         self._forwards: dict[int, _Forward] = {}  # by thread
         self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
         self._rebound: list[nn.Module] = []
         self._names = {
             module: list(inspect.signature(module.forward).parameters)
-            for module in (self.parts.body, self.parts.decoder, *self.parts.layers[layer:])
+            for module in (self.parts.body, self.parts.decoder, *self.parts.layers[first:])
         }
         self.parts.decoder._vtw_withdrawal = self
-        self._hooks = self._register(model) if layer < len(self.parts.layers) else []
+        self._hooks = self._register(model, first) if first < len(self.parts.layers) else []
+        self._config, self._config_before = model.config, getattr(model.config, "vtw", None)
+        if isinstance(layer, int):
+            model.config.vtw = {"layer": layer}
 
     def remove(self) -> None:
         """Restores the model; calling it again does nothing."""
@@ -250,8 +274,12 @@ class Withdrawal:
         self._rebound = []
         if getattr(self.parts.decoder, "_vtw_withdrawal", None) is self:
             del self.parts.decoder._vtw_withdrawal
+            if self._config_before is not None:
+                self._config.vtw = self._config_before
+            elif isinstance(self.layer, int):
+                del self._config.vtw
 
-    def _register(self, model: nn.Module) -> list:
+    def _register(self, model: nn.Module, first: int) -> list:
         body, decoder, layers = self.parts[:3]
         # Compiled code does not look whether hooks have changed, but whether `forward` still is that of the class.
         self._rebound = [x for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
@@ -260,7 +288,7 @@ class Withdrawal:
         hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head, with_kwargs=True)]
         for module in dict.fromkeys((body, decoder)):
             hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-        for i in range(self.layer, len(layers)):
+        for i in range(first, len(layers)):
             hooks.append(layers[i].register_forward_pre_hook(partial(self._enter_layer, i), with_kwargs=True))
         for module in dict.fromkeys((decoder, body)):
             hooks.append(module.register_forward_hook(self._leave, always_call=True))
@@ -280,7 +308,8 @@ class Withdrawal:
         if sequence is None:
             return None  # the model says it better
         masks = kind_of_masks(self.parts.decoder.config._attn_implementation)
-        kinds = set(self.parts.layer_types[self.layer :]) - {"full_attention"}
+        layer = self._draw(module)
+        kinds = set(self.parts.layer_types[layer:]) - {"full_attention"}
         if masks == "padding" and kinds:
             raise ValueError(
                 f"model: expected attention that gets the window in its mask, as 'sdpa', in layers of type "
@@ -289,8 +318,10 @@ class Withdrawal:
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
-        slots = slots_of(cache, self.layer) or Slots(self.layer)
-        visual = self._visual_tokens(inputs, batch, tokens, slots, device)
+        slots = slots_of(cache, layer) or Slots(layer)
+        visual = None
+        if layer < len(self.parts.layers):
+            visual = self._visual_tokens(inputs, batch, tokens, slots, device)
         plan, padded = None, False
         if visual is not None:
             past = int(slots.tokens)
@@ -323,6 +354,13 @@ class Withdrawal:
                 padded = min(kept) < length
         self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
         return self._keep_all_rows(module, args, kwargs)
+
+    def _draw(self, module: nn.Module) -> int:
+        if isinstance(self.layer, int):
+            return self.layer
+        if not module.training:
+            raise ValueError(f"layer: expected an int where a model is not in training mode, got {self.layer}")
+        return self.layer[int(torch.randint(len(self.layer), ()))]
 
     def _keep_all_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Gemma 4's decoder would drop rows itself: all but those of the logits, in layers without keys of their own."""
@@ -361,7 +399,9 @@ class Withdrawal:
                 "checkpointing? That needs transformers 5"
             )
         args, kwargs = args[:1], dict(zip(self._names[module][1:], args[1:])) | kwargs
-        first, cache = index == self.layer, kwargs.get("past_key_values")
+        if index < forward.slots.layer:
+            return None
+        first, cache = index == forward.slots.layer, kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs["hidden_states"]
         tokens = forward.sequence.shape[1]
         if first:
@@ -390,7 +430,7 @@ class Withdrawal:
             # Windows alone do not say how long the sequence may become; their books grow as those of dynamic layers.
             static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
             capacity = max(static, default=None)
-            if forward.masks != "dense" and isinstance(cache.layers[self.layer], StaticLayer):
+            if forward.masks != "dense" and isinstance(cache.layers[slots.layer], StaticLayer):
                 # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late,
                 # when the cache has moved on: transformers' own static caches go wrong with it.
                 attention = self.parts.decoder.config._attn_implementation
@@ -399,7 +439,7 @@ class Withdrawal:
         slots.append(tokens, None if plan is None else plan.source, batch, device, capacity)
         slots.padded, slots.open = padded, True
         # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
-        is_static = cache is not None and isinstance(cache.layers[self.layer], StaticLayer)
+        is_static = cache is not None and isinstance(cache.layers[slots.layer], StaticLayer)
         padded = padded or (is_static and plan is not None and forward.rows == 1)
         forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded, forward.masks == "padding")
 
@@ -408,12 +448,12 @@ class Withdrawal:
         forward = self._forwards.pop(_thread(), None)
         if forward is None:
             return None
-        forward.slots.open = False
+        forward.slots.open, layer = False, forward.slots.layer
         if output is None or forward.plan is None:
             return None
         if forward.compaction is None:
-            raise RuntimeError(f"withdraw: the decoder did not run its layer {self.layer}; nothing was withdrawn")
-        states = [output[0], *(getattr(output, "hidden_states", None) or ())[self.layer + 1 :]]
+            raise RuntimeError(f"withdraw: the decoder did not run its layer {layer}; nothing was withdrawn")
+        states = [output[0], *(getattr(output, "hidden_states", None) or ())[layer + 1 :]]
         short = [x for x in states if x is not None]
         plan = CompactionPlan(*(x.to(short[0].device) for x in forward.plan))
         full = iter(expand(short, plan, forward.sequence.shape[1], token_dims=-2, batch_dims=-3))
@@ -422,8 +462,40 @@ class Withdrawal:
             return (states[0], *output[1:])
         output.last_hidden_state = states[0]
         if len(states) > 1:
-            output.hidden_states = (*output.hidden_states[: self.layer + 1], *states[1:])
+            output.hidden_states = (*output.hidden_states[: layer + 1], *states[1:])
         return output
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers within torch.compile, PEFT or data parallelism."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def _chosen(layer: Any, config: Any) -> int | Sequence[int]:
+    """``layer`` as ``withdraw`` takes it, as one layer or as those to draw from."""
+    if layer is None:
+        layer = (getattr(config, "vtw", None) or {}).get("layer")
+        if layer is None:
+            raise ValueError("layer: expected one, as the model's config has none under vtw, got None")
+    elif isinstance(layer, str | Path):
+        path, layer = layer, json.loads(Path(layer).read_text())["layer"]
+        if layer is None:
+            raise ValueError(
+                f"layer: expected a search that found one, got {path}, in which none is below its threshold"
+            )
+    drawn = isinstance(layer, Sequence) and len(layer) > 0
+    for candidate in layer if drawn else [layer]:
+        if isinstance(candidate, bool) or not isinstance(candidate, int):
+            raise TypeError(f"layer: expected an int, or some, got {type(candidate).__name__}")
+    return layer
 
 
 def _thread() -> int:
