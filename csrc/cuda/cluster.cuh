@@ -40,7 +40,7 @@ void launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsig
   config.dynamicSmemBytes = dynamic_shared;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = cluster > 1;  // a device without clusters may refuse even one of a single block
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) throw std::runtime_error(std::string("vtw_kernels: launch: ") + cudaGetErrorString(error));
 #else

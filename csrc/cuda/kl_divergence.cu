@@ -132,6 +132,52 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   return {grad_p, grad_q};
 }
 
+// The divergence and the gradients of Σ weight·KL, in one read of the logits where a cluster has room for a pair of
+// rows, and otherwise in two.
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const Tensor& q_logits,
+                                                  const std::optional<Tensor>& weight, double temperature, bool need_p,
+                                                  bool need_q) {
+  using R = kl::Real<T>;
+  const OnDeviceOf on(p_logits);
+  std::vector<int64_t> shape;
+  const auto pairs = pairs_of<T>("kl_divergence_with_gradients", p_logits, q_logits, shape);
+  const auto weights = weight ? std::optional(torch::stable::contiguous(*weight)) : std::nullopt;
+  const R* weight_data = weights ? static_cast<const R*>(weights->const_data_ptr()) : nullptr;
+  const auto grad_of = [&](const Tensor& x, bool needed) {
+    std::vector<int64_t> full = shape;
+    full.push_back(pairs.vocabulary);
+    return torch::stable::new_empty(x, needed ? full : std::vector<int64_t>{0});
+  };
+  Tensor grad_p = grad_of(p_logits, need_p), grad_q = grad_of(q_logits, need_q);
+  T* const to_p = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
+  T* const to_q = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
+
+  if (const uint32_t blocks = kl::choose_cluster(pairs, current_device())) {
+    const auto dtype = real_type(p_logits.scalar_type());
+    Tensor result = torch::stable::new_empty(p_logits, shape, dtype);
+    shape.push_back(5);
+    Tensor state = torch::stable::new_empty(p_logits, shape, dtype);
+    kl::ForwardBackward<T> f{pairs, temperature};
+    f.blocks = blocks;
+    f.kl = static_cast<R*>(result.mutable_data_ptr());
+    f.state = states_of<R>(state);
+    f.weight = weight_data;
+    f.grad_p = to_p;
+    f.grad_q = to_q;
+    kl::forward_backward(f, on.stream);
+    return {result, grad_p, grad_q};
+  }
+  const auto [result, state] = forward<T>(p_logits, q_logits, temperature);
+  kl::Backward<T> b{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, current_device(), false), temperature};
+  b.state = states_of<R>(state);
+  b.weight = weight_data;
+  b.grad_p = to_p;
+  b.grad_q = to_q;
+  if (need_p || need_q) kl::backward(b, on.stream);
+  return {result, grad_p, grad_q};
+}
+
 #define VTW_DISPATCH_LOGITS(dtype, call) \
   switch (dtype) {                       \
     case ScalarType::Float: {            \
@@ -164,6 +210,25 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, cons
   check_logits("kl_divergence_backward", p_logits, q_logits, temperature);
   VTW_DISPATCH_LOGITS(p_logits.scalar_type(),
                       backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
+}
+
+std::tuple<Tensor, Tensor, Tensor> kl_divergence_with_gradients(const Tensor& p_logits, const Tensor& q_logits,
+                                                                const std::optional<Tensor>& weight, double temperature,
+                                                                bool need_p, bool need_q) {
+  const char* op = "kl_divergence_with_gradients";
+  check_logits(op, p_logits, q_logits, temperature);
+  if (weight) {
+    std::vector<int64_t> rows;
+    pairs_of<float>(op, p_logits, q_logits, rows);
+    const auto dtype = real_type(p_logits.scalar_type());
+    VTW_REQUIRE(weight->scalar_type() == dtype, op, "weight", text("dtype ", dtype_name(dtype)),
+                dtype_name(weight->scalar_type()));
+    VTW_REQUIRE(weight->device() == p_logits.device(), op, "weight", "the device of p_logits", "another one");
+    VTW_REQUIRE(list_text(weight->sizes()) == list_text(rows), op, "weight", text("shape ", list_text(rows)),
+                shape_text(*weight));
+  }
+  VTW_DISPATCH_LOGITS(p_logits.scalar_type(),
+                      with_gradients<T>(p_logits, q_logits, weight, temperature, need_p, need_q));
 }
 
 template <typename R>

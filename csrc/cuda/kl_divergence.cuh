@@ -461,11 +461,13 @@ struct Forward {
 
 // What a row amounts to, once the temperature is applied.
 template <typename R>
-__device__ State<double> write_row(const State<R>& s, double temperature, R* kl, State<R>* state) {
-  const State<double> scaled{s.m_p / temperature, s.z_p, s.a / temperature, s.m_q / temperature, s.z_q};
-  *kl = static_cast<R>(divergence(scaled));
-  *state = {R(scaled.m_p), R(scaled.z_p), R(scaled.a), R(scaled.m_q), R(scaled.z_q)};
-  return scaled;
+__device__ State<double> apply(double temperature, const State<R>& s) {
+  return {s.m_p / temperature, s.z_p, s.a / temperature, s.m_q / temperature, s.z_q};
+}
+
+template <typename R>
+__device__ State<R> rounded(const State<double>& s) {
+  return {R(s.m_p), R(s.z_p), R(s.a), R(s.m_q), R(s.z_q)};
 }
 
 template <typename T>
@@ -498,7 +500,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const 
     for (uint32_t i = threadIdx.x; i < f.grid.chunks; i += kWarp) whole = merge(whole, partial[i], scale);
     whole = warp_merge(whole, scale);
   }
-  if (threadIdx.x == 0) write_row(whole, f.temperature, &f.kl[row], &f.state[row]);
+  if (threadIdx.x == 0) {
+    const State<double> s = apply(f.temperature, whole);
+    f.kl[row] = static_cast<R>(divergence(s));
+    f.state[row] = rounded<R>(s);
+  }
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -537,13 +543,21 @@ struct Slope {
   }
 };
 
+// The maxima get no gradient: what the divergence gains through them it loses through the exponentials that they scale.
+template <typename R>
+__device__ State<R> gradient_of_divergence(const State<R>& s, R weight) {
+  return {0, -weight / s.z_p * (s.a / s.z_p + 1), weight / s.z_p, 0, weight / s.z_q};
+}
+
 template <typename T>
 struct Backward {
   Pairs<T> pairs;
   Grid grid;
   double temperature;
-  const State<Real<T>>*state, *gradient;  // [rows]; the second is the gradient of the first
-  T *grad_p, *grad_q;                     // [rows, V], or null
+  const State<Real<T>>* state;     // [rows]
+  const State<Real<T>>* gradient;  // [rows], of the state; or null, and then
+  const Real<T>* weight;           // [rows], of the divergence, or null for 1
+  T *grad_p, *grad_q;              // [rows, V], or null
 };
 
 template <typename T>
@@ -552,10 +566,90 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_kernel(const
   const int64_t at = row * b.pairs.vocabulary;
   T* const to_p = b.grad_p ? b.grad_p + at : nullptr;
   T* const to_q = b.grad_q ? b.grad_q + at : nullptr;
-  const Slope<Real<T>> slope(b.state[row], b.gradient[row], b.temperature);
+  const State<Real<T>> state = b.state[row];
+  const auto gradient = b.gradient ? b.gradient[row] : gradient_of_divergence(state, b.weight ? b.weight[row] : 1);
+  const Slope<Real<T>> slope(state, gradient, b.temperature);
   visit_pairs(Row<T>(b.pairs, row), to_p ? to_p : to_q, begin, end, [&](int64_t i, const auto& x, const auto& y) {
     slope.write(x, y, to_p ? to_p + i : nullptr, to_q ? to_q + i : nullptr);
   });
+}
+
+// --- forward and backward at once ------------------------------------------------------------------------------------
+
+constexpr int kFusedThreads = 512;
+constexpr unsigned kGroups = 4;  // in which the vectors of a row arrive, so that the first are summed before the last
+
+template <typename T>
+struct ForwardBackward {
+  Pairs<T> pairs;
+  double temperature;
+  Exponent<Real<T>> exponent{temperature};
+  uint32_t blocks;   // for each row: a cluster
+  uint32_t vectors;  // for each block
+  Real<T>* kl;       // [rows]
+  State<Real<T>>* state;
+  const Real<T>* weight;  // [rows], of the divergence, or null for 1
+  T *grad_p, *grad_q;     // [rows, V], or null
+};
+
+// Reads the logits once: the blocks of a row keep it in their shared memory, from the sums to the gradients. For rows
+// of whole and aligned vectors.
+template <typename T>
+__global__ void __launch_bounds__(kFusedThreads, sizeof(T) == 8 ? 1 : 2)
+    forward_backward_kernel(const __grid_constant__ ForwardBackward<T> f) {
+  using R = Real<T>;
+  VTW_DYNAMIC_SHARED(uint4, slots);  // of p, then of q
+  const uint32_t row = blockIdx.x / f.blocks, block = blockIdx.x % f.blocks;
+  const int64_t first = block * int64_t(f.vectors), left = f.pairs.vocabulary / kLanes<T> - first;
+  const unsigned count = static_cast<unsigned>(max(min(left, int64_t(f.vectors)), int64_t(0)));
+  const Row<T> logits(f.pairs, row);
+  const T* const p = logits.p + first * kLanes<T>;
+  const T* const q = logits.q + first * kLanes<T>;
+
+  // A thread reads only what it has fetched itself, so nobody waits for others.
+  const unsigned group = (count + kGroups * blockDim.x - 1) / (kGroups * blockDim.x) * blockDim.x;
+  const auto visit_group = [&](unsigned g, const auto& visit) {
+    for (unsigned i = g * group + threadIdx.x; i < min((g + 1) * group, count); i += blockDim.x) visit(i);
+  };
+  for (unsigned g = 0; g < kGroups; ++g) {
+    visit_group(g, [&](unsigned i) {
+      __pipeline_memcpy_async(&slots[i], p + i * int64_t(kLanes<T>), sizeof(uint4));
+      __pipeline_memcpy_async(&slots[f.vectors + i], q + i * int64_t(kLanes<T>), sizeof(uint4));
+    });
+    __pipeline_commit();
+  }
+  Sums<R> sums(f.exponent);
+  for (unsigned g = 0; g < kGroups; ++g) {
+    __pipeline_wait_prior(kGroups - 1 - g);
+    visit_group(g, [&](unsigned i) {
+      R x[kLanes<T>], y[kLanes<T>];
+      unpack<T>(slots[i], x);
+      unpack<T>(slots[f.vectors + i], y);
+      sums.add(x, y);
+    });
+  }
+  State<R> whole = block_merge(sums.state(), f.exponent.scale);
+  if (f.blocks > 1) whole = cluster_merge(whole, f.exponent.scale);
+
+  __shared__ State<R> of_row;
+  if (threadIdx.x == 0) {
+    const State<double> s = apply(f.temperature, whole);
+    of_row = rounded<R>(s);
+    if (block == 0) {
+      f.kl[row] = static_cast<R>(divergence(s));
+      f.state[row] = of_row;
+    }
+  }
+  __syncthreads();  // of_row is there
+  const Slope<R> slope(of_row, gradient_of_divergence(of_row, f.weight ? f.weight[row] : R(1)), f.temperature);
+  const int64_t at = row * f.pairs.vocabulary + first * kLanes<T>;
+  for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
+    R x[kLanes<T>], y[kLanes<T>];
+    unpack<T>(slots[i], x);
+    unpack<T>(slots[f.vectors + i], y);
+    const int64_t to = at + i * int64_t(kLanes<T>);
+    slope.write(x, y, f.grad_p ? f.grad_p + to : nullptr, f.grad_q ? f.grad_q + to : nullptr);
+  }
 }
 
 // --- states as tensors -----------------------------------------------------------------------------------------------
@@ -578,7 +672,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const State<R> s = list.states[i][row];
     whole = merge(whole, State<double>{s.m_p, s.z_p, s.a, s.m_q, s.z_q}, kLog2e);
   }
-  to[row] = {R(whole.m_p), R(whole.z_p), R(whole.a), R(whole.m_q), R(whole.z_q)};
+  to[row] = rounded<R>(whole);
 }
 
 template <typename R>
@@ -639,6 +733,34 @@ template <typename T>
 void backward(const Backward<T>& b, cudaStream_t stream) {
   if (b.pairs.rows == 0 || b.pairs.vocabulary == 0) return;
   launch(backward_kernel<T>, b.pairs.rows * b.grid.chunks, b.grid.threads, stream, b);
+}
+
+// The smallest cluster in whose shared memory a pair of rows has room, and with it that of another cluster, so that one
+// computes while the other waits for memory; at worst without the other. 0: the rows aren't aligned, or too long.
+template <typename T>
+uint32_t choose_cluster(const Pairs<T>& pairs, const Device& device) {
+  int64_t bits = reinterpret_cast<uintptr_t>(pairs.p) | reinterpret_cast<uintptr_t>(pairs.q);
+  bits |= pairs.vocabulary * sizeof(T);
+  for (int d = 0; d < pairs.dims; ++d) bits |= (pairs.dim[d].p_stride | pairs.dim[d].q_stride) * sizeof(T);
+  if (bits % sizeof(uint4) != 0 || pairs.p_step != 1 || pairs.q_step != 1 || pairs.vocabulary == 0) return 0;
+  constexpr size_t kStatic = 2048;  // the states of warps and blocks, and what the system takes
+  const uint32_t largest = device.clusters ? kMaxCluster : 1;
+  for (const size_t room : {device.shared_bytes / 2 - kStatic, device.shared_bytes - kStatic}) {
+    for (uint32_t blocks = 1; blocks <= largest; blocks *= 2) {
+      if (2 * pairs.vocabulary * sizeof(T) <= room * blocks - 2 * sizeof(uint4) * blocks) return blocks;
+    }
+  }
+  return 0;
+}
+
+// With the cluster that choose_cluster gave.
+template <typename T>
+void forward_backward(ForwardBackward<T> f, cudaStream_t stream) {
+  if (f.pairs.rows == 0) return;
+  const int64_t vectors = f.pairs.vocabulary / kLanes<T>;
+  f.vectors = static_cast<uint32_t>((vectors + f.blocks - 1) / f.blocks);
+  launch_clusters(forward_backward_kernel<T>, f.pairs.rows * f.blocks, kFusedThreads, f.blocks,
+                  2 * f.vectors * sizeof(uint4), stream, f);
 }
 
 inline unsigned blocks_for(int64_t rows) { return static_cast<unsigned>((rows + kMaxThreads - 1) / kMaxThreads); }
