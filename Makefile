@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # What is installed where Python has no torch yet. Any torch from 2.10 on will do: make test TORCH=torch==2.10.0
 TORCH ?= torch==2.13.0
+# Where make bench runs: cpu or cuda.
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -15,7 +17,8 @@ demo: $(VENV)/installed
 	$(BIN)/vtw-kernels demo
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-storage=file://benchmarks/results --benchmark-save=$(or $(NAME),run)
+	$(BIN)/python -m pytest benchmarks --device $(DEVICE) --benchmark-quiet --benchmark-storage=file://benchmarks/results \
+		--benchmark-save=$(or $(NAME),run)
 
 # A torch that this Python already has is used as it is.
 $(VENV)/bin/python:

@@ -34,6 +34,18 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
   m.def(
       "kl_divergence_backward(Tensor grad_state, Tensor p_logits, Tensor q_logits, Tensor state, float temperature, "
       "bool need_p, bool need_q) -> (Tensor grad_p, Tensor grad_q)");
+
+  // KL divergence of two projections: written in Python over the ops above, for every device.
+  m.def(
+      "linear_kl_divergence(Tensor p_hidden, Tensor p_weight, Tensor q_hidden, Tensor q_weight, "
+      "float temperature=1.0, *, Tensor? p_bias=None, Tensor? q_bias=None, SymInt? chunk=None) -> Tensor");
+  m.def(
+      "linear_kl_divergence_with_state(Tensor p_hidden, Tensor p_weight, Tensor? p_bias, Tensor q_hidden, "
+      "Tensor q_weight, Tensor? q_bias, float temperature, SymInt? chunk) -> (Tensor kl, Tensor state)");
+  m.def(
+      "linear_kl_divergence_backward(Tensor grad_state, Tensor p_hidden, Tensor p_weight, Tensor? p_bias, "
+      "Tensor q_hidden, Tensor q_weight, Tensor? q_bias, Tensor state, float temperature, SymInt? chunk, bool[] needs) "
+      "-> Tensor[]");
 }
 
 PYBIND11_MODULE(_C, module) {

@@ -37,6 +37,16 @@ def valid_calls() -> dict[str, dict[str, Any]]:
     logits = dict(p_logits=torch.randn(2, 1, 7), q_logits=torch.randn(3, 7), temperature=1.0)
     state = torch.rand(2, 3, 5)
     backward = dict(grad_state=state, state=state, need_p=True, need_q=True)
+    projections = dict(
+        p_hidden=torch.randn(2, 1, 4),
+        p_weight=torch.randn(7, 4),
+        q_hidden=torch.randn(3, 5),
+        q_weight=torch.randn(7, 5),
+        temperature=1.0,
+        p_bias=torch.randn(7),
+        q_bias=None,
+        chunk=None,
+    )
     return {
         "plan_compaction": dict(keep=torch.tensor([[True, False, True]]), length=-1, pad_left=False),
         "compact": dict(tensors=tensors, **dims, source=SOURCE),
@@ -49,6 +59,7 @@ def valid_calls() -> dict[str, dict[str, Any]]:
         "kl_divergence_backward": logits | backward,
         "merge_kl_states": dict(states=[state, state]),
         "kl_from_state": dict(state=state),
+        "linear_kl_divergence": projections,
     }
 
 
@@ -76,6 +87,7 @@ class Bad:
 ALL = ("compact", "compact_", "expand")
 KL = ("kl_divergence", "kl_state", "kl_divergence_with_state", "kl_divergence_backward")
 BACKWARD = ("kl_divergence_backward",)
+LINEAR = ("linear_kl_divergence",)
 PLAN = ("plan_compaction",)
 PAGED = ("compact_paged_",)
 OVERLAPPING = torch.randn(60)
@@ -226,7 +238,9 @@ BAD = {
     "p_scalar": Bad(KL, {"p_logits": zeros()}, "p_logits", "1 dimension", "scalar"),
     "q_scalar": Bad(KL, {"q_logits": zeros()}, "q_logits", "1 dimension", "scalar"),
     **{
-        f"temperature_{value}": Bad(KL, {"temperature": value}, "temperature", "above 0", str(value).split(".")[0])
+        f"temperature_{value}": Bad(
+            (*KL, *LINEAR), {"temperature": value}, "temperature", "above 0", str(value).split(".")[0]
+        )
         for value in (0.0, -0.0, -1.0, float("nan"), float("inf"), float("-inf"))
     },
     # what autograd hands to the backward
@@ -234,6 +248,27 @@ BAD = {
     "slope_dtype": Bad(BACKWARD, {"grad_state": zeros(2, 3, 5).double()}, "grad_state", "float32", "float64"),
     "state_shape": Bad(BACKWARD, {"state": zeros(2, 5)}, "state", "[2, 3, 5]", "[2, 5]"),
     "state_dtype_": Bad(BACKWARD, {"state": zeros(2, 3, 5).double()}, "state", "float32", "float64"),
+    # projections
+    "p_hidden_dtype": Bad(LINEAR, {"p_hidden": zeros(2, 1, 4, dtype=torch.int64)}, "p_hidden", "fp32, fp16", "int64"),
+    "p_weight_dtype": Bad(LINEAR, {"p_weight": zeros(7, 4).half()}, "p_weight", "float32 of p_hidden", "float16"),
+    "q_hidden_dtype": Bad(LINEAR, {"q_hidden": zeros(3, 5).double()}, "q_hidden", "float32 of p_hidden", "float64"),
+    "q_weight_dtype": Bad(LINEAR, {"q_weight": zeros(7, 5).bfloat16()}, "q_weight", "float32 of p_hidden", "bfloat16"),
+    "q_bias_dtype": Bad(LINEAR, {"q_bias": zeros(7, dtype=torch.int32)}, "q_bias", "float32 of p_hidden", "int32"),
+    "p_weight_device": Bad(LINEAR, {"p_weight": zeros(7, 4, device="meta")}, "p_weight", "device", ""),
+    "q_hidden_device": Bad(LINEAR, {"q_hidden": zeros(3, 5, device="meta")}, "q_hidden", "device", ""),
+    "q_bias_device": Bad(LINEAR, {"q_bias": zeros(7, device="meta")}, "q_bias", "device", ""),
+    "p_hidden_scalar": Bad(LINEAR, {"p_hidden": zeros()}, "p_hidden", "[..., H_p]", "scalar"),
+    "q_hidden_scalar": Bad(LINEAR, {"q_hidden": zeros()}, "q_hidden", "[..., H_q]", "scalar"),
+    "p_weight_size": Bad(LINEAR, {"p_weight": zeros(7, 5)}, "p_weight", "[V, 4] by p_hidden", "[7, 5]"),
+    "q_weight_transposed": Bad(LINEAR, {"q_weight": zeros(5, 7)}, "q_weight", "[V, 5] by q_hidden", "[5, 7]"),
+    "p_weight_1d": Bad(LINEAR, {"p_weight": zeros(4)}, "p_weight", "[V, 4] by p_hidden", "[4]"),
+    "q_weight_3d": Bad(LINEAR, {"q_weight": zeros(1, 7, 5)}, "q_weight", "[V, 5] by q_hidden", "[1, 7, 5]"),
+    "q_weight_vocabulary": Bad(LINEAR, {"q_weight": zeros(8, 5)}, "q_weight", "7 of p_weight", "8"),
+    "p_bias_size": Bad(LINEAR, {"p_bias": zeros(4)}, "p_bias", "[7] by p_weight", "[4]"),
+    "q_bias_2d": Bad(LINEAR, {"q_bias": zeros(1, 7)}, "q_bias", "[7] by q_weight", "[1, 7]"),
+    "hidden_leading": Bad(LINEAR, {"p_hidden": zeros(2, 4)}, "q_hidden", "broadcast", "[2, 4] and [3, 5]"),
+    "chunk_zero": Bad(LINEAR, {"chunk": 0}, "chunk", "at least 1", "0"),
+    "chunk_negative": Bad(LINEAR, {"chunk": -1024}, "chunk", "at least 1", "-1024"),
     # states
     "state_last_dim": Bad(("kl_from_state",), {"state": zeros(3, 4)}, "state", "[..., 5]", "[3, 4]"),
     "state_0d": Bad(("kl_from_state",), {"state": zeros()}, "state", "[..., 5]", "[]"),
@@ -274,6 +309,8 @@ def call(backend, op: str, arguments: dict[str, Any]):
     if op == "kl_divergence_backward":
         names = ("grad_state", "p_logits", "q_logits", "state", "temperature", "need_p", "need_q")
         arguments = {name: arguments[name] for name in names}
+    if op in LINEAR:  # the same for every backend
+        return vtw.linear_kl_divergence(**arguments)
     return getattr(backend, op)(*arguments.values())
 
 

@@ -28,6 +28,7 @@ NAMES = [
         "kl_divergence_with_state",
         "kl_divergence_backward",
     ),
+    *("linear_kl_divergence", "linear_kl_divergence_with_state", "linear_kl_divergence_backward"),
 ]
 PLAN = plan_of("images", 2, 9, "shorter")
 SOURCE = PLAN.source
@@ -59,6 +60,12 @@ def state(*shape, grad=False):
     return x.detach().requires_grad_(grad)
 
 
+def projections(p_rows, q_rows, grad="", dtype=torch.float32):
+    """p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias; ``grad`` names those that require one, by letter."""
+    shapes = ((*p_rows, 4), (7, 4), (7,), (*q_rows, 3), (7, 3), (7,))
+    return [normal(*shape, grad=x in grad, dtype=dtype, seed=i) for i, (x, shape) in enumerate(zip("hwbHWB", shapes))]
+
+
 def samples() -> dict[str, list[tuple]]:
     wide, narrow = decoder(), decoder(tokens=4)
     pairs = [
@@ -69,6 +76,14 @@ def samples() -> dict[str, list[tuple]]:
         (normal(7, dtype=torch.float64, grad=True), normal(7, dtype=torch.float64), 1.0),
         (normal(0, 7), normal(1, 7), 1.0),
         (normal(4, 14)[:, ::2], normal(7, 4).t(), 1.0),
+    ]
+    linear = [
+        projections((3,), (3,)),
+        projections((1,), (3,), "hwbHWB"),
+        [*projections((2, 1), (3,), "wH")[:5], None],
+        projections((2,), (2,), "HWB", torch.bfloat16),
+        projections((), (), "hw", torch.float64),
+        projections((0,), (1,), "hw"),
     ]
     return {
         "plan_compaction": [
@@ -95,6 +110,12 @@ def samples() -> dict[str, list[tuple]]:
             ([state(3, grad=True), state(3), state(3, grad=True)],),
         ],
         "kl_from_state": [(state(2, 3),), (state(2, 3, grad=True),), (state(0),), (state(2).double(),)],
+        "linear_kl_divergence": [(p, w, q, u, 0.5) for p, w, _, q, u, _ in (linear[0], linear[2])],
+        "linear_kl_divergence_with_state": [(*x, 0.5, chunk) for x, chunk in zip(linear, (None, 3, 1, 20, 7, 2))],
+        "linear_kl_divergence_backward": [
+            (state(3), *linear[0], state(3), 1.0, 4, [True] * 6),
+            (state(2, 3), *projections((2, 1), (3,)), state(2, 3), 0.5, None, [False, True, False, True, False, False]),
+        ],
     }
 
 
@@ -122,6 +143,8 @@ def test_schemas():
         "kl_state": pair,
         "merge_kl_states": "(Tensor[] states) -> Tensor",
         "kl_from_state": "(Tensor state) -> Tensor",
+        "linear_kl_divergence": "(Tensor p_hidden, Tensor p_weight, Tensor q_hidden, Tensor q_weight, "
+        "float temperature=1., *, Tensor? p_bias=None, Tensor? q_bias=None, int? chunk=None) -> Tensor",
     }
     for name, schema in schemas.items():
         assert str(getattr(OPS, name).default._schema).replace("SymInt", "int") == f"vtw_kernels::{name}{schema}"
@@ -193,6 +216,22 @@ def test_compile_kl(compiled, function):
     assert_equal(*grads)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile_linear_kl(compiled, autocast):
+    def distil(p_hidden, p_weight, p_bias, q_hidden, q_weight):
+        with torch.autocast("cpu", enabled=autocast):
+            return vtw.linear_kl_divergence(p_hidden * 2, p_weight, q_hidden, q_weight, p_bias=p_bias, chunk=3)
+
+    results = []
+    for run in (compiled(distil), distil):
+        *tensors, _ = projections((1,), (3,), "hbHW")
+        kl = run(*tensors)
+        assert kl.dtype == torch.float32
+        (kl * kl).sum().backward()
+        results.append((kl.detach(), *(x.grad for x in tensors if x.requires_grad)))
+    assert_equal(*results)
+
+
 def test_compile_compaction_backward(compiled):
     def loss(hidden, rotary, ids, keep):
         plan = vtw.plan_compaction(keep, length=6, pad="left")
@@ -212,7 +251,8 @@ def test_compile_compaction_backward(compiled):
 class Withdrawing(torch.nn.Module):
     def forward(self, hidden, positions, keys, values, keep):
         wide, *rest = withdraw_step(hidden, positions, keys, values, keep)
-        return vtw.kl_divergence(wide, hidden[:1], 0.5), sharded_kl(hidden, wide), *rest
+        linear = vtw.linear_kl_divergence(wide, keys[0, 0, :, :3], hidden[:1], values[0, 0, :, :3], chunk=5)
+        return vtw.kl_divergence(wide, hidden[:1], 0.5), sharded_kl(hidden, wide), linear, *rest
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -264,11 +304,14 @@ def test_fakes(device, grad):
             (5, 7, 100, torch.float16, device),
             (0, torch.float16, device),
         ]
+        hidden = torch.empty(7, 16, dtype=torch.bfloat16, requires_grad=grad, **on)
+        weight = torch.empty(100, 16, dtype=torch.bfloat16, requires_grad=grad, **on)
+        linear = vtw.linear_kl_divergence(hidden.unsqueeze(1), weight, hidden, weight)
+        assert (*linear.shape, linear.dtype, linear.device.type) == (7, 7, torch.float32, device)
         if grad:
-            (kl.sum() + out[0].sum()).backward()
-            assert [(x.grad.shape, x.grad.dtype) for x in (p, q, tensors[0])] == [
-                (x.shape, x.dtype) for x in (p, q, tensors[0])
-            ]
+            (kl.sum() + out[0].sum() + linear.sum()).backward()
+            leaves = (p, q, tensors[0], hidden, weight)
+            assert [(x.grad.shape, x.grad.dtype) for x in leaves] == [(x.shape, x.dtype) for x in leaves]
 
 
 def test_fakes_check_as_the_kernels_do():
@@ -328,10 +371,11 @@ vtw.compact_([x.detach()], plan, 1)
 p = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
 q = p.detach().flip(-1)
 kl = vtw.kl_from_state(vtw.merge_kl_states([vtw.kl_state(p, q)])) + vtw.kl_divergence(p, q)
+kl = kl + vtw.linear_kl_divergence(p, torch.eye(3), q, torch.eye(3))
 (kl.sum() + z.sum()).backward()
 print(y.flatten().tolist(), round(kl.item(), 5), x.grad.flatten().tolist())
 """
-EXPECTED = "[0.0, 2.0] 2.30084 [1.0, 0.0, 1.0, 0.0]"
+EXPECTED = "[0.0, 2.0] 3.45126 [1.0, 0.0, 1.0, 0.0]"
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -33,8 +33,17 @@ def simt_ops(tmp_path_factory):
     return library
 
 
-@pytest.mark.parametrize("table", ["test_compaction.py", "test_compaction_paged.py", "test_bad_input.py"])
-def test_conformance(simt_ops, table):
+@pytest.mark.parametrize(
+    ("table", "clusters"),
+    [
+        ("test_compaction.py", False),
+        ("test_compaction_paged.py", False),
+        ("test_kl_divergence.py", False),
+        ("test_kl_divergence.py", True),
+        ("test_bad_input.py", False),
+    ],
+)
+def test_conformance(simt_ops, table, clusters):
     # Python itself is not instrumented, so what instrumented code relies on is loaded before it.
     names = ("libasan.so", "libstdc++.so")
     ask = [[os.environ.get("CXX", "c++"), f"-print-file-name={name}"] for name in names]
@@ -46,7 +55,9 @@ def test_conformance(simt_ops, table):
         "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    command = [sys.executable, "-m", "pytest", "-qx", "--capture=sys", str(TESTS / table), "-k", "simt and not kl"]
+    if clusters:
+        environment["VTW_SIMT_CLUSTERS"] = "1"
+    command = [sys.executable, "-m", "pytest", "-qx", "--capture=sys", str(TESTS / table), "-k", "simt"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, f"SIMT_SEED={seed}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
 

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "allocate.h"
 #include "checks.h"
 #include "cpu/simd.h"
 
@@ -344,8 +345,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   const RowPairs pairs(p_logits, q_logits);
   std::vector<int64_t> state_shape = pairs.shape;
   state_shape.push_back(5);
-  Tensor kl = torch::stable::new_empty(p_logits, pairs.shape, result_type);
-  Tensor state = torch::stable::new_empty(p_logits, state_shape, result_type);
+  Tensor kl = allocate(p_logits, pairs.shape, result_type);
+  Tensor state = allocate(p_logits, state_shape, result_type);
   const auto* p = static_cast<const T*>(pairs.p.const_data_ptr());
   const auto* q = static_cast<const T*>(pairs.q.const_data_ptr());
 
@@ -388,8 +389,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   check_row_states("grad_state", grad_state, shape, sizeof(R) == 8 ? ScalarType::Double : ScalarType::Float);
   shape.back() = pairs.vocabulary;
   const std::vector<int64_t> nothing{0};
-  Tensor grad_p = torch::stable::new_empty(p_logits, need_p ? shape : nothing);
-  Tensor grad_q = torch::stable::new_empty(q_logits, need_q ? shape : nothing);
+  Tensor grad_p = allocate(p_logits, need_p ? shape : nothing);
+  Tensor grad_q = allocate(q_logits, need_q ? shape : nothing);
   const Tensor states = torch::stable::contiguous(state), slopes = torch::stable::contiguous(grad_state);
   const auto* p = static_cast<const T*>(pairs.p.const_data_ptr());
   const auto* q = static_cast<const T*>(pairs.q.const_data_ptr());
@@ -462,7 +463,7 @@ Tensor merge(const std::vector<Tensor>& states) {
   std::vector<Tensor> parts;
   for (const Tensor& state : states) parts.push_back(torch::stable::contiguous(state));
   const std::vector<int64_t> shape(states[0].sizes().begin(), states[0].sizes().end());
-  Tensor result = torch::stable::new_empty(states[0], shape);
+  Tensor result = allocate(states[0], shape);
   auto* to = static_cast<R*>(result.mutable_data_ptr());
   for (int64_t i = 0; i < result.numel(); i += 5) {
     State whole;
@@ -483,7 +484,7 @@ Tensor from_state(const Tensor& state) {
   const Tensor states = torch::stable::contiguous(state);
   std::vector<int64_t> shape(state.sizes().begin(), state.sizes().end());
   shape.pop_back();
-  Tensor kl = torch::stable::new_empty(state, shape);
+  Tensor kl = allocate(state, shape);
   const auto* from = static_cast<const R*>(states.const_data_ptr());
   auto* to = static_cast<R*>(kl.mutable_data_ptr());
   for (int64_t row = 0; row < kl.numel(); ++row) to[row] = static_cast<R>(read_state(from + row * 5).divergence());

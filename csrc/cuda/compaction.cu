@@ -10,6 +10,7 @@
 
 #include "cuda/compaction.cuh"
 #include "cuda/stream.h"
+#include "allocate.h"
 #include "lanes.h"
 #include "overlap.h"
 
@@ -60,8 +61,8 @@ std::tuple<Tensor, Tensor> plan_compaction(const Tensor& keep, int64_t length, b
   VTW_REQUIRE(tokens <= INT_MAX, "plan_compaction", "keep", "at most 2^31 - 1 tokens", text(tokens));
   const int64_t rows = length < 0 ? tokens : length;
   const OnDeviceOf on(keep);
-  Tensor source = torch::stable::new_empty(keep, {batch, rows}, ScalarType::Int);
-  Tensor lengths = torch::stable::new_empty(keep, {batch}, ScalarType::Int);
+  Tensor source = allocate(keep, {batch, rows}, ScalarType::Int);
+  Tensor lengths = allocate(keep, {batch}, ScalarType::Int);
   plan(static_cast<const uint8_t*>(keep.const_data_ptr()), keep.stride(0), keep.stride(1), nullptr, 0, batch, tokens,
        rows, pad_left, static_cast<int32_t*>(source.mutable_data_ptr()),
        static_cast<int32_t*>(lengths.mutable_data_ptr()), on.stream);
@@ -79,7 +80,7 @@ std::vector<Tensor> gather_rows(const std::vector<Tensor>& tensors, const std::v
     std::vector<int64_t> shape(tensors[i].sizes().begin(), tensors[i].sizes().end());
     shape[dims[i].token] = rows.rows;
     shape[dims[i].batch] = rows.batch;
-    results.push_back(torch::stable::new_empty(tensors[i], shape));
+    results.push_back(allocate(tensors[i], shape));
     if (results[i].numel() == 0) continue;
     describe(vtw::Lanes(tensors[i], results[i], dims[i]), tensors[i].size(dims[i].token), list);
   }
@@ -99,7 +100,7 @@ std::vector<Tensor> expand(const std::vector<Tensor>& tensors, const std::vector
   const auto dims = check_tensors(Op::kExpand, tensors, token_dims, batch_dims, source);
   VTW_REQUIRE(length >= 0, "expand", "length", "a number of rows", text(length));
   const OnDeviceOf on(source);
-  Tensor inverse = torch::stable::new_empty(source, {source.size(0), length});
+  Tensor inverse = allocate(source, {source.size(0), length});
   invert(plan_of(source), length, static_cast<int32_t*>(inverse.mutable_data_ptr()), on.stream);
   return gather_rows(tensors, dims, plan_of(inverse), on.stream);
 }
@@ -125,8 +126,8 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
   const int64_t batch = keep.size(0), tokens = keep.size(1);
   const int64_t slots = layout == "NHD" ? 1 : 2;
   const OnDeviceOf on(keep);
-  Tensor source = torch::stable::new_empty(seq_lens, {batch, tokens});
-  Tensor lengths = torch::stable::new_empty(seq_lens, {batch});
+  Tensor source = allocate(seq_lens, {batch, tokens});
+  Tensor lengths = allocate(seq_lens, {batch});
   plan(static_cast<const uint8_t*>(keep.const_data_ptr()), keep.stride(0), keep.stride(1),
        static_cast<const int32_t*>(seq_lens.const_data_ptr()), seq_lens.stride(0), batch, tokens, tokens, false,
        static_cast<int32_t*>(source.mutable_data_ptr()), static_cast<int32_t*>(lengths.mutable_data_ptr()), on.stream);

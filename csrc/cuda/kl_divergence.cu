@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "allocate.h"
 #include "checks.h"
 #include "cuda/kl_divergence.cuh"
 #include "cuda/stream.h"
@@ -85,15 +86,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   const auto pairs = pairs_of<T>("kl_divergence", p_logits, q_logits, shape);
   kl::Forward<T> f{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, current_device(), true), temperature};
   const auto dtype = real_type(p_logits.scalar_type());
-  Tensor result = torch::stable::new_empty(p_logits, shape, dtype);
+  Tensor result = allocate(p_logits, shape, dtype);
   shape.push_back(5);
-  Tensor state = torch::stable::new_empty(p_logits, shape, dtype);
+  Tensor state = allocate(p_logits, shape, dtype);
   f.kl = static_cast<R*>(result.mutable_data_ptr());
   f.state = states_of<R>(state);
   // Allocated for each call: two streams, or two replays of a graph, never share it.
   const int64_t partials = f.grid.chunks > 1 && !f.grid.cluster ? int64_t(f.pairs.rows) * f.grid.chunks : 0;
-  Tensor partial = torch::stable::new_empty(p_logits, {partials, 5}, dtype);
-  Tensor arrived = torch::stable::new_empty(p_logits, {partials > 0 ? f.pairs.rows : 0}, ScalarType::Int);
+  Tensor partial = allocate(p_logits, {partials, 5}, dtype);
+  Tensor arrived = allocate(p_logits, {partials > 0 ? f.pairs.rows : 0}, ScalarType::Int);
   f.partial = states_of<R>(partial);
   f.arrived = static_cast<unsigned*>(arrived.mutable_data_ptr());
   kl::forward(f, on.stream);
@@ -124,8 +125,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   b.gradient = states_of<R>(slopes);
   shape.back() = pairs.vocabulary;
   const std::vector<int64_t> nothing{0};
-  Tensor grad_p = torch::stable::new_empty(p_logits, need_p ? shape : nothing);
-  Tensor grad_q = torch::stable::new_empty(q_logits, need_q ? shape : nothing);
+  Tensor grad_p = allocate(p_logits, need_p ? shape : nothing);
+  Tensor grad_q = allocate(q_logits, need_q ? shape : nothing);
   b.grad_p = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
   b.grad_q = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
   if (need_p || need_q) kl::backward(b, on.stream);
@@ -235,7 +236,7 @@ template <typename R>
 Tensor merge(const std::vector<Tensor>& states) {
   const OnDeviceOf on(states[0]);
   const std::vector<int64_t> shape(states[0].sizes().begin(), states[0].sizes().end());
-  Tensor result = torch::stable::new_empty(states[0], shape);
+  Tensor result = allocate(states[0], shape);
   const int64_t rows = result.numel() / 5;
   std::vector<Tensor> parts;  // alive until their last launch
   for (const Tensor& state : states) parts.push_back(torch::stable::contiguous(state));
@@ -261,7 +262,7 @@ Tensor from_state(const Tensor& state) {
   const Tensor states = torch::stable::contiguous(state);
   std::vector<int64_t> shape(state.sizes().begin(), state.sizes().end());
   shape.pop_back();
-  Tensor result = torch::stable::new_empty(state, shape);
+  Tensor result = allocate(state, shape);
   kl::from_state(states_of<R>(states), result.numel(), static_cast<R*>(result.mutable_data_ptr()), on.stream);
   return result;
 }

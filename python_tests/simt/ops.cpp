@@ -2,6 +2,7 @@
 // of its own. Python defines the schemas (conftest.py).
 
 #include "cuda/compaction.cu"
+#include "cuda/kl_divergence.cu"
 
 STABLE_TORCH_LIBRARY_IMPL(vtw_simt, CPU, m) {
   m.impl("plan_compaction", TORCH_BOX(&vtw::cuda::plan_compaction));
@@ -9,4 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_simt, CPU, m) {
   m.impl("compact_", TORCH_BOX(&vtw::cuda::compact_));
   m.impl("expand", TORCH_BOX(&vtw::cuda::expand));
   m.impl("compact_paged_", TORCH_BOX(&vtw::cuda::compact_paged_));
+  m.impl("kl_divergence_with_state", TORCH_BOX(&vtw::cuda::kl_divergence_with_state));
+  m.impl("kl_divergence_backward", TORCH_BOX(&vtw::cuda::kl_divergence_backward));
+  m.impl("merge_kl_states", TORCH_BOX(&vtw::cuda::merge_kl_states));
+  m.impl("kl_from_state", TORCH_BOX(&vtw::cuda::kl_from_state));
 }

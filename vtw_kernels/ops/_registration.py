@@ -1,7 +1,9 @@
 """How the Python half of an op is registered, and what the dispatcher then does with a tensor of each device."""
 
+import importlib.util
 import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,8 +11,14 @@ import torch
 from vtw_kernels import _C
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-# Composite ops have no kernels of their own; this is the one that does the work of each.
-KERNEL_OF = {"kl_divergence": "kl_divergence_with_state", "kl_state": "kl_divergence_with_state"}
+# Ops that are made of other ops have no kernels of their own; this is the one that does the work of each.
+KERNEL_OF = {
+    "kl_divergence": "kl_divergence_with_state",
+    "kl_state": "kl_divergence_with_state",
+    "linear_kl_divergence": "kl_divergence_with_state",
+    "linear_kl_divergence_with_state": "kl_divergence_with_state",
+    "linear_kl_divergence_backward": "kl_divergence_backward",
+}
 
 FORCED_BACKEND = os.environ.get("VTW_KERNELS_BACKEND") or None
 if FORCED_BACKEND not in (None, *BACKENDS):
@@ -19,14 +27,58 @@ if FORCED_BACKEND not in (None, *BACKENDS):
 _library = torch.library.Library("vtw_kernels", "IMPL")
 
 
-def register(name: str, *, reference: Callable, fake: Callable) -> None:
-    """Gives an op its fake, and its reference as the kernel of every device that has none of its own.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_in_triton: set[str] = set()  # ops whose CUDA kernel is Triton's
+
+
+def register(name: str, *, reference: Callable, fake: Callable, triton: str | None = None) -> None:
+    """Gives an op its fake, Triton's kernel on a GPU if there is no compiled one, and its reference as the kernel of
+    every device that has none of its own.
 
     A forced backend is the only one that registers kernels, so a tensor on a device it doesn't serve raises.
+
+    Args:
+        triton: the module of ``vtw_kernels.triton`` that has the op.
     """
     torch.library.register_fake(f"vtw_kernels::{name}", fake)
+    if triton and HAS_TRITON and FORCED_BACKEND in (None, "triton") and not _has_kernel(name, "CUDA"):
+        _library.impl(name, _triton_kernel(triton, name), "CUDA")
+        _in_triton.add(name)
     if FORCED_BACKEND in (None, "reference"):
         _library.impl(name, reference, "CompositeExplicitAutograd")
+
+
+def _triton_kernel(module: str, name: str) -> Callable:
+    """Imports Triton when it is first called: whoever has no GPU doesn't wait for it."""
+
+    def kernel(*args):
+        return getattr(import_module(f"vtw_kernels.triton.{module}"), name)(*args)
+
+    return kernel
+
+
+def register_over_ops(name: str, *, kernel: Callable, fake: Callable) -> None:
+    """Gives an op that has a gradient of its own, but computes by calling other ops, its fake and its only kernel:
+    which backend does the work is decided where those are called."""
+    torch.library.register_fake(f"vtw_kernels::{name}", fake)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def register_autocast(name: str, *, cast: bool) -> None:
+    """Turns torch.autocast off inside an op, so that nothing that it calls changes a dtype behind its back; ``cast``
+    first brings its tensors to the dtype of the autocast, fp64 excepted, as F.linear does."""
+    op = getattr(torch.ops.vtw_kernels, name).default
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def run(*args, device: str = device, off: torch._C.DispatchKeySet = off):
+            if cast:
+                args = torch.amp.autocast_mode._cast(args, device, torch.get_autocast_dtype(device))
+            with torch._C._ExcludeDispatchKeyGuard(off):
+                return op(*args)
+
+        _library.impl(name, run, key)
 
 
 def register_mutation(name: str) -> None:
@@ -67,8 +119,8 @@ def backend_info() -> dict[str, Any]:
         "forced": FORCED_BACKEND,
         "backends": {
             "cpu": "available",
-            "cuda": "no CUDA kernels in this version" if build["cuda"] else "not built: no CUDA in torch, or no nvcc",
-            "triton": "no Triton kernels in this version",
+            "cuda": "available" if build["cuda"] else "not built: no CUDA in torch, or no nvcc",
+            "triton": "available" if HAS_TRITON else "not installed",
             "reference": "available",
         },
         "ops": {name: {device: _backend_of(name, device) for device in ("cpu", "cuda")} for name in ops},
@@ -76,9 +128,13 @@ def backend_info() -> dict[str, Any]:
 
 
 def _backend_of(name: str, device: str) -> str | None:
-    qualified = f"vtw_kernels::{KERNEL_OF.get(name, name)}"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper()):
-        return device
-    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeExplicitAutograd"):
+    name = KERNEL_OF.get(name, name)
+    if _has_kernel(name, device.upper()):
+        return "triton" if device == "cuda" and name in _in_triton else device
+    if _has_kernel(name, "CompositeExplicitAutograd"):
         return "reference"
     return None
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"vtw_kernels::{name}", key)

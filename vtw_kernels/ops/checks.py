@@ -191,11 +191,53 @@ def check_logits(op: str, p_logits: Tensor, q_logits: Tensor, temperature: float
     require(q_logits.dim() >= 1, op, "q_logits", "at least 1 dimension [..., V]", "a scalar")
     same = p_logits.shape[-1] == q_logits.shape[-1]
     require(same, op, "q_logits", f"vocabulary size {p_logits.shape[-1]} of p_logits", q_logits.shape[-1])
-    for p, q in zip(reversed(p_logits.shape[:-1]), reversed(q_logits.shape[:-1])):
-        shapes = f"shapes {list(p_logits.shape)} and {list(q_logits.shape)}"
-        require(p == q or p == 1 or q == 1, op, "q_logits", "leading dimensions that broadcast with p_logits", shapes)
+    _check_rows(op, "logits", p_logits, q_logits)
+    _check_temperature(op, temperature)
+
+
+def _check_rows(op: str, name: str, p: Tensor, q: Tensor) -> None:
+    for p_size, q_size in zip(reversed(p.shape[:-1]), reversed(q.shape[:-1])):
+        fits = p_size == q_size or p_size == 1 or q_size == 1
+        shapes = f"shapes {list(p.shape)} and {list(q.shape)}"
+        require(fits, op, f"q_{name}", f"leading dimensions that broadcast with p_{name}", shapes)
+
+
+def _check_temperature(op: str, temperature: float) -> None:
     finite = 0.0 < temperature < float("inf")
     require(finite, op, "temperature", "a finite number above 0", temperature)
+
+
+def check_linear_kl(
+    p_hidden: Tensor,
+    p_weight: Tensor,
+    p_bias: Tensor | None,
+    q_hidden: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    temperature: float,
+    chunk: int | None,
+) -> None:
+    op = "linear_kl_divergence"
+    dtype, device = p_hidden.dtype, p_hidden.device
+    require(dtype in FLOATING_LOGITS, op, "p_hidden", "a dtype of fp32, fp16, bf16 or fp64", str(dtype))
+    for side, hidden, weight, bias in (("p", p_hidden, p_weight, p_bias), ("q", q_hidden, q_weight, q_bias)):
+        for argument, x in ((f"{side}_hidden", hidden), (f"{side}_weight", weight), (f"{side}_bias", bias)):
+            if x is not None:
+                require(x.dtype == dtype, op, argument, f"dtype {dtype} of p_hidden", str(x.dtype))
+                require(x.device == device, op, argument, f"device {device} of p_hidden", str(x.device))
+        require(hidden.dim() >= 1, op, f"{side}_hidden", f"at least 1 dimension [..., H_{side}]", "a scalar")
+        size, shape = hidden.shape[-1], f"shape {list(weight.shape)}"
+        fits = weight.dim() == 2 and weight.shape[1] == size
+        require(fits, op, f"{side}_weight", f"shape [V, {size}] by {side}_hidden", shape)
+        vocabulary = p_weight.shape[0]
+        same = weight.shape[0] == vocabulary
+        require(same, op, f"{side}_weight", f"vocabulary size {vocabulary} of p_weight", weight.shape[0])
+        if bias is not None:
+            wanted = f"shape [{vocabulary}] by {side}_weight"
+            require(bias.shape == (vocabulary,), op, f"{side}_bias", wanted, f"shape {list(bias.shape)}")
+    _check_rows(op, "hidden", p_hidden, q_hidden)
+    _check_temperature(op, temperature)
+    require(chunk is None or chunk >= 1, op, "chunk", "at least 1 entry of the vocabulary, or None", chunk)
 
 
 def check_state(op: str, argument: str, state: Tensor) -> None:

@@ -15,6 +15,9 @@ from vtw_kernels.ops._registration import register, register_mutation
 from vtw_kernels.ops.checks import check_keep, check_paged, check_tensors, require
 
 
+_OPS = torch.ops.vtw_kernels
+
+
 class CompactionPlan(NamedTuple):
     """Which rows survive. ``source`` int32 ``[B, T]``: ascending source rows, ``-1`` for a padding row; ``lengths``
     int32 ``[B]``: how many rows of each sequence are kept."""
@@ -44,7 +47,7 @@ def plan_compaction(keep: Tensor, length: int | None = None, pad: Literal["right
         raise ValueError(f"plan_compaction: pad: expected 'right' or 'left', got {pad!r}")
     if length is not None:
         require(length >= 0, "plan_compaction", "length", "a number of rows, or None for all of S", length)
-    return CompactionPlan(*torch.ops.vtw_kernels.plan_compaction(keep, -1 if length is None else length, pad == "left"))
+    return CompactionPlan(*_OPS.plan_compaction.default(keep, -1 if length is None else length, pad == "left"))
 
 
 def compact(
@@ -73,7 +76,7 @@ def compact(
     op = "compact"
     tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return torch.ops.vtw_kernels.compact(tensors, token_dims, batch_dims, plan.source)
+    return _OPS.compact.default(tensors, token_dims, batch_dims, plan.source)
 
 
 def compact_(
@@ -94,7 +97,7 @@ def compact_(
     """
     tensors = _as_list("compact_", tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    torch.ops.vtw_kernels.compact_(tensors, token_dims, batch_dims, plan.source)
+    _OPS.compact_.default(tensors, token_dims, batch_dims, plan.source)
 
 
 def expand(
@@ -121,7 +124,7 @@ def expand(
     """
     tensors = _as_list("expand", tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return torch.ops.vtw_kernels.expand(tensors, token_dims, batch_dims, plan.source, length)
+    return _OPS.expand.default(tensors, token_dims, batch_dims, plan.source, length)
 
 
 def compact_paged_(
@@ -157,7 +160,7 @@ def compact_paged_(
     """
     if isinstance(caches, Tensor):
         raise TypeError("compact_paged_: caches: expected a list of tensors, got one tensor; write [cache]")
-    return torch.ops.vtw_kernels.compact_paged_(list(caches), block_table, seq_lens, keep, layout)
+    return _OPS.compact_paged_.default(list(caches), block_table, seq_lens, keep, layout)
 
 
 def _as_list(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -233,7 +236,7 @@ def _compact_backward(ctx, grads):
             if moved[first] is None:
                 group = [j for j, other in enumerate(lengths) if other == length]
                 args = ([values[j] for j in group] for values in (grads, token_dims, batch_dims))
-                for j, grad in zip(group, torch.ops.vtw_kernels.expand(*args, source, length)):
+                for j, grad in zip(group, _OPS.expand.default(*args, source, length)):
                     moved[j] = grad
         return moved
 
@@ -242,16 +245,16 @@ def _compact_backward(ctx, grads):
 
 def _expand_backward(ctx, grads):
     def inverse(grads, token_dims, batch_dims, source, wanted):
-        return torch.ops.vtw_kernels.compact(grads, token_dims, batch_dims, source)
+        return _OPS.compact.default(grads, token_dims, batch_dims, source)
 
     return _backward(ctx, grads, inverse), None, None, None, None
 
 
-register("plan_compaction", reference=reference.plan_compaction, fake=_plan_compaction_fake)
-register("compact", reference=reference.compact, fake=_compact_fake)
-register("compact_", reference=reference.compact_, fake=_compact_inplace_fake)
-register("expand", reference=reference.expand, fake=_expand_fake)
-register("compact_paged_", reference=reference.compact_paged_, fake=_compact_paged_inplace_fake)
+register("plan_compaction", reference=reference.plan_compaction, fake=_plan_compaction_fake, triton="compaction")
+register("compact", reference=reference.compact, fake=_compact_fake, triton="compaction")
+register("compact_", reference=reference.compact_, fake=_compact_inplace_fake, triton="compaction")
+register("expand", reference=reference.expand, fake=_expand_fake, triton="compaction")
+register("compact_paged_", reference=reference.compact_paged_, fake=_compact_paged_inplace_fake, triton="compaction")
 register_mutation("compact_")
 register_mutation("compact_paged_")
 torch.library.register_autograd("vtw_kernels::compact", _compact_backward, setup_context=_setup_context)

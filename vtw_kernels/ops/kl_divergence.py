@@ -88,7 +88,7 @@ def _backward_fake(grad_state, p_logits, q_logits, state, temperature, need_p, n
     return p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
 
 
-def _grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
+def grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
     """Gradient of ``kl_from_state``. The maxima get none: what the divergence gains through them it loses through
     the exponentials that they scale."""
     _, z_p, a, _, z_q = state.unbind(-1)
@@ -106,7 +106,7 @@ def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None)
     p_logits, q_logits, state = ctx.saved_tensors
     grads = [] if grad_state is None else [grad_state]
     if grad_kl is not None:
-        grads.append(_grad_of_kl(state, grad_kl))
+        grads.append(grad_of_kl(state, grad_kl))
     if not grads:
         return None, None, None
     need_p, need_q = ctx.needs_input_grad[:2]
@@ -120,7 +120,7 @@ def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None)
     )
 
 
-def _no_second_derivative(ctx, *grads):
+def no_second_derivative(ctx, *grads):
     raise RuntimeError("kl_divergence: expected to be differentiated once, got a second derivative")
 
 
@@ -145,18 +145,25 @@ def _from_state_setup(ctx, inputs, output):
 
 def _from_state_backward(ctx, grad_kl: Tensor):
     (state,) = ctx.saved_tensors
-    return _grad_of_kl(state, grad_kl)
+    return grad_of_kl(state, grad_kl)
 
 
 register_composite("kl_divergence", kl_divergence)
 register_composite("kl_state", kl_state)
-register("kl_divergence_with_state", reference=reference.kl_divergence_with_state, fake=_with_state_fake)
-register("kl_divergence_backward", reference=reference.kl_divergence_backward, fake=_backward_fake)
-register("merge_kl_states", reference=reference.merge_kl_states, fake=_merge_fake)
-register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fake)
+register(
+    "kl_divergence_with_state",
+    reference=reference.kl_divergence_with_state,
+    fake=_with_state_fake,
+    triton="kl_divergence",
+)
+register(
+    "kl_divergence_backward", reference=reference.kl_divergence_backward, fake=_backward_fake, triton="kl_divergence"
+)
+register("merge_kl_states", reference=reference.merge_kl_states, fake=_merge_fake, triton="kl_divergence")
+register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fake, triton="kl_divergence")
 torch.library.register_autograd(
     "vtw_kernels::kl_divergence_with_state", _with_state_backward, setup_context=_with_state_setup
 )
-torch.library.register_autograd("vtw_kernels::kl_divergence_backward", _no_second_derivative)
+torch.library.register_autograd("vtw_kernels::kl_divergence_backward", no_second_derivative)
 torch.library.register_autograd("vtw_kernels::merge_kl_states", _merge_backward, setup_context=_merge_setup)
 torch.library.register_autograd("vtw_kernels::kl_from_state", _from_state_backward, setup_context=_from_state_setup)

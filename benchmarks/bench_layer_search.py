@@ -10,7 +10,7 @@ LAYERS, BEFORE, VISUAL, AFTER, IMAGE = 32, 35, 576, 50, 7
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(device):
     """LLaVA-1.5's depth and tokens with a hidden size of 512 and random weights."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -20,15 +20,16 @@ def model():
         hidden_size=512, intermediate_size=1376, num_hidden_layers=LAYERS, num_attention_heads=8, vocab_size=32000
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=VISUAL)
-    return LlavaForConditionalGeneration(config).eval()
+    return LlavaForConditionalGeneration(config).eval().to(device)
 
 
 @pytest.fixture(scope="module")
-def inputs():
+def inputs(device):
     generator = torch.Generator().manual_seed(0)
     before, after = (torch.randint(10, 32000, (1, length), generator=generator) for length in (BEFORE, AFTER))
     ids = torch.cat((before, torch.full((1, VISUAL), IMAGE), after), dim=1)
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336, generator=generator)}
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336, generator=generator)}
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
 def one_pass(model, inputs):
@@ -43,7 +44,7 @@ def naive_loop(model, inputs):
         with vtw.withdraw(model, layer):
             withdrawn = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
         results.append(vtw.kl_divergence(withdrawn, full))
-    return torch.cat(results)
+    return torch.cat(results).cpu()
 
 
 PEERS = {"vtw_kernels": one_pass, "naive loop": naive_loop}

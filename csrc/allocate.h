@@ -1,0 +1,38 @@
+// New tensors, through the C function itself: torch's stable new_empty looks its operator up by name in each call,
+// which costs more than small ops do.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace vtw {
+
+// Contiguous and uninitialised, on the device of `like`, and of its dtype unless another one is given.
+inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const std::vector<int64_t>& shape,
+                                      std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= shape[d] > 1 ? shape[d] : 1;
+  }
+  int32_t dtype_code, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  if (dtype) {
+    dtype_code = static_cast<int32_t>(*dtype);
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype_code));
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype_code, device_type, device_index,
+                                                         &handle));
+  return torch::stable::Tensor(handle);
+}
+
+}  // namespace vtw
