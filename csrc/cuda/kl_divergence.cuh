@@ -406,7 +406,8 @@ __device__ void visit_pairs(const Row<T>& row, const T* anchor, int64_t begin, i
     head = min((16 - misalignment(anchor + begin)) % 16 / static_cast<unsigned>(sizeof(T)), count);
     vectors = (count - head) / kLanes<T>;
     aligned = misalignment(row.p + begin + head) == 0 && misalignment(row.q + begin + head) == 0;
-    // The aligned vector behind the last one may lie beyond the row.
+    // The aligned vector behind the last one may lie beyond the row, and beyond the memory; the one before the first
+    // only beyond the row, for memory begins aligned.
     if (!aligned && vectors > 0) --vectors;
   }
   const int64_t first = begin + head;
