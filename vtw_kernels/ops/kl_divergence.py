@@ -91,14 +91,6 @@ def _backward_fake(grad_state, p_logits, q_logits, state, temperature, need_p, n
     return p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
 
 
-def grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
-    """Gradient of ``kl_from_state``. The maxima get none: what the divergence gains through them it loses through
-    the exponentials that they scale."""
-    _, z_p, a, _, z_q = state.unbind(-1)
-    zero = torch.zeros_like(grad_kl)
-    return torch.stack((zero, -grad_kl / z_p * (a / z_p + 1), grad_kl / z_p, zero, grad_kl / z_q), dim=-1)
-
-
 def _with_state_setup(ctx, inputs, output):
     p_logits, q_logits, ctx.temperature = inputs
     ctx.set_materialize_grads(False)  # whoever uses one output only has no gradient of the other, not even zeros
@@ -109,7 +101,7 @@ def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None)
     p_logits, q_logits, state = ctx.saved_tensors
     grads = [] if grad_state is None else [grad_state]
     if grad_kl is not None:
-        grads.append(grad_of_kl(state, grad_kl))
+        grads.append(reference.grad_of_kl(state, grad_kl))
     if not grads:
         return None, None, None
     need_p, need_q = ctx.needs_input_grad[:2]
@@ -148,7 +140,7 @@ def _from_state_setup(ctx, inputs, output):
 
 def _from_state_backward(ctx, grad_kl: Tensor):
     (state,) = ctx.saved_tensors
-    return grad_of_kl(state, grad_kl)
+    return reference.grad_of_kl(state, grad_kl)
 
 
 register_composite("kl_divergence", kl_divergence)

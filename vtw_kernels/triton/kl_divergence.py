@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states
+from vtw_kernels.ops.checks import check_backward, check_logits, check_loss, check_scaled, check_state, check_states
+from vtw_kernels.ops.reference import grad_of_loss
 from vtw_kernels.triton.launch import launch
 
 # A tile is shared out to one lane per thread. A lane has its own maxima, so threads exchange nothing before the end of
@@ -30,6 +31,7 @@ ENTRIES = {8: 16, 4: 16, 2: 4, 1: 4}
 # Rows are cut until there are about this many programs: 16 per multiprocessor of a large GPU, where 6 run at a time, so
 # that few of them are idle when the last programs run.
 PROGRAMS = 2048
+SCALED = 16 * LANES  # entries that a program scales at a time
 MERGED = 32  # states that a warp merges at a time
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -242,8 +244,13 @@ def gradient_kernel(
     to = tl.multiple_of(row * vocabulary + begin, VECTOR)
     entries = tile_entries(VECTOR, LANES, ENTRIES)
     inside = entries < tl.multiple_of(tl.minimum(vocabulary - begin, TILE).to(tl.int32), VECTOR)
-    p = tl.load(p_ptr + entries * p_step, mask=inside, other=-INF).to(real)
-    q = tl.load(q_ptr + entries * q_step, mask=inside, other=-INF).to(real)
+    g_zp = tl.load(slope_ptr + row * 5 + 1)
+    g_a = tl.load(slope_ptr + row * 5 + 2)
+    g_zq = tl.load(slope_ptr + row * 5 + 4)
+    # A row that counts for nothing is not read, and has no gradient, not even that of a NaN.
+    read = inside & ((g_zp != 0) | (g_a != 0) | (g_zq != 0))
+    p = tl.load(p_ptr + entries * p_step, mask=read, other=-INF).to(real)
+    q = tl.load(q_ptr + entries * q_step, mask=read, other=-INF).to(real)
 
     inverse = inverse_bits.to(tl.float64, bitcast=True)
     scale = (inverse * LOG2E).to(real)
@@ -251,9 +258,7 @@ def gradient_kernel(
     # The state's maxima are those of the scaled logits.
     m_p = tl.load(state_ptr + row * 5) / inverse
     m_q = tl.load(state_ptr + row * 5 + 3) / inverse
-    g_zp = tl.load(slope_ptr + row * 5 + 1) * inverse
-    g_a = tl.load(slope_ptr + row * 5 + 2) * inverse
-    g_zq = tl.load(slope_ptr + row * 5 + 4) * inverse
+    g_zp, g_a, g_zq = g_zp * inverse, g_a * inverse, g_zq * inverse
     e_p = tl.where(p == -INF, 0.0, tl.exp2((p - m_p) * scale))
     if grad_p_ptr is not None:
         grad_p = e_p * (g_zp + g_a * ((p - q) * inverse + 1))
@@ -262,6 +267,17 @@ def gradient_kernel(
     if grad_q_ptr is not None:
         e_q = tl.where(q == -INF, 0.0, tl.exp2((q - m_q) * scale))
         tl.store(grad_q_ptr + to + entries, g_zq * e_q - g_a * e_p, mask=inside)
+
+
+@triton.jit
+def scale_kernel(ptr, count, tiles, factor_ptr, TILE: tl.constexpr):
+    """Most often the factor is 1, and nothing has to be done: only the device knows."""
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            at = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+            x = tl.load(ptr + at, mask=at < count)
+            tl.store(ptr + at, (x * factor).to(x.dtype), mask=at < count)
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -361,6 +377,22 @@ def kl_divergence_backward(
         vocabulary, tiles, inverse_bits(temperature), *pairs.options, num_warps=WARPS,
     )  # fmt: skip
     return grad_p, grad_q
+
+
+def kl_divergence_with_gradients(
+    p_logits: Tensor, q_logits: Tensor, weight: Tensor | None, temperature: float, need_p: bool, need_q: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_loss("kl_divergence_with_gradients", p_logits, q_logits, weight, temperature)
+    kl, state = kl_divergence_with_state(p_logits, q_logits, temperature)
+    slope = grad_of_loss(state, weight)
+    return kl, *kl_divergence_backward(slope, p_logits, q_logits, state, temperature, need_p, need_q)
+
+
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    check_scaled(tensors, factor)
+    for x in tensors:
+        tiles = triton.cdiv(x.numel(), SCALED)
+        launch(scale_kernel, min(tiles, PROGRAMS), x, x, x.numel(), tiles, factor, SCALED, num_warps=WARPS)
 
 
 def merge_kl_states(states: list[Tensor]) -> Tensor:
