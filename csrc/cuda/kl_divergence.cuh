@@ -795,7 +795,8 @@ void forward_backward(ForwardBackward<T> f, cudaStream_t stream) {
   if (f.pairs.rows == 0) return;
   const int64_t vectors = f.pairs.vocabulary / kLanes<T>;
   f.vectors = static_cast<uint32_t>((vectors + f.blocks - 1) / f.blocks);
-  launch_clusters(forward_backward_kernel<T>, f.pairs.rows * f.blocks, kFusedThreads, f.blocks,
+  const unsigned threads = std::min<unsigned>((f.vectors + kWarp - 1) / kWarp * kWarp, kFusedThreads);
+  launch_clusters(forward_backward_kernel<T>, f.pairs.rows * f.blocks, threads, f.blocks,
                   2 * f.vectors * sizeof(uint4), stream, f);
 }
 

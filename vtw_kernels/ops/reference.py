@@ -178,11 +178,11 @@ def kl_divergence_backward(
     grad_p = grad_q = p_logits.new_empty(0)
     if need_p:
         slope = torch.where(~counts | (p == -torch.inf), 0.0, e_p * (g_zp + g_a * (p - q + 1)))
-        grad_p = (slope / temperature).to(p_logits.dtype)
+        grad_p = (slope / temperature).to(p_logits.dtype).contiguous()
     if need_q:
         e_q = torch.where(q == -torch.inf, 0.0, (q - m_q).exp())
         slope = torch.where(counts, g_zq * e_q - g_a * e_p, 0.0)
-        grad_q = (slope / temperature).to(q_logits.dtype)
+        grad_q = (slope / temperature).to(q_logits.dtype).contiguous()
     return grad_p, grad_q
 
 
@@ -214,12 +214,10 @@ def kl_divergence_with_gradients(
 
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     check_scaled(tensors, factor)
-    if factor.device.type == "cpu":  # elsewhere a number is not read back
-        factor = factor.item()
-        if factor == 1:
-            return
+    if factor.device.type == "cpu" and factor.item() == 1:  # elsewhere a number is not read back
+        return
     for x in tensors:
-        x.mul_(factor)
+        x.copy_(x.to(factor.dtype) * factor)  # mul_ would round the factor to the dtype of x
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

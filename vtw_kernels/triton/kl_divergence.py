@@ -248,7 +248,7 @@ def gradient_kernel(
     g_a = tl.load(slope_ptr + row * 5 + 2)
     g_zq = tl.load(slope_ptr + row * 5 + 4)
     # A row that counts for nothing is not read, and has no gradient, not even that of a NaN.
-    read = inside & ((g_zp != 0) | (g_a != 0) | (g_zq != 0))
+    read = inside & (entries * 0 != tl.abs(g_zp) + tl.abs(g_a) + tl.abs(g_zq))
     p = tl.load(p_ptr + entries * p_step, mask=read, other=-INF).to(real)
     q = tl.load(q_ptr + entries * q_step, mask=read, other=-INF).to(real)
 
@@ -275,7 +275,7 @@ def scale_kernel(ptr, count, tiles, factor_ptr, TILE: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1:
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-            at = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+            at = tl.full([TILE], tile, tl.int64) * TILE + tl.arange(0, TILE)
             x = tl.load(ptr + at, mask=at < count)
             tl.store(ptr + at, (x * factor).to(x.dtype), mask=at < count)
 
