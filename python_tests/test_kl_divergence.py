@@ -573,12 +573,14 @@ def at_once(backend, p, q, weight, temperature=1.0, need_p=True, need_q=True):
 )
 def test_with_gradients(backend, dtype, rows, vocabulary, temperature):
     """Rows of whole vectors, or not, in one block or in a cluster; against fp64, each gradient wanted or not."""
+    if vocabulary > 30_000 and dtype == torch.float64:
+        vocabulary = 16_384  # as many bytes as of fp32
     p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
     q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
     expected, grads = kl_oracle(p, q, temperature), grad_oracle(p, q, temperature)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     calls = (True, True, None), (True, False, WEIGHTS[:rows]), (False, True, WEIGHTS[:rows])
-    for need_p, need_q, weights in calls if vocabulary < 32000 else calls[:1]:
+    for need_p, need_q, weights in calls if vocabulary < 10_000 else calls[:1]:
         weight = None if weights is None else torch.tensor(weights, dtype=real, device=backend.device)
         kl, *actual = at_once(backend, p, q, weight, temperature, need_p, need_q)
         assert_kl(kl, expected, dtype)
@@ -592,8 +594,7 @@ def test_with_gradients(backend, dtype, rows, vocabulary, temperature):
                 assert grad.numel() == 0
 
 
-@pytest.mark.parametrize("vocabulary, dtype", [(24, torch.bfloat16), (2056, torch.float32)], ids=str)
-def test_with_gradients_of_special_values(backend, dtype, vocabulary):
+def test_with_gradients_of_special_values(backend, dtype=torch.bfloat16, vocabulary=264):
     """The gradients are what two calls give; and where a row weighs nothing, it has none, whatever it holds."""
     rows = special_rows(vocabulary, dtype).values()
     p, q = (torch.stack([row[i] for row in rows]).to(backend.device) for i in (0, 1))

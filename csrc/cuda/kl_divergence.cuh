@@ -677,7 +677,7 @@ __global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* x, int64_t count,
   const int64_t vectors = misalignment(x) == 0 ? count / kLanes<T> : 0;
   for (int64_t i = first; i < vectors; i += step) {
     R from[kLanes<T>];
-    unpack<T>(reinterpret_cast<const uint4*>(x)[i], from);
+    unpack<T>(__ldcg(reinterpret_cast<const uint4*>(x) + i), from);
     scale(from, x + i * kLanes<T>);
   }
   for (int64_t i = vectors * kLanes<T> + first; i < count; i += step) {
@@ -796,8 +796,8 @@ void forward_backward(ForwardBackward<T> f, cudaStream_t stream) {
   const int64_t vectors = f.pairs.vocabulary / kLanes<T>;
   f.vectors = static_cast<uint32_t>((vectors + f.blocks - 1) / f.blocks);
   const unsigned threads = std::min<unsigned>((f.vectors + kWarp - 1) / kWarp * kWarp, kFusedThreads);
-  launch_clusters(forward_backward_kernel<T>, f.pairs.rows * f.blocks, threads, f.blocks,
-                  2 * f.vectors * sizeof(uint4), stream, f);
+  launch_clusters(forward_backward_kernel<T>, f.pairs.rows * f.blocks, threads, f.blocks, 2 * f.vectors * sizeof(uint4),
+                  stream, f);
 }
 
 template <typename T>

@@ -397,6 +397,7 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 inline void __threadfence() {}
+inline uint4 __ldcg(const uint4* from) { return *from; }
 inline void __stcg(uint4* to, uint4 x) { *to = x; }
 
 namespace cooperative_groups {
