@@ -30,7 +30,8 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
         ``[...]``, fp32 (fp64 for fp64 logits). Never below 0, and exactly 0 for equal rows. Near 0 an absolute error
         of about ``1e-7·|log-sum-exp|`` remains. A logit of ``-inf`` is a probability of 0: it adds 0 in ``p``, and
         makes the result ``+inf`` in ``q`` where ``p`` is above 0. NaN in gives NaN out, and so does a row without any
-        finite logit. Differentiable once, in both.
+        finite logit. Differentiable once, in both; a row that nothing depends on gets a gradient of 0, even where its
+        divergence is not finite. As a training loss, ``kl_divergence_loss`` is cheaper.
 
     Leading dimensions may be those of ``torch.func.vmap``. ``torch.autocast`` changes nothing: logits are taken as they
     come, and everything is computed in fp32.

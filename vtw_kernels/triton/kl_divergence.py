@@ -244,13 +244,8 @@ def gradient_kernel(
     to = tl.multiple_of(row * vocabulary + begin, VECTOR)
     entries = tile_entries(VECTOR, LANES, ENTRIES)
     inside = entries < tl.multiple_of(tl.minimum(vocabulary - begin, TILE).to(tl.int32), VECTOR)
-    g_zp = tl.load(slope_ptr + row * 5 + 1)
-    g_a = tl.load(slope_ptr + row * 5 + 2)
-    g_zq = tl.load(slope_ptr + row * 5 + 4)
-    # A row that counts for nothing is not read, and has no gradient, not even that of a NaN.
-    read = inside & (entries * 0 != tl.abs(g_zp) + tl.abs(g_a) + tl.abs(g_zq))
-    p = tl.load(p_ptr + entries * p_step, mask=read, other=-INF).to(real)
-    q = tl.load(q_ptr + entries * q_step, mask=read, other=-INF).to(real)
+    p = tl.load(p_ptr + entries * p_step, mask=inside, other=-INF).to(real)
+    q = tl.load(q_ptr + entries * q_step, mask=inside, other=-INF).to(real)
 
     inverse = inverse_bits.to(tl.float64, bitcast=True)
     scale = (inverse * LOG2E).to(real)
@@ -258,7 +253,12 @@ def gradient_kernel(
     # The state's maxima are those of the scaled logits.
     m_p = tl.load(state_ptr + row * 5) / inverse
     m_q = tl.load(state_ptr + row * 5 + 3) / inverse
-    g_zp, g_a, g_zq = g_zp * inverse, g_a * inverse, g_zq * inverse
+    g_zp = tl.load(slope_ptr + row * 5 + 1) * inverse
+    g_a = tl.load(slope_ptr + row * 5 + 2) * inverse
+    g_zq = tl.load(slope_ptr + row * 5 + 4) * inverse
+    # A row that counts for nothing has no gradient, not even that of a NaN.
+    counts = entries * 0 != tl.abs(g_zp) + tl.abs(g_a) + tl.abs(g_zq)
+    p, q = tl.where(counts, p, -INF), tl.where(counts, q, -INF)
     e_p = tl.where(p == -INF, 0.0, tl.exp2((p - m_p) * scale))
     if grad_p_ptr is not None:
         grad_p = e_p * (g_zp + g_a * ((p - q) * inverse + 1))
