@@ -195,7 +195,8 @@ inline void check_row_states(const char* argument, const Tensor& x, const std::v
   const auto dtype = real_type(logits.scalar_type());
   VTW_REQUIRE(x.scalar_type() == dtype, op, argument, text("dtype ", dtype_name(dtype)), dtype_name(x.scalar_type()));
   VTW_REQUIRE(x.device() == logits.device(), op, argument, "the device of p_logits", "another one");
-  VTW_REQUIRE(list_text(x.sizes()) == list_text(shape), op, argument, text("shape ", list_text(shape)), shape_text(x));
+  VTW_REQUIRE(std::vector<int64_t>(x.sizes().begin(), x.sizes().end()) == shape, op, argument,
+              text("shape ", list_text(shape)), shape_text(x));
 }
 
 inline void check_scaled(const std::vector<Tensor>& tensors, const Tensor& factor) {

@@ -89,9 +89,9 @@ else:
 
 
 # What an emulated GPU takes minutes for, kernels do in milliseconds: beyond these sizes nothing new happens to them.
-EMULATED_LOGITS, EMULATED_SHARDS = 100_000, 100
+EMULATED_LOGITS, EMULATED_SHARDS = 40_000, 100
 # Rows of logits depend on the order of programs only where several programs share one.
-KL_IN_RANDOM_ORDER = ("test_sizes", "test_broadcast", "test_merged", "test_backward")
+KL_IN_RANDOM_ORDER = ("test_sizes", "test_broadcast", "test_merged_shards", "test_backward")
 
 
 def affordable(item) -> bool:
@@ -106,13 +106,14 @@ def affordable(item) -> bool:
     if backend.name == "triton_permuted" and item.path.stem == "test_kl_divergence":
         if not item.name.startswith(KL_IN_RANDOM_ORDER):
             return False
-    logits = values.get("rows", 1) * values.get("vocabulary", 0)
+    logits = values.get("rows", 4) * values.get("vocabulary", 0)
     return logits <= EMULATED_LOGITS and len(values.get("sizes", ())) <= EMULATED_SHARDS
 
 
 def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if not affordable(item)])
-    items[:] = filter(affordable, items)
+    # The longest ones first, so that no worker is left alone with them.
+    items[:] = sorted(filter(affordable, items), key=lambda item: item.path.stem != "test_simt")
 
 
 @pytest.fixture(

@@ -352,9 +352,9 @@ def test_merged_shards_equal_the_whole(backend, dtype, sizes):
 
 @pytest.mark.parametrize("name", sorted(special_rows(10, torch.float32)))
 def test_merged_special_values(backend, name):
-    p, q, _ = special_rows(12007, torch.float32)[name]
+    p, q, _ = special_rows(5007, torch.float32)[name]
     expected = kl_oracle(p, q)
-    for sizes in ([6003, 6004], [1] * 7 + [12000], [3000, 0, 3000, 6007], [12006, 1]):
+    for sizes in ([2503, 2504], [1] * 7 + [5000], [1000, 0, 2000, 2007], [5006, 1]):
         states = shard_states(backend, p.to(backend.device), q.to(backend.device), sizes)
         assert_kl(backend.kl_from_state(backend.merge_kl_states(states)), expected, p.dtype)
 
@@ -569,12 +569,10 @@ def at_once(backend, p, q, weight, temperature=1.0, need_p=True, need_q=True):
 @over_dtypes
 @pytest.mark.parametrize(
     "rows, vocabulary, temperature",
-    [(5, 17, 0.5), (5, 16, 3.0), (4, 1032, 1.0), (4, 1031, 0.7), (2, 32064, 1.0), (0, 8, 1.0), (4, 0, 1.0)],
+    [(5, 17, 0.5), (5, 16, 3.0), (4, 1032, 1.0), (4, 1031, 0.7), (2, 16384, 1.0), (0, 8, 1.0), (4, 0, 1.0)],
 )
 def test_with_gradients(backend, dtype, rows, vocabulary, temperature):
     """Rows of whole vectors, or not, in one block or in a cluster; against fp64, each gradient wanted or not."""
-    if vocabulary > 30_000 and dtype == torch.float64:
-        vocabulary = 16_384  # as many bytes as of fp32
     p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
     q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
     expected, grads = kl_oracle(p, q, temperature), grad_oracle(p, q, temperature)

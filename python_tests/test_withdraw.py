@@ -6,7 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from oracle import visual_keys_hidden
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, Batch, append, make_batch, make_model
@@ -440,6 +444,107 @@ def test_outputs_keep_their_length(family, model):
     torch.testing.assert_close(last, output.logits[:, -1:])
 
 
+# ------------------------------------------------------------------------------------------- flex and flash attention
+
+
+def flash(q, k, v, softmax_scale=None, causal=False, **_):
+    """What flash attention computes: ``[B, q, heads, D]``, causal from the last row up."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * (softmax_scale or q.shape[-1] ** -0.5)
+    if causal:
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        scores = scores.masked_fill(~ones.tril(k.shape[1] - q.shape[1]), -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double()).to(q.dtype)
+
+
+def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, **options):
+    sequences = zip(
+        q.tensor_split(cu_seqlens_q[1:-1].long()),
+        k.tensor_split(cu_seqlens_k[1:-1].long()),
+        v.tensor_split(cu_seqlens_k[1:-1].long()),
+    )
+    return torch.cat([flash(*(x[None] for x in sequence), **options)[0] for sequence in sequences])
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Kernels that need a GPU, or minutes to compile, in plain torch; all that transformers does around them is real."""
+    lib = transformers.modeling_flash_attention_utils
+    functions = {"_flash_fn": flash, "_flash_varlen_fn": flash_varlen, "_flash_with_kvcache_fn": None}
+    functions |= {
+        "_pad_fn": lib._pad_input,
+        "_unpad_fn": lib._unpad_input,
+        "_loaded_implementation": "flash_attention_2",
+    }
+    functions |= {"_process_flash_kwargs_fn": lib._lazy_define_process_function(flash_varlen)}
+    for name, function in functions.items():
+        monkeypatch.setattr(lib, name, function)
+    monkeypatch.setattr(
+        transformers.integrations.flex_attention.WrappedFlexAttention, "__call__", lambda _: flex_attention
+    )
+
+
+@pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_flex_and_flash(family, attention, rows, on_the_cpu):
+    """Two turns with images, and decoding."""
+    model = make_model(family)
+    model.model.language_model.config._attn_implementation = attention
+    batch, ends = with_decode_steps(make_batch(family, rows), steps=2)
+    batch = append(batch, make_batch(family, [[3, 4, 2]] * len(rows), seed=2))
+    batch, more = with_decode_steps(batch, steps=2)
+    assert_equal_to_oracle(model, 2, batch, ends + more)
+    with vtw.withdraw(model, 2), pytest.raises(ValueError, match=f"expected a dynamic cache with '{attention}'"):
+        run(model, batch, ends, make_cache(model, "static", 50))
+
+
+# ----------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
+def test_compiled_decode_is_one_graph(family, attention, rows):
+    """The prefill as it is, then one graph for every token."""
+    model = model_of(family, attention)
+    batch, ends = with_decode_steps(make_batch(family, rows))
+    positions = batch.positions(model)
+    graphs = CompileCounter()
+
+    @torch.no_grad()
+    def decode(step):
+        cache = StaticCache(config=model.config, max_cache_len=ends[-1] + 3)
+        run(model, batch, ends[:1], cache)
+        logits = []
+        for begin in ends[:-1]:
+            inputs = {"input_ids": batch.ids[:, begin : begin + 1], "attention_mask": padding, "use_cache": True}
+            logits.append(step(**inputs, position_ids=positions[..., begin : begin + 1], past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
+
+    padding = F.pad(batch.mask, (0, 3), value=1)  # of the cache's length, so that its shape stays
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted = decode(model)
+    torch.compiler.reset()
+    with vtw.withdraw(model, 2):
+        given = decode(torch.compile(model, backend=graphs, fullgraph=True))
+    assert (given - wanted).abs().max() <= TOLERANCE
+    assert graphs.frame_count == 1
+
+
+def test_compiled_before(family):
+    """Compiled code that knows nothing of the withdrawal is not used under it, nor the other way round."""
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    ends = [batch.ids.shape[1]]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    wanted = run(model, batch, ends)
+    assert torch.equal(run(compiled, batch, ends), wanted)
+    with vtw.withdraw(compiled, 2):
+        withdrawn = run(model, batch, ends)
+        assert torch.equal(run(compiled, batch, ends), withdrawn)
+    assert not torch.equal(withdrawn, wanted)
+    assert torch.equal(run(compiled, batch, ends), wanted)
+
+
 # ------------------------------------------------------------------------------------------------- life and errors
 
 
@@ -576,18 +681,16 @@ def test_errors(family, match, error, layer, visual_mask, inputs):
 def test_context_errors(llava):
     with vtw.withdraw(llava, 2), pytest.raises(ValueError, match=r"got one with withdraw\(layer=2\) in effect"):
         vtw.apply(llava, 3)
-    with pytest.raises(ValueError, match="not compiled yet"):
-        vtw.apply(torch.compile(llava), 2)
     with vtw.withdraw(llava, 2), pytest.raises(RuntimeError, match="ran outside a forward of its model"):
         llava.model.language_model.layers[2](torch.zeros(1, 3, 32))
     config = llava.model.language_model.config
     with vtw.withdraw(llava, 2), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
-        with pytest.raises(ValueError, match="attention 'eager' or 'sdpa', got 'flash_attention_2'"):
+        patch.setattr(config, "_attn_implementation_internal", "paged|sdpa")
+        with pytest.raises(ValueError, match="that transformers makes masks for.*got 'paged|sdpa'"):
             llava(input_ids=torch.tensor([[1, 2]]))
     with vtw.withdraw(llava, 2), pytest.raises(TypeError, match=r"attention_mask: expected \[B, heads, q, keys\]"):
         compaction = LayerCompaction(2, vtw.plan_compaction(torch.tensor([[True, False]]), 1))
-        compaction({"attention_mask": torch.ones(1, 2)})
+        compaction({"attention_mask": torch.ones(1, 2, 3)})
 
 
 def test_models_that_do_not_apply(llava):

@@ -70,9 +70,8 @@ struct Sums {
 //   e^(p - m_p) = 0     adds nothing to any other q, even if p - q overflows;
 //   NaN, +inf           make the sums NaN: x - x is 0 for every finite x and NaN for these.
 template <int Bytes, bool careful>
-VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, typename Simd<Bytes>::F m_p,
-                          typename Simd<Bytes>::F m_q, float scale, typename Simd<Bytes>::F& z_p,
-                          typename Simd<Bytes>::F& a, typename Simd<Bytes>::F& z_q) {
+VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, float m_p, float m_q, float scale,
+                          typename Simd<Bytes>::F& z_p, typename Simd<Bytes>::F& a, typename Simd<Bytes>::F& z_q) {
   using V = Simd<Bytes>;
   using F = typename V::F;
   F e_p = V::exp2(p - m_p, scale);
@@ -91,13 +90,20 @@ VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, 
   z_q += e_q;
 }
 
-// A full vector of logits at `i`, or what is left of them followed by -inf.
+// What is left of the logits at `i`, followed by -inf.
 template <int Bytes, typename T>
-VTW_INLINE typename Simd<Bytes>::F load_tail(const T* x, int64_t i, int64_t count) {
+VTW_INLINE typename Simd<Bytes>::Two load_tail(const T* x, int64_t i, int64_t count) {
   using V = Simd<Bytes>;
-  T padded[V::kLanes];
-  for (int lane = 0; lane < V::kLanes; ++lane) padded[lane] = i + lane < count ? x[i + lane] : T(-kInfinity);
+  T padded[V::kStep];
+  for (int lane = 0; lane < V::kStep; ++lane) padded[lane] = i + lane < count ? x[i + lane] : T(-kInfinity);
   return V::load(padded);
+}
+
+// Asks for the `i`-th step of the next block: its maxima are looked for as soon as this block is done.
+template <int Bytes, typename T>
+VTW_INLINE void prefetch_next_block(const T* x, int64_t i) {
+  const auto* next = reinterpret_cast<const char*>(x + i + kBlock);
+  for (size_t at = 0; at < Simd<Bytes>::kStep * sizeof(T); at += 64) __builtin_prefetch(next + at);
 }
 
 template <int Bytes, bool careful, typename T>
@@ -105,15 +111,19 @@ VTW_INLINE void add_block(const T* p, const T* q, int64_t count, float scale, Su
   using V = Simd<Bytes>;
   using F = typename V::F;
   // Where all is -inf there is no maximum to subtract; any finite number will do, for every e^x is then set to 0.
-  const F m_p = V::splat(sums.m_p == -kInfinity ? 0.0f : sums.m_p);
-  const F m_q = V::splat(sums.m_q == -kInfinity ? 0.0f : sums.m_q);
+  const float m_p = sums.m_p == -kInfinity ? 0.0f : sums.m_p;
+  const float m_q = sums.m_q == -kInfinity ? 0.0f : sums.m_q;
   F z_p{}, a{}, z_q{};
   int64_t i = 0;
-  for (; i + V::kLanes <= count; i += V::kLanes) {
-    add_pairs<Bytes, careful>(V::load(p + i), V::load(q + i), m_p, m_q, scale, z_p, a, z_q);
+  for (; i + V::kStep <= count; i += V::kStep) {
+    const auto ps = V::load(p + i), qs = V::load(q + i);
+    prefetch_next_block<Bytes>(p, i);
+    prefetch_next_block<Bytes>(q, i);
+    for (int h = 0; h < 2; ++h) add_pairs<Bytes, careful>(ps.half[h], qs.half[h], m_p, m_q, scale, z_p, a, z_q);
   }
   if (i < count) {
-    add_pairs<Bytes, true>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), m_p, m_q, scale, z_p, a, z_q);
+    const auto ps = load_tail<Bytes>(p, i, count), qs = load_tail<Bytes>(q, i, count);
+    for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], qs.half[h], m_p, m_q, scale, z_p, a, z_q);
   }
   sums.z_p = V::reduce_add(z_p);
   sums.a = V::reduce_add(a);
@@ -121,19 +131,19 @@ VTW_INLINE void add_block(const T* p, const T* q, int64_t count, float scale, Su
 }
 
 template <int Bytes, typename T>
-VTW_INLINE Sums block_sums(const T* p, const T* q, int64_t count, float scale) {
+VTW_INLINE float block_max(const T* x, int64_t count) {
   using V = Simd<Bytes>;
-  typename V::F m_p = V::splat(-kInfinity), m_q = m_p;
-  int64_t i = 0;
-  for (; i + V::kLanes <= count; i += V::kLanes) {
-    m_p = V::max(V::load(p + i), m_p);
-    m_q = V::max(V::load(q + i), m_q);
+  typename V::Two m{V::splat(-kInfinity), V::splat(-kInfinity)};
+  for (int64_t i = 0; i < count; i += V::kStep) {
+    const auto xs = i + V::kStep <= count ? V::load(x + i) : load_tail<Bytes>(x, i, count);
+    for (int h = 0; h < 2; ++h) m.half[h] = V::max(xs.half[h], m.half[h]);
   }
-  if (i < count) {
-    m_p = V::max(load_tail<Bytes>(p, i, count), m_p);
-    m_q = V::max(load_tail<Bytes>(q, i, count), m_q);
-  }
-  Sums sums{V::reduce_max(m_p), V::reduce_max(m_q), 0, 0, 0};
+  return V::reduce_max(V::max(m.half[0], m.half[1]));
+}
+
+template <int Bytes, typename T>
+VTW_INLINE Sums block_sums(const T* p, const T* q, int64_t count, float scale) {
+  Sums sums{block_max<Bytes>(p, count), block_max<Bytes>(q, count), 0, 0, 0};
   add_block<Bytes, false>(p, q, count, scale, sums);
   if (!std::isfinite(sums.a)) add_block<Bytes, true>(p, q, count, scale, sums);
   return sums;
@@ -164,61 +174,71 @@ VTW_INLINE State segment_state(const double* p, const double* q, int64_t count, 
   return state;
 }
 
-// Gradient of z_p, a and z_q with respect to the logits, per row:
-//   dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
+// Gradient of z_p, a and z_q with respect to the logits, per row; the slopes have the temperature in them:
+//   dp = (level + tilt (p - q)) e^(p - m_p),  dq = to_q e^(q - m_q) - to_p e^(p - m_p).
 template <typename T>
 struct Slope {
-  T m_p, m_q, g_zp, g_a, g_zq, inverse_temperature;
+  T m_p, m_q, inverse_temperature, level, tilt, to_q, to_p;
+
+  // From a state, whose maxima are those of the scaled logits, and its gradient.
+  Slope(const T* state, const T* grad, T temperature)
+      : m_p(state[0] * temperature), m_q(state[3] * temperature), inverse_temperature(1 / temperature) {
+    to_p = grad[2] * inverse_temperature;
+    to_q = grad[4] * inverse_temperature;
+    level = (grad[1] + grad[2]) * inverse_temperature;
+    tilt = to_p * inverse_temperature;
+  }
 };
 
 template <int Bytes, typename T>
-VTW_INLINE void backward_vector(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, const Slope<float>& s, T* grad_p,
-                                T* grad_q) {
+VTW_INLINE void backward_step(typename Simd<Bytes>::Two p, typename Simd<Bytes>::Two q, const Slope<float>& s,
+                              T* grad_p, T* grad_q) {
   using V = Simd<Bytes>;
   using F = typename V::F;
   const F none = V::splat(-kInfinity), zero = V::splat(0.0f);
   const float scale = static_cast<float>(kLog2e) * s.inverse_temperature;
-  F e_p = V::exp2(p - s.m_p, scale);
-  e_p = p == none ? zero : e_p + (p - p);
-  if (grad_p) {
-    const F slope = s.g_zp + s.g_a * ((p - q) * s.inverse_temperature + 1.0f);
-    V::store(grad_p, e_p == zero ? zero : s.inverse_temperature * (slope * e_p));
+  typename V::Two to_p, to_q;
+  for (int h = 0; h < 2; ++h) {
+    const F x = p.half[h], y = q.half[h];
+    F e_p = V::exp2(x - s.m_p, scale);
+    e_p = x == none ? zero : e_p + (x - x);
+    if (grad_p) to_p.half[h] = e_p == zero ? zero : (s.level + s.tilt * (x - y)) * e_p;
+    if (grad_q) {
+      F e_q = V::exp2(y - s.m_q, scale);
+      e_q = y == none ? zero : e_q + (y - y);
+      to_q.half[h] = s.to_q * e_q - s.to_p * e_p;
+    }
   }
-  if (grad_q) {
-    F e_q = V::exp2(q - s.m_q, scale);
-    e_q = q == none ? zero : e_q + (q - q);
-    V::store(grad_q, s.inverse_temperature * (s.g_zq * e_q - s.g_a * e_p));
-  }
+  if (grad_p) V::store(grad_p, to_p);
+  if (grad_q) V::store(grad_q, to_q);
 }
 
 template <int Bytes, typename T>
-VTW_INLINE void segment_backward(const T* p, const T* q, int64_t count, const Slope<float>& slope, T* grad_p,
-                                 T* grad_q) {
+VTW_INLINE void segment_backward(const T* p, const T* q, int64_t count, Slope<float> slope, T* grad_p, T* grad_q) {
   using V = Simd<Bytes>;
   int64_t i = 0;
-  for (; i + V::kLanes <= count; i += V::kLanes) {
-    backward_vector<Bytes>(V::load(p + i), V::load(q + i), slope, grad_p ? grad_p + i : nullptr,
-                           grad_q ? grad_q + i : nullptr);
+  for (; i + V::kStep <= count; i += V::kStep) {
+    backward_step<Bytes>(V::load(p + i), V::load(q + i), slope, grad_p ? grad_p + i : nullptr,
+                         grad_q ? grad_q + i : nullptr);
   }
   if (i < count) {
-    T tail_p[V::kLanes], tail_q[V::kLanes];
-    backward_vector<Bytes>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), slope,
-                           grad_p ? tail_p : nullptr, grad_q ? tail_q : nullptr);
+    T tail_p[V::kStep], tail_q[V::kStep];
+    backward_step<Bytes>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), slope, grad_p ? tail_p : nullptr,
+                         grad_q ? tail_q : nullptr);
     if (grad_p) std::copy_n(tail_p, count - i, grad_p + i);
     if (grad_q) std::copy_n(tail_q, count - i, grad_q + i);
   }
 }
 
 template <int Bytes>
-VTW_INLINE void segment_backward(const double* p, const double* q, int64_t count, const Slope<double>& s,
-                                 double* grad_p, double* grad_q) {
+VTW_INLINE void segment_backward(const double* p, const double* q, int64_t count, Slope<double> s, double* grad_p,
+                                 double* grad_q) {
   for (int64_t i = 0; i < count; ++i) {
     const double scale = s.inverse_temperature;
     const double e_p = p[i] == -INFINITY ? 0 : std::exp((p[i] - s.m_p) * scale);
     const double e_q = q[i] == -INFINITY ? 0 : std::exp((q[i] - s.m_q) * scale);
-    const double slope = s.g_zp + s.g_a * ((p[i] - q[i]) * scale + 1);
-    if (grad_p) grad_p[i] = e_p == 0 ? 0 : scale * slope * e_p;
-    if (grad_q) grad_q[i] = scale * (s.g_zq * e_q - s.g_a * e_p);
+    if (grad_p) grad_p[i] = e_p == 0 ? 0 : (s.level + s.tilt * (p[i] - q[i])) * e_p;
+    if (grad_q) grad_q[i] = s.to_q * e_q - s.to_p * e_p;
   }
 }
 
@@ -231,14 +251,14 @@ using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 using ForwardFn = State (*)(const T*, const T*, int64_t, double);
 template <typename T>
-using BackwardFn = void (*)(const T*, const T*, int64_t, const Slope<Real<T>>&, T*, T*);
+using BackwardFn = void (*)(const T*, const T*, int64_t, Slope<Real<T>>, T*, T*);
 
 template <typename T>
 State forward_default(const T* p, const T* q, int64_t n, double c) {
   return segment_state<16>(p, q, n, c);
 }
 template <typename T>
-void backward_default(const T* p, const T* q, int64_t n, const Slope<Real<T>>& s, T* grad_p, T* grad_q) {
+void backward_default(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
   segment_backward<16>(p, q, n, s, grad_p, grad_q);
 }
 
@@ -248,7 +268,7 @@ VTW_AVX2 State forward_avx2(const T* p, const T* q, int64_t n, double c) {
   return segment_state<32>(p, q, n, c);
 }
 template <typename T>
-VTW_AVX2 void backward_avx2(const T* p, const T* q, int64_t n, const Slope<Real<T>>& s, T* grad_p, T* grad_q) {
+VTW_AVX2 void backward_avx2(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
   segment_backward<32>(p, q, n, s, grad_p, grad_q);
 }
 template <typename T>
@@ -256,7 +276,7 @@ VTW_AVX512 State forward_avx512(const T* p, const T* q, int64_t n, double c) {
   return segment_state<64>(p, q, n, c);
 }
 template <typename T>
-VTW_AVX512 void backward_avx512(const T* p, const T* q, int64_t n, const Slope<Real<T>>& s, T* grad_p, T* grad_q) {
+VTW_AVX512 void backward_avx512(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
   segment_backward<64>(p, q, n, s, grad_p, grad_q);
 }
 #endif
@@ -372,14 +392,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   return {kl, state};
 }
 
-// `g` is the gradient of the state `s`, whose maxima are those of the scaled logits.
-template <typename R>
-Slope<R> slope_of(const R* s, const R* g, double temperature) {
-  const R t = static_cast<R>(temperature);
-  return {s[0] * t, s[3] * t, g[1], g[2], g[4], 1 / t};
-}
-
-// Such a row has no gradient, not even that of a NaN.
+// By the gradient of its state. Such a row has no gradient, not even that of a NaN.
 template <typename R>
 bool counts_for_nothing(const R* g) {
   return g[1] == 0 && g[2] == 0 && g[4] == 0;
@@ -416,7 +429,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
       if (to_q) std::fill_n(to_q + at, count, T(0));
       return;
     }
-    const auto slope = slope_of(state_data + row * 5, slope_data + row * 5, temperature);
+    const Slope<R> slope(state_data + row * 5, slope_data + row * 5, static_cast<R>(temperature));
     segment_fn(p + pairs.p_offsets[row] + begin, q + pairs.q_offsets[row] + begin, count, slope,
                to_p ? to_p + at : nullptr, to_q ? to_q + at : nullptr);
   });
@@ -491,7 +504,7 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
       if (to_p) std::fill_n(to_p, n, T(0));
       if (to_q) std::fill_n(to_q, n, T(0));
     } else {
-      backward_fn(p, q, n, slope_of(state, gradient, temperature), to_p, to_q);
+      backward_fn(p, q, n, Slope<R>(state, gradient, static_cast<R>(temperature)), to_p, to_q);
     }
   };
   const int64_t grain = std::max<int64_t>(1, kSegment / std::max<int64_t>(1, pairs.vocabulary));

@@ -27,12 +27,11 @@ using torch::headeronly::Half;
 // Spelt out, because compilers ignore a vector_size that depends on a template parameter.
 template <int Bytes>
 struct Vectors;
-#define VTW_VECTORS(bytes)                                      \
-  template <>                                                   \
-  struct Vectors<bytes> {                                       \
-    typedef float F __attribute__((vector_size(bytes)));        \
-    typedef uint32_t U __attribute__((vector_size(bytes)));     \
-    typedef uint16_t H __attribute__((vector_size(bytes / 2))); \
+#define VTW_VECTORS(bytes)                                  \
+  template <>                                               \
+  struct Vectors<bytes> {                                   \
+    typedef float F __attribute__((vector_size(bytes)));    \
+    typedef uint32_t U __attribute__((vector_size(bytes))); \
   };
 VTW_VECTORS(16)
 VTW_VECTORS(32)
@@ -44,7 +43,6 @@ struct Simd {
   static constexpr int kLanes = Bytes / 4;
   using F = typename Vectors<Bytes>::F;  // floats
   using U = typename Vectors<Bytes>::U;  // their bits
-  using H = typename Vectors<Bytes>::H;  // as many 16-bit numbers
 
   template <typename T>
   static VTW_INLINE T read(const void* from) {
@@ -53,36 +51,60 @@ struct Simd {
     return value;
   }
 
-  static VTW_INLINE F load(const float* x) { return read<F>(x); }
+  // Two vectors, which is what a vector of 16-bit numbers becomes: those at even places and those at odd ones. Whoever
+  // adds them all up doesn't mind, and store() puts them back.
+  struct Two {
+    F half[2];
+  };
+  static constexpr int kStep = 2 * kLanes;
 
-  static VTW_INLINE F load(const BFloat16* x) { return (F)(__builtin_convertvector(read<H>(x), U) << 16); }
+  static VTW_INLINE Two load(const float* x) { return {read<F>(x), read<F>(x + kLanes)}; }
+
+  static VTW_INLINE Two load(const BFloat16* x) {
+    const U bits = read<U>(x);
+    return {(F)(bits << 16), (F)(bits & 0xffff0000)};
+  }
+
+  static VTW_INLINE Two load(const Half* x) {
+    const U bits = read<U>(x);
+    return {from_half(bits & 0xffff), from_half(bits >> 16)};
+  }
+
+  static VTW_INLINE void store(float* to, Two x) {
+    std::memcpy(to, &x.half[0], sizeof(F));
+    std::memcpy(to + kLanes, &x.half[1], sizeof(F));
+  }
+
+  static VTW_INLINE void store(BFloat16* to, Two x) {
+    const U bits = (round_to_bfloat16(x.half[0]) >> 16) | (round_to_bfloat16(x.half[1]) & 0xffff0000);
+    std::memcpy(to, &bits, sizeof(U));
+  }
+
+  static VTW_INLINE void store(Half* to, Two x) {
+    for (int i = 0; i < kStep; ++i) to[i] = Half(x.half[i % 2][i / 2]);
+  }
 
   // Exponent and fraction move to their places in a float; multiplying by 2^112 mends the bias, and turns subnormals
   // into normal numbers. What was infinity or NaN then has its exponent set to all ones again.
-  static VTW_INLINE F load(const Half* x) {
-    const U bits = __builtin_convertvector(read<H>(x), U);
+  static VTW_INLINE F from_half(U bits) {
     const U magnitude = (bits & 0x7fff) << 13;
     const U special = (U)(magnitude >= (0x7c00u << 13)) & 0x7f800000;
     const U scaled = (U)((F)magnitude * 0x1p112f);
     return (F)(scaled | special | ((bits & 0x8000) << 16));
   }
 
-  static VTW_INLINE void store(float* to, F x) { std::memcpy(to, &x, sizeof(F)); }
-
-  // Round to nearest even. A NaN would round to infinity if all its fraction bits were low ones; it stays a NaN.
-  static VTW_INLINE void store(BFloat16* to, F x) {
+  // To nearest even, in the upper 16 bits. A NaN would round to infinity if all its fraction bits were low ones; it
+  // stays a NaN.
+  static VTW_INLINE U round_to_bfloat16(F x) {
     const U bits = (U)x;
-    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const U is_nan = (U)(x != x);
-    const H half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), H);
-    std::memcpy(to, &half, sizeof(H));
+    return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : U{} + 0x7fc00000;
   }
 
-  static VTW_INLINE void store(Half* to, F x) {
-    for (int i = 0; i < kLanes; ++i) to[i] = Half(x[i]);
+  static VTW_INLINE F splat(float x) {
+    F result;
+    for (int i = 0; i < kLanes; ++i) result[i] = x;  // one instruction, where x - F{} becomes one for each lane
+    return result;
   }
-
-  static VTW_INLINE F splat(float x) { return x - F{}; }
   static VTW_INLINE F max(F a, F b) { return a > b ? a : b; }  // b where either is NaN
 
   static VTW_INLINE float reduce_max(F x) {
@@ -101,7 +123,7 @@ struct Simd {
     return lanes[0];
   }
 
-  // 2^(x * scale) for x <= 0, with a relative error below 1.5e-7, and 0 where that would be subnormal. Adding
+  // 2^(x * scale) for x <= 0, with a relative error below 1.5e-7, and 0 where that would be below 2^-125.5. Adding
   // 1.5 * 2^23 rounds to an integer, which ends up in the low bits; the rest, within ±1/2, goes through a polynomial
   // of degree 5 (the best one for relative error, 7.5e-8).
   static VTW_INLINE F exp2(F x, float scale) {
@@ -113,7 +135,7 @@ struct Simd {
     power = power * r + 6.93146967065e-1f;
     power = power * r + 1.00000007165f;
     power = (F)((U)power + ((U)shifted << 23));
-    return x < splat(-126.0f / scale) ? F{} : power;
+    return shifted < 0x1.8p23f - 125.0f ? F{} : power;
   }
 };
 

@@ -4,49 +4,107 @@ transformers sizes masks and positions by the lengths that some cache layer repo
 tokens. So these report the number of *tokens* seen, and keep to themselves which of them have a *slot* in the cache.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
-class Slots(NamedTuple):
-    """Which tokens a layer holds. ``tokens``: how many it has seen. ``columns``: int64 ``[B, slots]``, the token in each
-    slot or -1 for padding; None while every token has a slot. ``padded``: whether a -1 may be among them."""
+@dataclass
+class Slots:
+    """Which tokens the withdrawn layers of a cache hold; these layers share it.
 
-    tokens: int
-    columns: Tensor | None
-    padded: bool
+    With a static cache all tensors stay where they are, so that a compiled step of decoding runs again as it is.
+    """
+
+    layer: int  # the first of them
+    tokens: int | Tensor = 0  # how many were seen; for a static cache int64 []
+    at_least: int = 0  # the same, as far as the host knows
+    columns: Tensor | None = None  # int64 [B, slots], the token in each slot or -1; None while every token has one
+    filled: Tensor | None = None  # of a static cache: how many of its slots, int64 []
+    padded: bool = False  # whether a -1 may be among the filled ones
+    open: bool = False  # while a forward under withdrawal runs
+
+    def append(self, count: int, rows: Tensor | None, batch: int, device: torch.device, capacity: int | None) -> None:
+        """Takes the tokens of a forward.
+
+        Args:
+            count: of tokens, whether they get a slot or not.
+            rows: int ``[B, T]``, those that do, counted from the first of this forward, or -1; None for all.
+            capacity: slots of a static cache, else None.
+        """
+        new = torch.arange(count, device=device).expand(batch, count) if rows is None else rows
+        new = shifted(new, self.tokens)
+        if capacity is not None and self.filled is None:
+            self.tokens, self.filled = (_fixed(torch.full((), self.at_least, device=device)) for _ in range(2))
+        if self.columns is None and rows is not None:
+            # Until now, every token had its slot.
+            past = torch.arange(self.at_least if capacity is None else capacity, device=device).expand(batch, -1)
+            self.columns = past if capacity is None else _fixed(torch.where(past < self.filled, past, -1))
+        if capacity is None:
+            self.columns = None if self.columns is None else torch.cat([self.columns, new], dim=1)
+            self.tokens += count
+        else:
+            if self.columns is not None:
+                self.columns.index_copy_(1, torch.arange(new.shape[1], device=device) + self.filled, new)
+            self.filled.add_(new.shape[1])
+            self.tokens.add_(count)
+        if not torch.compiler.is_compiling():  # a number that changes would be compiled anew
+            self.at_least += count
+
+    def crop(self, removed: int) -> None:
+        """Forgets the last tokens, with a dynamic cache."""
+        if self.columns is not None:
+            last = self.columns >= self.tokens - removed
+            count = int(last.sum(1).max())
+            length = self.columns.shape[1] - count
+            if not last[:, length:].all():
+                raise ValueError(
+                    f"crop: expected to remove as many text tokens in each sequence, got {removed} tokens of which the "
+                    "sequences hold different numbers"
+                )
+            self.columns = self.columns[:, :length]
+        self.tokens -= removed
+        self.at_least = self.tokens
+
+    def select(self, rows) -> None:
+        if self.columns is not None:
+            self.columns = rows(self.columns)
 
 
-EMPTY = Slots(0, None, False)
+def shifted(rows: Tensor, past: int | Tensor) -> Tensor:
+    """Rows of a forward as tokens of the sequence: int64, -1 stays."""
+    return torch.where(rows < 0, -1, rows.long() + past)
+
+
+def _fixed(x: Tensor) -> Tensor:
+    """Tells torch.compile that a tensor is written to in place from one step to the next."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+    return x
 
 
 class WithdrawnLayer:
     """Mixed into a cache layer of transformers."""
 
-    slots: Slots
-    incoming: Slots | None  # what the running forward's hook announced, until `update` takes it
-    withdraw_layer: int | None  # None: empty, or filled without withdrawal
+    slots: Slots | None  # None: empty, or filled without withdrawal
+    leads: bool  # the first withdrawn layer keeps the books of all
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.incoming is not None:
-            self.slots, self.incoming = self.incoming, None
-        elif self.withdraw_layer is None:
-            self.slots = Slots(self.slots.tokens + key_states.shape[-2], None, False)
-        else:
+        if self.slots is not None and not self.slots.open:
             raise ValueError(
-                f"past_key_values: this cache was filled under withdraw(layer={self.withdraw_layer}) and can only be "
-                "used there, but got a forward without withdrawal"
+                f"past_key_values: this cache was filled under withdraw(layer={self.slots.layer}) and can only be used "
+                "there, but got a forward without withdrawal"
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def get_seq_length(self) -> int:
-        return self.slots.tokens
+    def get_seq_length(self) -> int | Tensor:
+        return super().get_seq_length() if self.slots is None else self.slots.tokens
 
     def reset(self) -> None:
         super().reset()
-        self.slots, self.incoming, self.withdraw_layer = EMPTY, None, None
+        self.slots = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -61,30 +119,20 @@ class WithdrawnLayer:
         self._select(lambda columns: columns[indices])
 
     def _select(self, rows) -> None:
-        if self.slots.columns is not None:
-            self.slots = self.slots._replace(columns=rows(self.slots.columns))
+        if self.slots is not None and self.leads:
+            self.slots.select(rows)
 
 
 class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
-        tokens, columns, padded = self.slots
-        # Up to 4.57, a positive number is the length to keep.
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, tokens - tokens_to_remove)
-        if removed == 0 or not self.is_initialized:
-            return
-        count = removed
-        if columns is not None:
-            last = columns >= tokens - removed
-            count = int(last.sum(1).max())
-            if not last[:, columns.shape[1] - count :].all():
-                raise ValueError(
-                    f"crop: expected to remove as many text tokens in each sequence, got {removed} tokens of which the "
-                    "sequences hold different numbers"
-                )
-            columns = columns[:, : columns.shape[1] - count]
-        length = self.keys.shape[-2] - count
+        if self.slots is None:
+            return super().crop(tokens_to_remove)
+        if self.leads:
+            # Up to 4.57, a positive number is the length to keep.
+            kept = tokens_to_remove if tokens_to_remove > 0 else self.slots.tokens + tokens_to_remove
+            self.slots.crop(max(0, self.slots.tokens - kept))
+        length = self.slots.tokens if self.slots.columns is None else self.slots.columns.shape[1]
         self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
-        self.slots = Slots(tokens - removed, columns, padded)
 
 
 class WithdrawnStaticLayer(WithdrawnLayer, StaticLayer):
@@ -94,45 +142,42 @@ class WithdrawnStaticLayer(WithdrawnLayer, StaticLayer):
 KINDS = {DynamicLayer: WithdrawnDynamicLayer, StaticLayer: WithdrawnStaticLayer}
 
 
-def tokens_seen(cache: Cache | None, layer: int) -> int:
-    """How many tokens a cache holds for ``withdraw(layer)``, without reading from the device.
+def slots_of(cache: Cache | None, layer: int) -> Slots | None:
+    """What a cache holds for ``withdraw(layer)``, None if it is empty.
 
     Raises:
         TypeError: not a ``Cache``.
         ValueError: it was filled without withdrawal, or with another layer.
     """
     if cache is None:
-        return 0
+        return None
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
-    withdrawn = [isinstance(x, WithdrawnLayer) and x.withdraw_layer is not None for x in cache.layers]
-    if any(withdrawn):
-        if withdrawn.index(True) == layer:
-            return cache.layers[layer].slots.tokens
-        given = f"one filled under withdraw(layer={withdrawn.index(True)})"
-    elif cache.get_seq_length() == 0:
-        return 0
-    else:
-        given = "one filled without withdrawal"
+    slots = next((x.slots for x in cache.layers if isinstance(x, WithdrawnLayer) and x.slots is not None), None)
+    if slots is not None and slots.layer == layer:
+        return slots
+    if slots is None and cache.get_seq_length() == 0:
+        return None
+    given = "one filled without withdrawal" if slots is None else f"one filled under withdraw(layer={slots.layer})"
     raise ValueError(
         f"past_key_values: expected a cache filled under withdraw(layer={layer}) or an empty one, got {given}"
     )
 
 
-def wrap_layers(cache: Cache, layer: int, num_layers: int) -> None:
-    """Replaces the cache layers from ``layer`` on, which share their tensors with the ones they replace.
+def wrap_layers(cache: Cache, slots: Slots, num_layers: int) -> None:
+    """Replaces the cache layers from ``slots.layer`` on, which share their tensors with the ones they replace.
 
     Raises:
         ValueError: a kind of cache layer that is not supported.
     """
     while len(cache.layers) < num_layers and getattr(cache, "layer_class_to_replicate", None) is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    for i in range(layer, num_layers):
+    for i in range(slots.layer, num_layers):
         inner = cache.layers[i] if i < len(cache.layers) else None
         if not isinstance(inner, WithdrawnLayer):
             if type(inner) not in KINDS:
                 kinds = " or ".join(kind.__name__ for kind in KINDS)
                 raise ValueError(f"past_key_values: expected layers of type {kinds}, got {type(inner).__name__} at {i}")
             cache.layers[i] = KINDS[type(inner)].__new__(KINDS[type(inner)])
-            cache.layers[i].__dict__.update(inner.__dict__, slots=EMPTY, incoming=None)
-        cache.layers[i].withdraw_layer = layer
+            cache.layers[i].__dict__.update(inner.__dict__)
+        cache.layers[i].slots, cache.layers[i].leads = slots, i == slots.layer

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vtw_kernels.integration.families import Parts, find_parts, find_visual_tokens
-from vtw_kernels.integration.withdraw import LayerCompaction, attended_tokens
+from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.integration.withdraw import LayerCompaction
 from vtw_kernels.ops import kl_divergence, plan_compaction
 
 PAPER_THRESHOLD = 0.003

@@ -6,7 +6,6 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 """
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, StaticLayer
 
-from vtw_kernels.integration.cache import EMPTY, Slots, tokens_seen, wrap_layers
+from vtw_kernels.integration.cache import Slots, shifted, slots_of, wrap_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
+from vtw_kernels.integration.masks import attended_tokens, check_mask, kind_of_masks, take_blocks, take_columns
 from vtw_kernels.ops import CompactionPlan, compact, expand, plan_compaction
 
-# Names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
-VISUAL_INPUT = re.compile("^(?!.*grid).*(pixel|image|video|mm_encoder)")
+# In names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
+VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
     the context, or use ``apply``: older releases of transformers recompute a layer with the hooks it has by then.
 
     Args:
-        model: of transformers, with attention "eager" or "sdpa"; with or without its language modelling head.
+        model: of transformers, with attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that
+            is registered with a mask function; with or without its language modelling head.
         layer: 1..number of decoder layers; the latter withdraws nothing.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
@@ -52,8 +54,8 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
             no row to predict from. Chunks of a prompt that end in an image go to ``model.base_model``, which makes no
             logits.
 
-    Threads may share the model: what belongs to a forward is kept per thread. Compile the model inside the context:
-    torch skips hooks that were added after it compiled.
+    Threads may share the model: what belongs to a forward is kept per thread. A model may be compiled before, within
+    or with ``torch.compile(model)`` as argument; a step of decoding with a static cache is one graph.
     """
     handle = apply(model, layer, visual_mask=visual_mask)
     try:
@@ -77,8 +79,10 @@ class LayerCompaction:
         plan: which of them survive; None for all.
         columns: int ``[B, keys]``, the token that each key stands for, or -1 for one that nothing may attend to. By
             default those of the plan: the keys are the rows. None together with no plan leaves masks alone.
-        past: tokens before this forward.
+        past: tokens before this forward, an int or int64 [].
         padded: whether -1 may be among ``columns``; then a mask of None (plain causal) is written out.
+        flash: whether masks are ``[B, keys]``. Such attention takes gaps in ``position_ids`` for packed sequences, but
+            not if it is given a mask.
     """
 
     def __init__(
@@ -86,12 +90,14 @@ class LayerCompaction:
         tokens: int,
         plan: CompactionPlan | None,
         columns: Tensor | None = None,
-        past: int = 0,
+        past: int | Tensor = 0,
         padded: bool = True,
+        flash: bool = False,
     ):
-        self.tokens, self.plan, self.past, self.padded = tokens, plan, past, padded
+        self.tokens, self.plan, self.past, self.flash = tokens, plan, past, flash
+        self.needs_mask = padded or (flash and plan is not None)
         self.columns = plan.source if columns is None and plan is not None else columns
-        self.done: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the full-length tensor, which is kept alive
+        self.done: list[tuple[Any, Any]] = []  # full length, compacted
         self.causal: Tensor | None = None
 
     def __call__(
@@ -100,36 +106,37 @@ class LayerCompaction:
         """Compacts the keyword arguments of a decoder layer and, if given, its full-length input ``[..., B, q, H]``.
 
         Raises:
-            TypeError: an attention mask that is neither None nor a tensor ``[B, heads, q, keys]``.
+            TypeError: an attention mask of no known kind.
         """
         if self.columns is None:
             return kwargs, hidden_states
         mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
-            given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"attention_mask: expected [B, heads, q, keys] or None, as eager and sdpa attention, got {given}"
-            )
+        check_mask(mask)
+        if mask is not None and not any(mask is x for x, _ in self.done):
+            if isinstance(mask, BlockMask):
+                self.done.append((mask, take_blocks(mask, self._rows(), self.columns)))
+            elif mask.ndim == 2:
+                self.done.append((mask, take_columns(mask, self.columns)))
 
-        new: dict[int, tuple[Tensor, int, int]] = {}
+        new: list[tuple[Tensor, int, int]] = []
         for name, value in kwargs.items():
             for x in _tensors(value):
-                if id(x) not in self.done and (dims := self._dims(name, x)) is not None:
-                    new[id(x)] = (x, *dims)
-        moved = [x for x, *_ in new.values()]
+                known = any(x is y for y, *_ in self.done) or any(x is y for y, *_ in new)
+                if not known and (dims := self._dims(name, x)) is not None:
+                    new.append((x, *dims))
+        moved = [x for x, *_ in new]
         if self.plan is not None:
-            rows = [*new.values()] if hidden_states is None else [*new.values(), (hidden_states, -2, -3)]
+            rows = new if hidden_states is None else [*new, (hidden_states, -2, -3)]
             if rows:
                 moved, token_dims, batch_dims = map(list, zip(*rows))
                 device = moved[-1].device
                 moved = compact([x.to(device) for x in moved], self._plan_on(device), token_dims, batch_dims)
             if hidden_states is not None:
                 hidden_states = moved.pop()
-        for (x, *_), result in zip(new.values(), moved):
-            self.done[id(x)] = (x, self._take_columns(result) if x is mask else result)
+        self.done += [(x, take_columns(y, self.columns) if x is mask else y) for (x, *_), y in zip(new, moved)]
 
         kwargs = _replace(self.done, kwargs)
-        if mask is None and self.padded and "attention_mask" in kwargs:
+        if mask is None and self.needs_mask and "attention_mask" in kwargs:
             self.causal = self._causal_mask() if self.causal is None else self.causal
             kwargs["attention_mask"] = self.causal
         return kwargs, hidden_states
@@ -149,24 +156,26 @@ class LayerCompaction:
     def _plan_on(self, device: torch.device) -> CompactionPlan:
         return CompactionPlan(*(x.to(device) for x in self.plan))
 
-    def _take_columns(self, mask: Tensor) -> Tensor:
-        columns = self.columns.to(mask.device)[:, None, None, :]
-        mask = torch.take_along_dim(mask, columns.clamp(min=0).long(), dim=-1)
-        return mask.masked_fill_(columns < 0, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    def _rows(self) -> Tensor:
+        """int ``[B, q]``: which rows of the forward are left, or -1."""
+        if self.plan is not None:
+            return self.plan.source
+        return torch.arange(self.tokens, device=self.columns.device).expand(len(self.columns), -1)
 
     def _causal_mask(self) -> Tensor:
-        source = torch.arange(self.tokens, device=self.columns.device)[None] if self.plan is None else self.plan.source
-        rows, columns = _shifted(source, self.past)[:, None, :, None], self.columns[:, None, None, :]
+        if self.flash:
+            return self.columns >= 0
+        rows, columns = shifted(self._rows(), self.past)[:, None, :, None], self.columns[:, None, None, :]
         return (columns >= 0) & (columns <= rows)
 
 
 @dataclass
 class _Forward:
-    tokens: int
-    past: int
-    slots: Slots  # of the withdrawn layers, once this forward is through
-    plan: CompactionPlan | None = None
-    cache: Cache | None = None
+    sequence: Tensor  # [B, S, ...]
+    slots: Slots  # of the withdrawn layers, before this forward
+    plan: CompactionPlan | None
+    padded: bool  # whether a row of the plan may be padding
+    masks: str  # what kind of them the attention gets
     compaction: LayerCompaction | None = None
 
 
@@ -174,10 +183,7 @@ class Withdrawal:
     """What ``apply`` returns: the hooks of one model. Its state is that of the forwards that are running."""
 
     def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None):
-        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                "model: expected one that is not compiled yet, as torch skips hooks added later, got a compiled one"
-            )
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         self.parts = find_parts(model)
         first, last = self.parts.min_layer, len(self.parts.layers)
         if isinstance(layer, bool) or not isinstance(layer, int):
@@ -199,6 +205,11 @@ class Withdrawal:
         self.layer, self.visual_mask = layer, visual_mask
         self._forwards: dict[int, _Forward] = {}  # by thread
         self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
+        self._rebound: list[nn.Module] = []
+        self._names = {
+            module: list(inspect.signature(module.forward).parameters)
+            for module in (self.parts.body, self.parts.decoder, *self.parts.layers[layer:])
+        }
         self.parts.decoder._vtw_withdrawal = self
         self._hooks = self._register(model) if layer < last else []
 
@@ -207,11 +218,18 @@ class Withdrawal:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for module in self._rebound:
+            del module.forward
+        self._rebound = []
         if getattr(self.parts.decoder, "_vtw_withdrawal", None) is self:
             del self.parts.decoder._vtw_withdrawal
 
     def _register(self, model: nn.Module) -> list:
         body, decoder, layers = self.parts[:3]
+        # Compiled code does not look whether hooks have changed, but whether `forward` still is that of the class.
+        self._rebound = [x for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
+        for module in self._rebound:
+            module.forward = module.forward
         hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head, with_kwargs=True)]
         for module in dict.fromkeys((body, decoder)):
             hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -222,29 +240,27 @@ class Withdrawal:
         return hooks
 
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._labels[get_ident()] = kwargs.get("labels")
+        self._labels[_thread()] = kwargs.get("labels")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Decides, before anything is computed or cached, which rows this forward drops."""
-        if get_ident() in self._forwards:
+        if _thread() in self._forwards:
             return  # the decoder, within the body
-        makes_logits = get_ident() in self._labels
-        labels = self._labels.pop(get_ident(), None)
-        inputs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs
+        makes_logits = _thread() in self._labels
+        labels = self._labels.pop(_thread(), None)
+        inputs = dict(zip(self._names[module], args)) | kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
             return  # the model says it better
-        attention = self.parts.decoder.config._attn_implementation
-        if any(kind in attention for kind in ("flash", "flex", "paged")):
-            raise ValueError(f"model: expected attention 'eager' or 'sdpa', got {attention!r}")
+        masks = kind_of_masks(self.parts.decoder.config._attn_implementation)
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
-        past = tokens_seen(cache, self.layer)
-        slots = cache.layers[self.layer].slots if past else EMPTY
-        visual = self._visual_tokens(inputs, batch, tokens, past, device)
-        plan, padded = None, slots.padded
+        slots = slots_of(cache, self.layer) or Slots(self.layer)
+        visual = self._visual_tokens(inputs, batch, tokens, slots, device)
+        plan, padded = None, False
         if visual is not None:
+            past = int(slots.tokens)
             attended = attended_tokens(inputs.get("attention_mask"), visual, past)
             last = attended.long().cumsum(1).argmax(1)
             keep = attended & ~visual  # padding is of no more use than a visual token is
@@ -266,22 +282,22 @@ class Withdrawal:
             if any(withdrawn):
                 length = max(1, *kept)  # layers do not run on no rows at all
                 plan = plan_compaction(keep, length, pad="left")
-                padded = padded or min(kept) < length
-        columns = slots.columns
-        if plan is not None or columns is not None:
-            if columns is None:
-                columns = torch.arange(past, device=device).expand(batch, past)
-            new = torch.arange(past, past + tokens, device=device).expand(batch, tokens)
-            columns = torch.cat([columns, new if plan is None else _shifted(plan.source, past)], dim=1)
-        self._forwards[get_ident()] = _Forward(tokens, past, Slots(past + tokens, columns, padded), plan)
+                padded = min(kept) < length
+        self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
 
-    def _visual_tokens(self, inputs: dict, batch: int, tokens: int, past: int, device: torch.device) -> Tensor | None:
+    def _visual_tokens(
+        self, inputs: dict, batch: int, tokens: int, slots: Slots, device: torch.device
+    ) -> Tensor | None:
         """Those of this forward, bool ``[B, q]``; None for none, known without asking the device."""
         if self.visual_mask is None:
-            has_features = any(v is not None and VISUAL_INPUT.search(k) for k, v in inputs.items())
-            if past and inputs.get("input_ids") is not None and not has_features:
+            given = [name for name, value in inputs.items() if value is not None and NOT_VISUAL not in name]
+            has_features = any(word in name for name in given for word in VISUAL_INPUTS)
+            if slots.at_least and inputs.get("input_ids") is not None and not has_features:
                 return None
             return find_visual_tokens(self.parts, inputs)
+        if slots.at_least >= self.visual_mask.shape[1]:
+            return None
+        past = int(slots.tokens)
         visual = self.visual_mask[:, past : past + tokens].to(device)
         if batch % len(visual):
             raise ValueError(f"visual_mask: expected {batch} rows, or a divisor, as the inputs have, got {len(visual)}")
@@ -290,20 +306,16 @@ class Withdrawal:
         return F.pad(visual, (0, tokens - visual.shape[1])).repeat_interleave(batch // len(visual), dim=0)
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        forward = self._forwards.get(get_ident())
+        forward = self._forwards.get(_thread())
         if forward is None:
             raise RuntimeError(
                 f"withdraw: decoder layer {index} ran outside a forward of its model; is it recomputed for gradient "
                 "checkpointing? That needs transformers 5"
             )
-        if len(args) > 1:
-            names = list(inspect.signature(module.forward).parameters)
-            args, kwargs = args[:1], dict(zip(names[1:], args[1:])) | kwargs
+        args, kwargs = args[:1], dict(zip(self._names[module][1:], args[1:])) | kwargs
         first = index == self.layer
         if first:
             self._start(forward, kwargs.get("past_key_values"))
-        if forward.cache is not None:
-            forward.cache.layers[index].incoming = forward.slots
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs, compacted = forward.compaction(kwargs, hidden if first else None)
         if not first:
@@ -311,25 +323,32 @@ class Withdrawal:
         return ((compacted,), kwargs) if args else ((), kwargs | {"hidden_states": compacted})
 
     def _start(self, forward: _Forward, cache: Cache | None) -> None:
-        columns, padded = forward.slots.columns, forward.slots.padded
+        """All that may raise has been looked at, so what is cached is written down."""
+        slots, plan, padded = forward.slots, forward.plan, forward.padded or forward.slots.padded
+        (batch, tokens), device = forward.sequence.shape[:2], forward.sequence.device
+        past = slots.tokens if isinstance(slots.tokens, int) else slots.tokens.clone()
+        capacity = None
         if cache is not None:
-            wrap_layers(cache, self.layer, len(self.parts.layers))
-            forward.cache = cache
-            layer = cache.layers[self.layer]
-            if columns is not None and isinstance(layer, StaticLayer):
-                # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
-                padded = padded or (forward.plan is not None and forward.plan.source.shape[1] == 1)
-                columns = F.pad(columns, (0, layer.max_cache_len - columns.shape[1]), value=-1)
-        forward.compaction = LayerCompaction(forward.tokens, forward.plan, columns, forward.past, padded)
+            wrap_layers(cache, slots, len(self.parts.layers))
+            if isinstance(static := cache.layers[self.layer], StaticLayer):
+                capacity = static.max_cache_len
+                if forward.masks != "dense":
+                    # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late,
+                    # when the cache has moved on: transformers' own static caches go wrong with it.
+                    attention = self.parts.decoder.config._attn_implementation
+                    raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
+        slots.append(tokens, None if plan is None else plan.source, batch, device, capacity)
+        slots.padded, slots.open = padded, True
+        # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
+        padded = padded or (capacity is not None and plan is not None and plan.source.shape[1] == 1)
+        forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded, forward.masks == "padding")
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Puts rows back; also runs after an exception, then without an output."""
-        forward = self._forwards.pop(get_ident(), None)
+        forward = self._forwards.pop(_thread(), None)
         if forward is None:
             return None
-        if forward.cache is not None:
-            for layer in forward.cache.layers[self.layer :]:
-                layer.incoming = None
+        forward.slots.open = False
         if output is None or forward.plan is None:
             return None
         if forward.compaction is None:
@@ -337,7 +356,7 @@ class Withdrawal:
         states = [output[0], *(getattr(output, "hidden_states", None) or ())[self.layer + 1 :]]
         short = [x for x in states if x is not None]
         plan = CompactionPlan(*(x.to(short[0].device) for x in forward.plan))
-        full = iter(expand(short, plan, forward.tokens, token_dims=-2, batch_dims=-3))
+        full = iter(expand(short, plan, forward.sequence.shape[1], token_dims=-2, batch_dims=-3))
         states = [x if x is None else next(full) for x in states]
         if isinstance(output, tuple):
             return (states[0], *output[1:])
@@ -347,29 +366,9 @@ class Withdrawal:
         return output
 
 
-def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tensor:
-    """bool ``[B, S]``: all tokens of a forward but padding.
-
-    Args:
-        attention_mask: of a model of transformers: None, ``[B, past + S]``, or already made for the layers, as with
-            static caches: ``[B, heads, S, keys]`` or a dict of those. There, padding is what may not look at itself.
-        visual: ``[B, S]``.
-        past: tokens before this forward.
-    """
-    tokens = visual.shape[1]
-    if isinstance(attention_mask, dict):
-        attention_mask = next(iter(attention_mask.values()))
-    if not isinstance(attention_mask, Tensor):
-        return torch.ones_like(visual)
-    if attention_mask.ndim == 2:
-        return attention_mask[:, past : past + tokens] != 0
-    itself = attention_mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :tokens]
-    return (itself if itself.dtype == torch.bool else itself == 0).expand_as(visual)
-
-
-def _shifted(source: Tensor, past: int) -> Tensor:
-    """Rows of a forward as tokens of the sequence: int64, -1 stays."""
-    return torch.where(source < 0, -1, source.long() + past)
+def _thread() -> int:
+    """Whose forward this is. A compiled one begins and ends between two looks at the state, so it has no name."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -381,9 +380,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _replace(done: dict[int, tuple[Tensor, Tensor]], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return done.get(id(value), (value, value))[1]
+def _replace(done: list[tuple[Any, Any]], value: Any) -> Any:
+    if isinstance(value, Tensor | BlockMask):
+        return next((result for x, result in done if x is value), value)
     if type(value) in (tuple, list):
         return type(value)(_replace(done, x) for x in value)
     return {key: _replace(done, x) for key, x in value.items()} if type(value) is dict else value

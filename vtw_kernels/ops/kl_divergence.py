@@ -100,20 +100,24 @@ def _with_state_setup(ctx, inputs, output):
 
 def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None):
     p_logits, q_logits, state = ctx.saved_tensors
-    grads = [] if grad_state is None else [grad_state]
     if grad_kl is not None:
-        grads.append(reference.grad_of_kl(state, grad_kl))
-    if not grads:
+        through_kl = reference.grad_of_kl(state, grad_kl)
+        grad_state = through_kl if grad_state is None else grad_state + through_kl
+    if grad_state is None:
         return None, None, None
     need_p, need_q = ctx.needs_input_grad[:2]
     grad_p, grad_q = torch.ops.vtw_kernels.kl_divergence_backward(
-        sum(grads), p_logits, q_logits, state, ctx.temperature, need_p, need_q
+        grad_state, p_logits, q_logits, state, ctx.temperature, need_p, need_q
     )
     return (
-        grad_p.sum_to_size(p_logits.shape) if need_p else None,
-        grad_q.sum_to_size(q_logits.shape) if need_q else None,
+        _sum_to(grad_p, p_logits) if need_p else None,
+        _sum_to(grad_q, q_logits) if need_q else None,
         None,
     )
+
+
+def _sum_to(grad: Tensor, x: Tensor) -> Tensor:
+    return grad if grad.shape == x.shape else grad.sum_to_size(x.shape)
 
 
 def no_second_derivative(ctx, *grads):

@@ -189,9 +189,9 @@ def kl_divergence_backward(
 def grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
     """Gradient of ``kl_from_state``. The maxima get none: what the divergence gains through them it loses through
     the exponentials that they scale."""
-    _, z_p, a, _, z_q = state.unbind(-1)
-    zero = torch.zeros_like(grad_kl)
-    grad = torch.stack((zero, -grad_kl / z_p * (a / z_p + 1), grad_kl / z_p, zero, grad_kl / z_q), dim=-1)
+    z_p, a, z_q = (state.select(-1, i) for i in (1, 2, 4))
+    zero, grad_a = torch.zeros_like(grad_kl), grad_kl / z_p
+    grad = torch.stack((zero, -torch.addcmul(grad_a, grad_a, a / z_p), grad_a, zero, grad_kl / z_q), dim=-1)
     return torch.where((grad_kl == 0).unsqueeze(-1), 0.0, grad)
 
 
