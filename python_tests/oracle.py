@@ -35,7 +35,7 @@ AttentionMaskInterface.register("visual_keys_hidden", eager_mask)
 @contextmanager
 def visual_keys_hidden(model, layer: int, visual: Tensor):
     """``visual``: bool [B, S], counted from the start of the sequence; a batch repeated for beams is understood."""
-    config = model.model.language_model.config
+    config = model.config.get_text_config(decoder=True)
     before, config._attn_implementation = config._attn_implementation, "visual_keys_hidden"
     _active.update(layer=layer, visual=visual, hidden=0)
     try:

@@ -15,11 +15,17 @@ def main(arguments: list[str] | None = None) -> int:
         "demo", help="search a small real model's withdrawal layer, and show what it costs and saves"
     )
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="where the plot and the JSON go")
-    commands.add_parser("info", help="what was built, and which backend each op uses on each device")
+    info = commands.add_parser(
+        "info",
+        help="what was built, and which backend each op uses on each device; or what withdraw would do to a model",
+    )
+    info.add_argument("--model", help="name or folder of a model of transformers, of which only the config is read")
 
     options = parser.parse_args(arguments)
     try:
-        if options.command == "info":
+        if options.command == "info" and options.model is not None:
+            print_model_info(options.model)
+        elif options.command == "info":
             from vtw_kernels.ops import backend_info
 
             print_info(backend_info())
@@ -27,10 +33,23 @@ def main(arguments: list[str] | None = None) -> int:
             from vtw_kernels.demo.run import run
 
             run(options.output)
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"vtw-kernels: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def print_model_info(name: str) -> None:
+    """Raises OSError for a config that is not there, ValueError for a model that ``withdraw`` refuses."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vtw_kernels.integration.families import describe
+
+    table = Table("withdraw", "", title=name)
+    for key, value in describe(name).items():
+        table.add_row(key, value)
+    Console().print(table)
 
 
 def print_info(info: dict) -> None:

@@ -1,14 +1,21 @@
 """Cache layers that hold fewer rows than tokens.
 
 transformers sizes masks and positions by the lengths that some cache layer reports, which may be one without visual
-tokens. So these report the number of *tokens* seen, and keep to themselves which of them have a *slot* in the cache.
+tokens. So these report the number of *tokens* seen, and keep to themselves which of them have a *slot* in the cache. A
+sliding window holds its last slots, which reach back at least as far as the window; masks hide what lies beyond it.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 
 @dataclass
@@ -21,6 +28,8 @@ class Slots:
     layer: int  # the first of them
     tokens: int | Tensor = 0  # how many were seen; for a static cache int64 []
     at_least: int = 0  # the same, as far as the host knows
+    past: int | Tensor = 0  # how many were seen before the forward that runs
+    without: int = 0  # how many have no slot
     columns: Tensor | None = None  # int64 [B, slots], the token in each slot or -1; None while every token has one
     filled: Tensor | None = None  # of a static cache: how many of its slots, int64 []
     padded: bool = False  # whether a -1 may be among the filled ones
@@ -36,6 +45,7 @@ class Slots:
         """
         new = torch.arange(count, device=device).expand(batch, count) if rows is None else rows
         new = shifted(new, self.tokens)
+        self.without += count - new.shape[1]
         if capacity is not None and self.filled is None:
             self.tokens, self.filled = (_fixed(torch.full((), self.at_least, device=device)) for _ in range(2))
         if self.columns is None and rows is not None:
@@ -55,6 +65,7 @@ class Slots:
 
     def crop(self, removed: int) -> None:
         """Forgets the last tokens, with a dynamic cache."""
+        count = removed
         if self.columns is not None:
             last = self.columns >= self.tokens - removed
             count = int(last.sum(1).max())
@@ -67,6 +78,7 @@ class Slots:
             self.columns = self.columns[:, :length]
         self.tokens -= removed
         self.at_least = self.tokens
+        self.without -= removed - count
 
     def select(self, rows) -> None:
         if self.columns is not None:
@@ -100,7 +112,14 @@ class WithdrawnLayer:
         return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int | Tensor:
-        return super().get_seq_length() if self.slots is None else self.slots.tokens
+        if self.slots is None:
+            return super().get_seq_length()
+        return self.slots.past if self.slots.open else self.slots.tokens
+
+    def keys_returned(self, rows: int, tokens: int) -> tuple[int, int, int] | None:
+        """Of the forward that runs, with so many rows for so many tokens, before ``update``: how many keys that will
+        return, the slot of the first, and the token of the first column in the model's mask. None: all of them."""
+        return None
 
     def reset(self) -> None:
         super().reset()
@@ -131,15 +150,63 @@ class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
             # Up to 4.57, a positive number is the length to keep.
             kept = tokens_to_remove if tokens_to_remove > 0 else self.slots.tokens + tokens_to_remove
             self.slots.crop(max(0, self.slots.tokens - kept))
-        length = self.slots.tokens if self.slots.columns is None else self.slots.columns.shape[1]
-        self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+        self._keep_slots(0, self.slots.tokens - self.slots.without)
+
+    def _keep_slots(self, first: int, end: int) -> None:
+        self.keys, self.values = self.keys[..., first:end, :], self.values[..., first:end, :]
 
 
 class WithdrawnStaticLayer(WithdrawnLayer, StaticLayer):
     pass
 
 
-KINDS = {DynamicLayer: WithdrawnDynamicLayer, StaticLayer: WithdrawnStaticLayer}
+class WithdrawnWindow(WithdrawnLayer):
+    """Mixed into a sliding window, which counts for itself the slots that it has filled."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.slots is None:
+            return super().get_mask_sizes(query_length)
+        capacity = self.max_cache_len if isinstance(self, StaticLayer) else 0
+        seen = self._filled() + self.slots.without
+        first = self._first(seen)
+        return max(seen + query_length - first, capacity), first
+
+    def keys_returned(self, rows: int, tokens: int) -> tuple[int, int, int]:
+        length, first = super().get_mask_sizes(rows)
+        seen = self._filled() + self.slots.without - (tokens - rows)
+        return length, first, self._first(seen)
+
+    def _filled(self) -> int:
+        return self.cumulative_length_int if isinstance(self, StaticLayer) else self.cumulative_length
+
+    def _first(self, seen: int) -> int:
+        """The first of the tokens, or slots, that the next one still sees."""
+        return max(0, seen + 1 - (self.max_cache_len if isinstance(self, StaticLayer) else self.sliding_window))
+
+
+class WithdrawnDynamicSlidingWindowLayer(WithdrawnWindow, WithdrawnDynamicLayer, DynamicSlidingWindowLayer):
+    def _keep_slots(self, first: int, end: int) -> None:
+        evicted = self.cumulative_length - self.keys.shape[-2]
+        first = self._first(end)
+        if first < evicted:
+            raise ValueError(
+                f"crop: expected at least slot {first} in the window, got {evicted} and later ones; call "
+                "activate_past_recording before the tokens to be cropped"
+            )
+        super()._keep_slots(first - evicted, end - evicted)
+        self.cumulative_length = end
+
+
+class WithdrawnStaticSlidingWindowLayer(WithdrawnWindow, StaticSlidingWindowLayer):
+    pass
+
+
+KINDS = {
+    DynamicLayer: WithdrawnDynamicLayer,
+    DynamicSlidingWindowLayer: WithdrawnDynamicSlidingWindowLayer,
+    StaticLayer: WithdrawnStaticLayer,
+    StaticSlidingWindowLayer: WithdrawnStaticSlidingWindowLayer,
+}
 
 
 def slots_of(cache: Cache | None, layer: int) -> Slots | None:
@@ -165,7 +232,7 @@ def slots_of(cache: Cache | None, layer: int) -> Slots | None:
 
 
 def wrap_layers(cache: Cache, slots: Slots, num_layers: int) -> None:
-    """Replaces the cache layers from ``slots.layer`` on, which share their tensors with the ones they replace.
+    """Replaces the cache layers ``slots.layer..num_layers-1``; the new ones share the tensors of the ones they replace.
 
     Raises:
         ValueError: a kind of cache layer that is not supported.

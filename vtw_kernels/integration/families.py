@@ -1,52 +1,74 @@
 """Where a model keeps its decoder layers, and how its visual tokens are recognised: a table of what is not usual.
 
-The usual shape: ``model.base_model`` takes ``input_ids`` and merges the images into their embeddings, its
-``get_decoder()`` has ``.layers``, and the config names the placeholder tokens.
+The usual shape: ``model.base_model`` takes ``input_ids`` and merges the images into their embeddings, one placeholder
+token per visual token; its ``get_decoder()`` has ``.layers``; and the config names the placeholder tokens. What a config
+says itself, as types of layers, needs no row here.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model type. ``decoder``: path from the base model, or "" for ``get_decoder()``. ``token_ids``: names in the
-    config, those that exist count. ``min_layer``: path in the config of a list as long as the smallest layer, for models
-    that go on adding visual features to the first layers. ``refused``: why withdrawal does not apply."""
+    """One model type, by paths in its config, of which those count that exist.
 
-    decoder: str = ""
+    ``token_ids``: of visual placeholders. ``max_tokens``: from how many tokens on attention layers count positions
+    themselves, by rows. ``refused``: why withdrawal does not apply."""
+
     token_ids: tuple[str, ...] = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    min_layer: str = ""
+    max_tokens: str = ""
     refused: str = ""
 
 
+CROSS_ATTENTION = "images reach its text through cross-attention layers, not as tokens"
 FAMILIES = {
-    "llava": Family(decoder="language_model"),
-    "qwen2_vl": Family(decoder="language_model"),
-    "qwen3_vl": Family(decoder="language_model", min_layer="vision_config.deepstack_visual_indexes"),
-    "qwen3_vl_moe": Family(decoder="language_model", min_layer="vision_config.deepstack_visual_indexes"),
-    "mllama": Family(refused="images reach its text through cross-attention layers, not as tokens"),
+    "idefics": Family(refused=CROSS_ATTENTION),
+    "mllama": Family(refused=CROSS_ATTENTION),
+    "minimax_m3_vl": Family(refused="its layers choose blocks of keys by their place, which withdrawal moves"),
+    "llama4": Family(max_tokens="text_config.floor_scale"),
+    "phi4_multimodal": Family(token_ids=("vision_config.image_token_id",)),
 }
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Parts(NamedTuple):
-    """What withdrawal touches. ``body`` is the module that sees ``input_ids``, ``decoder`` the one with ``layers``;
-    ``token_ids`` are those of visual placeholders, ``min_layer`` the first layer before which they may be withdrawn."""
+    """What withdrawal touches.
+
+    ``body`` is the module that sees ``input_ids``, ``decoder`` the one with ``layers``; ``token_ids`` are those of visual
+    placeholders. ``min_layer..max_layer``: before which layers they may be withdrawn, and ``limits``, why no others.
+    ``layer_types``: per layer. ``num_cached``: the first layers, those with keys of their own.
+    ``max_tokens``: that a sequence with visual tokens may have."""
 
     body: nn.Module
     decoder: nn.Module
     layers: nn.ModuleList
     token_ids: list[int]
     min_layer: int
+    max_layer: int
+    limits: tuple[str, ...]
+    layer_types: list[str]
+    num_cached: int
+    max_tokens: float
+
+    @property
+    def allowed(self) -> str:
+        last = len(self.layers)
+        span = f"{self.min_layer}..{self.max_layer}" + (f" or {last}" if self.max_layer < last else "")
+        return f"{span if self.min_layer < last else last} ({last} withdraws nothing)"
+
+    def check_layer(self, layer: int) -> None:
+        """Raises ValueError for a layer before which the visual tokens can't be withdrawn."""
+        if not (self.min_layer <= layer <= self.max_layer or layer == len(self.layers)):
+            raise ValueError("; ".join([f"layer: expected {self.allowed}, got {layer}", *self.limits]))
 
 
-def find_parts(model: nn.Module) -> Parts:
+def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
     """Looks a model up in the table, and otherwise takes it to be of the usual shape.
 
     Raises:
@@ -57,30 +79,105 @@ def find_parts(model: nn.Module) -> Parts:
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config") or not hasattr(model, "base_model"):
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     name, family = type(model).__name__, FAMILIES.get(config.model_type, Family())
-    text = config.get_text_config(decoder=True)
-    odd_layers = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS
     refused = family.refused
-    if not refused and config.is_encoder_decoder:
+    if not refused and getattr(config, "is_encoder_decoder", False):
         refused = "it is an encoder-decoder: its images end in the encoder"
-    if not refused and odd_layers:
-        refused = f"layers of type {', '.join(sorted(odd_layers))} keep a state that withdrawal does not handle"
-    if not refused and getattr(text, "num_kv_shared_layers", 0):
-        refused = "some layers read the keys and values of earlier layers (num_kv_shared_layers)"
     if refused:
         raise ValueError(f"model: {name} is not supported: {refused}")
 
     body = model.base_model
-    decoder = (
-        attrgetter(family.decoder)(body) if family.decoder and hasattr(body, family.decoder) else body.get_decoder()
-    )
-    while not hasattr(decoder, "layers") and getattr(decoder, "base_model", decoder) is not decoder:
-        decoder = decoder.base_model
+    decoder = _find_decoder(body) if decoder is None else decoder
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"model: {name} is not supported: expected decoder layers at {type(decoder).__name__}.layers")
-    token_ids = {getattr(config, key, None) for key in family.token_ids} - {None}
-    min_layer = max(1, len(attrgetter(family.min_layer)(config))) if family.min_layer else 1
-    return Parts(body, decoder, layers, sorted(token_ids), min_layer)
+        raise ValueError(
+            f"decoder: expected a module with its decoder layers in .layers, got {type(decoder).__name__}; {name} is not "
+            "of the usual shape, so pass that module as decoder="
+        )
+    ids = {_lookup(config, path) for path in family.token_ids} - {None}
+    max_tokens = _lookup(config, family.max_tokens)
+    limits = _layer_limits(config, len(layers))
+    return Parts(
+        body, decoder, layers, sorted(ids), *limits, max_tokens=float("inf") if max_tokens is None else max_tokens
+    )
+
+
+def describe(name: str) -> dict[str, str]:
+    """What ``withdraw`` would work with in a model of which only the config is loaded, in words.
+
+    Args:
+        name: of a model on the Hub, or its folder.
+
+    Raises:
+        OSError: no config there.
+        ValueError: a model that withdrawal does not apply to, or that transformers does not know.
+        ImportError: the model needs a package that is not installed.
+    """
+    config = transformers.AutoConfig.from_pretrained(name)
+    architectures = config.architectures or []
+    if not architectures or not hasattr(transformers, architectures[0]):
+        raise ValueError(
+            f"model: expected a config with an architecture of transformers, got {architectures} in {name}"
+        )
+    with torch.device("meta"):
+        model = getattr(transformers, architectures[0])(config)
+    parts = find_parts(model)
+    path = next((path for path, module in model.named_modules() if module is parts.decoder), "")
+    kinds = [f"{parts.layer_types.count(kind)} {kind}" for kind in dict.fromkeys(parts.layer_types)]
+    return {
+        "family": f"{config.model_type} ({type(model).__name__})",
+        "decoder": f"{path or 'the model itself'} ({type(parts.decoder).__name__})",
+        "decoder layers": f"{len(parts.layers)}: {', '.join(kinds)}",
+        "visual token ids": ", ".join(map(str, parts.token_ids)) or "none in the config: pass visual_mask=",
+        "layer": "; ".join([parts.allowed, *parts.limits]),
+    }
+
+
+def _find_decoder(module: nn.Module) -> nn.Module:
+    """The first module with ``.layers``, from the whole model inwards; or where there is no way on."""
+    while True:
+        inner = module.get_decoder() if hasattr(module, "get_decoder") else module
+        for candidate in (inner, getattr(inner, "base_model", None), getattr(inner, "model", None)):
+            if isinstance(candidate, nn.Module) and candidate is not module:
+                break
+        else:
+            return module
+        module = candidate
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return module
+
+
+def _layer_limits(config: Any, num_layers: int) -> tuple[int, int, tuple[str, ...], list[str], int]:
+    """``min_layer`` to ``num_cached`` of ``Parts``."""
+    text = config.get_text_config(decoder=True)
+    first, last, num_cached, limits = 1, num_layers, num_layers, []
+    injected = [0]
+    for path in ("deepstack_visual_indexes", "vision_config.deepstack_visual_indexes"):
+        injected.append(len(_lookup(config, path) or ()))  # added behind layers 0, 1, ...
+    injected += [layer for _, layer in _lookup(config, "deepstack_layer_map") or ()]
+    injected += _lookup(config, "spatial_target_layers") or ()
+    if max(injected) > first:
+        first = max(injected)
+        limits.append(f"visual features go on being added up to layer {first}")
+
+    types = list(getattr(text, "layer_types", None) or ["full_attention"] * num_layers)
+    odd = {i: kind for i, kind in enumerate(types) if kind not in ATTENTION_LAYERS}
+    if odd and max(odd) >= first:
+        first = max(odd) + 1
+        kinds = ", ".join(sorted(set(odd.values())))
+        limits.append(f"layers of type {kinds}, here up to {first - 1}, are not attention alone and need all tokens")
+
+    modes = getattr(text, "kv_sharing_modes", None) or []
+    if "reuse" in modes:
+        num_cached, last = modes.index("reuse"), modes.index("store")
+        limits.append(f"layers {num_cached}.. read keys and values of layers {last}.., and need the same tokens")
+    return first, last, tuple(limits), types, num_cached
+
+
+def _lookup(config: Any, path: str) -> Any:
+    """An attribute of an attribute, or None."""
+    for name in path.split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 def find_visual_tokens(parts: Parts, inputs: Mapping[str, Any]) -> Tensor:

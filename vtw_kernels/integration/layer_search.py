@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ def find_layer(
             tokens or with nothing after them, a threshold that is not a number of at least 0.
     """
     parts = find_parts(model)
+    if parts.num_cached < len(parts.layers):
+        raise ValueError("model: expected layers with keys of their own, which runs side by side need, got shared ones")
     candidates = check_candidates(candidates, parts)
     if not threshold >= 0:
         raise ValueError(f"threshold: expected a number of nats, at least 0, got {threshold}")
@@ -163,7 +166,7 @@ def check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int
     first, last = parts.min_layer, len(parts.layers) - 1
     chosen = sorted(set(range(first, last + 1) if candidates is None else candidates))
     if not chosen or not first <= chosen[0] <= chosen[-1] <= last:
-        raise ValueError(f"candidates: expected layers in {first}..{last}, got {chosen}")
+        raise ValueError("; ".join([f"candidates: expected layers in {first}..{last}, got {chosen}", *parts.limits]))
     return chosen
 
 
@@ -209,6 +212,8 @@ class _Continuations:
 
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A candidate joins with the text rows that enter its layer in the full run."""
+        if len(args) > 1:
+            args, kwargs = args[:1], dict(zip(list(signature(module.forward).parameters)[1:], args[1:])) | kwargs
         if index in self.candidates:
             hidden = args[0] if args else kwargs["hidden_states"]
             self.kwargs, joining = self.compaction(kwargs, hidden)

@@ -8,7 +8,7 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -29,7 +29,9 @@ VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
 
 
 @contextmanager
-def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None) -> Iterator["Withdrawal"]:
+def withdraw(
+    model: nn.Module, layer: int, *, visual_mask: Tensor | None = None, decoder: nn.Module | None = None
+) -> Iterator["Withdrawal"]:
     """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
 
     Equal to hiding the visual keys from every query in those layers. ``generate``, training, and further turns on the
@@ -42,11 +44,12 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
     Args:
         model: of transformers, with attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that
             is registered with a mask function; with or without its language modelling head.
-        layer: 1..number of decoder layers; the latter withdraws nothing.
+        layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says why.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
             ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
             in the same forward (a sampled one) is text.
+        decoder: the module that has ``.layers``, for models that do not have it where others do.
 
     Raises:
         TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that can't be handled,
@@ -57,16 +60,18 @@ def withdraw(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None)
     Threads may share the model: what belongs to a forward is kept per thread. A model may be compiled before, within
     or with ``torch.compile(model)`` as argument; a step of decoding with a static cache is one graph.
     """
-    handle = apply(model, layer, visual_mask=visual_mask)
+    handle = apply(model, layer, visual_mask=visual_mask, decoder=decoder)
     try:
         yield handle
     finally:
         handle.remove()
 
 
-def apply(model: nn.Module, layer: int, *, visual_mask: Tensor | None = None) -> "Withdrawal":
+def apply(
+    model: nn.Module, layer: int, *, visual_mask: Tensor | None = None, decoder: nn.Module | None = None
+) -> "Withdrawal":
     """``withdraw`` until ``remove()`` of the returned handle is called."""
-    return Withdrawal(model, layer, visual_mask)
+    return Withdrawal(model, layer, visual_mask, decoder)
 
 
 class LayerCompaction:
@@ -77,7 +82,7 @@ class LayerCompaction:
     Args:
         tokens: rows of the forward before compaction, ``q``.
         plan: which of them survive; None for all.
-        columns: int ``[B, keys]``, the token that each key stands for, or -1 for one that nothing may attend to. By
+        columns: int ``[B, slots]``, the token that each key stands for, or -1 for one that nothing may attend to. By
             default those of the plan: the keys are the rows. None together with no plan leaves masks alone.
         past: tokens before this forward, an int or int64 [].
         padded: whether -1 may be among ``columns``; then a mask of None (plain causal) is written out.
@@ -98,12 +103,15 @@ class LayerCompaction:
         self.needs_mask = padded or (flash and plan is not None)
         self.columns = plan.source if columns is None and plan is not None else columns
         self.done: list[tuple[Any, Any]] = []  # full length, compacted
-        self.causal: Tensor | None = None
+        self.causal: dict[Any, Tensor] = {}  # by window
 
     def __call__(
-        self, kwargs: dict[str, Any], hidden_states: Tensor | None = None
+        self, kwargs: dict[str, Any], hidden_states: Tensor | None = None, window: tuple[int, int, int] | None = None
     ) -> tuple[dict[str, Any], Tensor | None]:
         """Compacts the keyword arguments of a decoder layer and, if given, its full-length input ``[..., B, q, H]``.
+
+        ``window``: how many keys the layer attends to, the slot of the first of them, and the token of the mask's first
+        column; by default all slots and all tokens.
 
         Raises:
             TypeError: an attention mask of no known kind.
@@ -114,9 +122,9 @@ class LayerCompaction:
         check_mask(mask)
         if mask is not None and not any(mask is x for x, _ in self.done):
             if isinstance(mask, BlockMask):
-                self.done.append((mask, take_blocks(mask, self._rows(), self.columns)))
+                self.done.append((mask, take_blocks(mask, self._rows(), self._mask_columns(window))))
             elif mask.ndim == 2:
-                self.done.append((mask, take_columns(mask, self.columns)))
+                self.done.append((mask, take_columns(mask, self._mask_columns(window))))
 
         new: list[tuple[Tensor, int, int]] = []
         for name, value in kwargs.items():
@@ -133,12 +141,15 @@ class LayerCompaction:
                 moved = compact([x.to(device) for x in moved], self._plan_on(device), token_dims, batch_dims)
             if hidden_states is not None:
                 hidden_states = moved.pop()
-        self.done += [(x, take_columns(y, self.columns) if x is mask else y) for (x, *_), y in zip(new, moved)]
+        self.done += [
+            (x, take_columns(y, self._mask_columns(window)) if x is mask else y) for (x, *_), y in zip(new, moved)
+        ]
 
         kwargs = _replace(self.done, kwargs)
         if mask is None and self.needs_mask and "attention_mask" in kwargs:
-            self.causal = self._causal_mask() if self.causal is None else self.causal
-            kwargs["attention_mask"] = self.causal
+            if window not in self.causal:
+                self.causal[window] = self._causal_mask(window)
+            kwargs["attention_mask"] = self.causal[window]
         return kwargs, hidden_states
 
     def _dims(self, name: str, x: Tensor) -> tuple[int, int] | None:
@@ -156,16 +167,28 @@ class LayerCompaction:
     def _plan_on(self, device: torch.device) -> CompactionPlan:
         return CompactionPlan(*(x.to(device) for x in self.plan))
 
+    def _columns(self, window: tuple[int, int, int] | None) -> Tensor:
+        """The token of each key, int ``[B, keys]``, or -1 for those that nothing may attend to."""
+        if window is None:
+            return self.columns
+        length, first, _ = window
+        columns = self.columns[:, first : first + length]
+        return F.pad(columns, (0, length - columns.shape[1]), value=-1)
+
+    def _mask_columns(self, window: tuple[int, int, int] | None) -> Tensor:
+        """The same as columns of the model's mask, negative for those that nothing may attend to."""
+        return self._columns(window) - (0 if window is None else window[2])
+
     def _rows(self) -> Tensor:
         """int ``[B, q]``: which rows of the forward are left, or -1."""
         if self.plan is not None:
             return self.plan.source
         return torch.arange(self.tokens, device=self.columns.device).expand(len(self.columns), -1)
 
-    def _causal_mask(self) -> Tensor:
+    def _causal_mask(self, window: tuple[int, int, int] | None) -> Tensor:
         if self.flash:
-            return self.columns >= 0
-        rows, columns = shifted(self._rows(), self.past)[:, None, :, None], self.columns[:, None, None, :]
+            return self._columns(window) >= 0
+        rows, columns = shifted(self._rows(), self.past)[:, None, :, None], self._columns(window)[:, None, None, :]
         return (columns >= 0) & (columns <= rows)
 
 
@@ -177,19 +200,23 @@ class _Forward:
     padded: bool  # whether a row of the plan may be padding
     masks: str  # what kind of them the attention gets
     compaction: LayerCompaction | None = None
+    windows: dict[str, tuple[int, int, int] | None] = field(default_factory=dict)  # by type of layer
+
+    @property
+    def rows(self) -> int:
+        """How many there are in the withdrawn layers."""
+        return self.sequence.shape[1] if self.plan is None else self.plan.source.shape[1]
 
 
 class Withdrawal:
     """What ``apply`` returns: the hooks of one model. Its state is that of the forwards that are running."""
 
-    def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None):
+    def __init__(self, model: nn.Module, layer: int, visual_mask: Tensor | None, decoder: nn.Module | None = None):
         model = getattr(model, "_orig_mod", model)  # of torch.compile
-        self.parts = find_parts(model)
-        first, last = self.parts.min_layer, len(self.parts.layers)
+        self.parts = find_parts(model, decoder)
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layer: expected an int, got {type(layer).__name__}")
-        if not first <= layer <= last:
-            raise ValueError(f"layer: expected {first}..{last} ({last} withdraws nothing), got {layer}")
+        self.parts.check_layer(layer)
         if visual_mask is not None and not isinstance(visual_mask, Tensor):
             raise TypeError(f"visual_mask: expected a tensor, got {type(visual_mask).__name__}")
         if visual_mask is not None and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
@@ -211,7 +238,7 @@ class Withdrawal:
             for module in (self.parts.body, self.parts.decoder, *self.parts.layers[layer:])
         }
         self.parts.decoder._vtw_withdrawal = self
-        self._hooks = self._register(model) if layer < last else []
+        self._hooks = self._register(model) if layer < len(self.parts.layers) else []
 
     def remove(self) -> None:
         """Restores the model; calling it again does nothing."""
@@ -242,17 +269,23 @@ class Withdrawal:
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._labels[_thread()] = kwargs.get("labels")
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decides, before anything is computed or cached, which rows this forward drops."""
         if _thread() in self._forwards:
-            return  # the decoder, within the body
+            return self._keep_all_rows(module, args, kwargs)  # the decoder, within the body
         makes_logits = _thread() in self._labels
-        labels = self._labels.pop(_thread(), None)
+        labels = self._labels.pop(_thread(), kwargs.get("labels"))  # the body may be the whole model
         inputs = dict(zip(self._names[module], args)) | kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
-            return  # the model says it better
+            return None  # the model says it better
         masks = kind_of_masks(self.parts.decoder.config._attn_implementation)
+        kinds = set(self.parts.layer_types[self.layer :]) - {"full_attention"}
+        if masks == "padding" and kinds:
+            raise ValueError(
+                f"model: expected attention that gets the window in its mask, as 'sdpa', in layers of type "
+                f"{', '.join(sorted(kinds))}, got {self.parts.decoder.config._attn_implementation!r}"
+            )
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
@@ -280,10 +313,25 @@ class Withdrawal:
                     "model.base_model"
                 )
             if any(withdrawn):
+                if past + tokens >= self.parts.max_tokens:
+                    raise ValueError(
+                        f"input_ids: expected less than {self.parts.max_tokens} tokens, as layers of this model scale "
+                        f"attention by positions that they count themselves, from there on; got {past + tokens}"
+                    )
                 length = max(1, *kept)  # layers do not run on no rows at all
                 plan = plan_compaction(keep, length, pad="left")
                 padded = min(kept) < length
         self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
+        return self._keep_all_rows(module, args, kwargs)
+
+    def _keep_all_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Gemma 4's decoder would drop rows itself: all but those of the logits, in layers without keys of their own."""
+        forward = self._forwards[_thread()]
+        if module is not self.parts.decoder or not kwargs.get("logits_to_keep"):
+            return None
+        if forward.plan is None and forward.slots.columns is None:
+            return None
+        return args, kwargs | {"logits_to_keep": 0}
 
     def _visual_tokens(
         self, inputs: dict, batch: int, tokens: int, slots: Slots, device: torch.device
@@ -313,11 +361,20 @@ class Withdrawal:
                 "checkpointing? That needs transformers 5"
             )
         args, kwargs = args[:1], dict(zip(self._names[module][1:], args[1:])) | kwargs
-        first = index == self.layer
-        if first:
-            self._start(forward, kwargs.get("past_key_values"))
+        first, cache = index == self.layer, kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs["hidden_states"]
-        kwargs, compacted = forward.compaction(kwargs, hidden if first else None)
+        tokens = forward.sequence.shape[1]
+        if first:
+            if hidden.shape[-2] != tokens:
+                raise ValueError(
+                    f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
+                    f"them, visual ones included, got {tokens}"
+                )
+            self._start(forward, cache)
+        kind = self.parts.layer_types[index]  # layers that share keys have those of the last one of their type
+        if cache is not None and index < self.parts.num_cached:
+            forward.windows[kind] = cache.layers[index].keys_returned(forward.rows, tokens)
+        kwargs, compacted = forward.compaction(kwargs, hidden if first else None, forward.windows.get(kind))
         if not first:
             return args, kwargs
         return ((compacted,), kwargs) if args else ((), kwargs | {"hidden_states": compacted})
@@ -329,18 +386,21 @@ class Withdrawal:
         past = slots.tokens if isinstance(slots.tokens, int) else slots.tokens.clone()
         capacity = None
         if cache is not None:
-            wrap_layers(cache, slots, len(self.parts.layers))
-            if isinstance(static := cache.layers[self.layer], StaticLayer):
-                capacity = static.max_cache_len
-                if forward.masks != "dense":
-                    # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late,
-                    # when the cache has moved on: transformers' own static caches go wrong with it.
-                    attention = self.parts.decoder.config._attn_implementation
-                    raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
+            wrap_layers(cache, slots, self.parts.num_cached)
+            # Windows alone do not say how long the sequence may become; their books grow as those of dynamic layers.
+            static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
+            capacity = max(static, default=None)
+            if forward.masks != "dense" and isinstance(cache.layers[self.layer], StaticLayer):
+                # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late,
+                # when the cache has moved on: transformers' own static caches go wrong with it.
+                attention = self.parts.decoder.config._attn_implementation
+                raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
+        slots.past = past
         slots.append(tokens, None if plan is None else plan.source, batch, device, capacity)
         slots.padded, slots.open = padded, True
         # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
-        padded = padded or (capacity is not None and plan is not None and plan.source.shape[1] == 1)
+        is_static = cache is not None and isinstance(cache.layers[self.layer], StaticLayer)
+        padded = padded or (is_static and plan is not None and forward.rows == 1)
         forward.compaction = LayerCompaction(tokens, plan, slots.columns, past, padded, forward.masks == "padding")
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
