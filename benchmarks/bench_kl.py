@@ -74,8 +74,8 @@ def logits(rows: int, q_rows: int, vocab: int, dtype: torch.dtype, grad: bool) -
     return make
 
 
-def shapes(device: str) -> Iterator[tuple[int, int, str]]:
-    for rows, vocab in SHAPES + (ON_CUDA if device == "cuda" else []):
+def shapes(device: str, on_any: list[tuple[int, int]] = SHAPES) -> Iterator[tuple[int, int, str]]:
+    for rows, vocab in on_any + (ON_CUDA if device == "cuda" else []):
         # Both logits, their clones, and what eager keeps for its backward: 48 bytes for each pair of logits.
         fitting = int(memory_budget(device) / (48 * vocab))
         cut = f" (not {rows})" if fitting < rows else ""
@@ -102,6 +102,38 @@ def forward_and_backward(device: str) -> Iterator[Case]:
         for rows, vocab, title in shapes(device):
             moved, make = 3 * rows * vocab * dtype.itemsize, logits(rows, rows, vocab, dtype, grad=True)
             yield Case(f"kl and gradient of q, {title}, {name}", peers, make, moved, rtol=rtol, grad=True)
+
+
+# As a loss: a scalar, and its gradient.
+
+
+def mean_of(divergence: Callable) -> Callable:
+    return lambda p, q: divergence(p, q).mean()
+
+
+def step_of(loss: Callable) -> Callable:
+    """What training takes of a distillation loss."""
+
+    def step(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        value = loss(p, q)
+        return value.detach(), torch.autograd.grad(value, q)[0]
+
+    return step
+
+
+def training(device: str) -> Iterator[Case]:
+    losses = {
+        OURS: vtw.kl_divergence_loss,
+        f"{OURS}, two reads": mean_of(vtw.kl_divergence),
+        "eager": mean_of(eager),
+        "compiled eager": torch.compile(mean_of(eager), dynamic=False),
+    }
+    peers = {peer: step_of(loss) for peer, loss in losses.items()}
+    for name, dtype in DTYPES.items():
+        rtol = 1e-3 if dtype == torch.float32 else 2e-2  # gradients are rounded to bf16
+        for rows, vocab, title in shapes(device, [(128, 151_936), (4096, 32_000)]):
+            moved, make = 3 * rows * vocab * dtype.itemsize, logits(rows, rows, vocab, dtype, grad=True)
+            yield Case(f"kl loss and gradient of q, {title}, {name}", peers, make, moved, rtol=rtol, grad=True)
 
 
 # KL of two projections: hidden states and weights in.
@@ -156,6 +188,11 @@ def test_forward(measure, case, peer):
 
 @cases(forward_and_backward)
 def test_forward_and_backward(measure, case, peer):
+    measure(case, peer)
+
+
+@cases(training)
+def test_training(measure, case, peer):
     measure(case, peer)
 
 

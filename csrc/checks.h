@@ -191,13 +191,29 @@ inline ScalarType real_type(ScalarType logits) {
 }
 
 inline void check_row_states(const char* argument, const Tensor& x, const std::vector<int64_t>& shape,
-                             const Tensor& logits) {
-  const char* op = "kl_divergence_backward";
+                             const Tensor& logits, const char* op = "kl_divergence_backward") {
   const auto dtype = real_type(logits.scalar_type());
   VTW_REQUIRE(x.scalar_type() == dtype, op, argument, text("dtype ", dtype_name(dtype)), dtype_name(x.scalar_type()));
   VTW_REQUIRE(x.device() == logits.device(), op, argument, "the device of p_logits", "another one");
   VTW_REQUIRE(std::vector<int64_t>(x.sizes().begin(), x.sizes().end()) == shape, op, argument,
               text("shape ", list_text(shape)), shape_text(x));
+}
+
+inline void check_scaled(const std::vector<Tensor>& tensors, const Tensor& factor) {
+  const char* op = "scale_";
+  VTW_REQUIRE(factor.dim() == 0, op, "factor", "a scalar", shape_text(factor));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& x = tensors[i];
+    const std::string argument = text("tensors[", i, "]");
+    const auto dtype = x.scalar_type(), of_factor = factor.scalar_type();
+    const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+    VTW_REQUIRE(half || dtype == ScalarType::Float || dtype == ScalarType::Double, op, argument,
+                "a dtype of fp32, fp16, bf16 or fp64", dtype_name(dtype));
+    VTW_REQUIRE(of_factor == real_type(dtype), op, "factor", text("dtype ", dtype_name(real_type(dtype))),
+                dtype_name(of_factor));
+    VTW_REQUIRE(x.device() == factor.device(), op, argument, "the device of factor", "another one");
+    VTW_REQUIRE(x.is_contiguous(), op, argument, "contiguous memory", shape_text(x));
+  }
 }
 
 // `call` with T as the type of the logits, half precision as each device has it.

@@ -35,6 +35,13 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
       "kl_divergence_backward(Tensor grad_state, Tensor p_logits, Tensor q_logits, Tensor state, float temperature, "
       "bool need_p, bool need_q) -> (Tensor grad_p, Tensor grad_q)");
 
+  // As a loss: the gradient is computed with the divergence, and the backward scales it.
+  m.def("kl_divergence_loss(Tensor p_logits, Tensor q_logits, float temperature=1.0, Tensor? weight=None) -> Tensor");
+  m.def(
+      "kl_divergence_with_gradients(Tensor p_logits, Tensor q_logits, Tensor? weight, float temperature, bool need_p, "
+      "bool need_q) -> (Tensor kl, Tensor grad_p, Tensor grad_q)");
+  m.def("scale_(Tensor(a!)[] tensors, Tensor factor) -> ()");
+
   // KL divergence of two projections: written in Python over the ops above, for every device.
   m.def(
       "linear_kl_divergence(Tensor p_hidden, Tensor p_weight, Tensor q_hidden, Tensor q_weight, "

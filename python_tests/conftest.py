@@ -11,6 +11,7 @@ from vtw_kernels.ops import reference
 
 COMPACTION = ("plan_compaction", "compact", "compact_", "expand", "compact_paged_")
 KL = ("kl_divergence_with_state", "kl_divergence_backward", "merge_kl_states", "kl_from_state")
+KL += ("kl_divergence_with_gradients", "scale_")
 
 
 def with_composites(name: str, ops, **options) -> Backend:

@@ -37,6 +37,8 @@ def valid_calls() -> dict[str, dict[str, Any]]:
     logits = dict(p_logits=torch.randn(2, 1, 7), q_logits=torch.randn(3, 7), temperature=1.0)
     state = torch.rand(2, 3, 5)
     backward = dict(grad_state=state, state=state, need_p=True, need_q=True)
+    weighted = dict(logits, weight=torch.rand(2, 3), temperature=1.0)
+    weighted = {name: weighted[name] for name in ("p_logits", "q_logits", "weight", "temperature")}
     projections = dict(
         p_hidden=torch.randn(2, 1, 4),
         p_weight=torch.randn(7, 4),
@@ -57,6 +59,8 @@ def valid_calls() -> dict[str, dict[str, Any]]:
         "kl_state": logits,
         "kl_divergence_with_state": logits,
         "kl_divergence_backward": logits | backward,
+        "kl_divergence_with_gradients": weighted | dict(need_p=True, need_q=True),
+        "scale_": dict(tensors=[torch.randn(3), torch.randn(2, 2).half()], factor=torch.tensor(2.0)),
         "merge_kl_states": dict(states=[state, state]),
         "kl_from_state": dict(state=state),
         "linear_kl_divergence": projections,
@@ -85,7 +89,9 @@ class Bad:
 
 
 ALL = ("compact", "compact_", "expand")
-KL = ("kl_divergence", "kl_state", "kl_divergence_with_state", "kl_divergence_backward")
+AT_ONCE = ("kl_divergence_with_gradients",)
+KL = ("kl_divergence", "kl_state", "kl_divergence_with_state", "kl_divergence_backward", *AT_ONCE)
+SCALE = ("scale_",)
 BACKWARD = ("kl_divergence_backward",)
 LINEAR = ("linear_kl_divergence",)
 PLAN = ("plan_compaction",)
@@ -248,6 +254,15 @@ BAD = {
     "slope_dtype": Bad(BACKWARD, {"grad_state": zeros(2, 3, 5).double()}, "grad_state", "float32", "float64"),
     "state_shape": Bad(BACKWARD, {"state": zeros(2, 5)}, "state", "[2, 3, 5]", "[2, 5]"),
     "state_dtype_": Bad(BACKWARD, {"state": zeros(2, 3, 5).double()}, "state", "float32", "float64"),
+    # the loss
+    "weight_shape": Bad(AT_ONCE, {"weight": zeros(3)}, "weight", "[2, 3]", "[3]"),
+    "weight_dtype": Bad(AT_ONCE, {"weight": zeros(2, 3).half()}, "weight", "float32", "float16"),
+    "weight_device": Bad(AT_ONCE, {"weight": zeros(2, 3, device="meta")}, "weight", "device", ""),
+    "scaled_dtype": Bad(SCALE, {"tensors[1]": rows(1, 2)}, "tensors[1]", "fp32, fp16, bf16 or fp64", "int32"),
+    "scaled_strides": Bad(SCALE, {"tensors[0]": zeros(2, 3).t()}, "tensors[0]", "contiguous", ""),
+    "scaled_device": Bad(SCALE, {"tensors[1]": zeros(3, device="meta")}, "tensors[1]", "device", ""),
+    "factor_shape": Bad(SCALE, {"factor": zeros(1)}, "factor", "scalar", "[1]"),
+    "factor_dtype": Bad(SCALE, {"tensors[1]": zeros(3).double()}, "factor", "float64", "float32"),
     # projections
     "p_hidden_dtype": Bad(LINEAR, {"p_hidden": zeros(2, 1, 4, dtype=torch.int64)}, "p_hidden", "fp32, fp16", "int64"),
     "p_weight_dtype": Bad(LINEAR, {"p_weight": zeros(7, 4).half()}, "p_weight", "float32 of p_hidden", "float16"),

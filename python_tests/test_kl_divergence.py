@@ -401,7 +401,8 @@ def test_equal_bits_for_any_number_of_threads(host_backend, dtype, rows, vocabul
         kl, state = host_backend.kl_divergence_with_state(p, q, 1.0)
         merged = host_backend.merge_kl_states([state, state])
         grads = host_backend.kl_divergence_backward(torch.ones_like(state), p, q, state, 1.0, True, True)
-        seen.add(tuple(bytes_of(x) for x in (kl, state, merged, *grads)))
+        at_once = host_backend.kl_divergence_with_gradients(p, q, None, 1.0, True, True)
+        seen.add(tuple(bytes_of(x) for x in (kl, state, merged, *grads, *at_once)))
     assert len(seen) == 1
 
 
@@ -549,6 +550,90 @@ def test_equal_rows_have_no_gradient():
     q = p.detach().clone().requires_grad_()
     vtw.kl_divergence(p, q).sum().backward()
     assert p.grad.abs().max() < 1e-8 and q.grad.abs().max() < 1e-8
+
+
+# --- gradients with the divergence ----------------------------------------------------------------
+
+
+WEIGHTS = [0.5, -2.0, 1.0, 3.0, 0.25]
+
+
+def at_once(backend, p, q, weight, temperature=1.0, need_p=True, need_q=True):
+    """Equal bits in every call."""
+    runs = [backend.kl_divergence_with_gradients(p, q, weight, temperature, need_p, need_q) for _ in range(2)]
+    assert [bytes_of(x) for x in runs[0]] == [bytes_of(x) for x in runs[1]]
+    assert all(x.is_contiguous() for x in runs[0])
+    return runs[0]
+
+
+@over_dtypes
+@pytest.mark.parametrize(
+    "rows, vocabulary, temperature",
+    [(5, 17, 0.5), (5, 16, 3.0), (4, 1032, 1.0), (4, 1031, 0.7), (2, 16384, 1.0), (0, 8, 1.0), (4, 0, 1.0)],
+)
+def test_with_gradients(backend, dtype, rows, vocabulary, temperature):
+    """Rows of whole vectors, or not, in one block or in a cluster; against fp64, each gradient wanted or not."""
+    p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
+    q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
+    expected, grads = kl_oracle(p, q, temperature), grad_oracle(p, q, temperature)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    calls = (True, True, None), (True, False, WEIGHTS[:rows]), (False, True, WEIGHTS[:rows])
+    for need_p, need_q, weights in calls if vocabulary < 10_000 else calls[:1]:
+        weight = None if weights is None else torch.tensor(weights, dtype=real, device=backend.device)
+        kl, *actual = at_once(backend, p, q, weight, temperature, need_p, need_q)
+        assert_kl(kl, expected, dtype)
+        factors = np.array([1 / max(1, rows)] * rows if weights is None else weights)[:, None]
+        for needed, grad, (want, size) in zip((need_p, need_q), actual, grads):
+            assert grad.dtype == dtype
+            if needed:
+                assert grad.shape == p.shape
+                assert_grad(grad, (want * factors, size * np.abs(factors)), dtype)
+            else:
+                assert grad.numel() == 0
+
+
+def test_with_gradients_of_special_values(backend, dtype=torch.bfloat16, vocabulary=264):
+    """The gradients are what two calls give; and where a row weighs nothing, it has none, whatever it holds."""
+    rows = special_rows(vocabulary, dtype).values()
+    p, q = (torch.stack([row[i] for row in rows]).to(backend.device) for i in (0, 1))
+    expected = kl_oracle(p, q)
+    ones = torch.ones(len(rows), device=backend.device)
+    kl, *grads = backend.kl_divergence_with_gradients(p, q, ones, 1.0, True, True)
+    assert_kl(kl, expected, dtype)
+    for grad, want in zip(grads, gradients(backend, p, q)):
+        torch.testing.assert_close(grad, want, equal_nan=True)
+    finite = torch.from_numpy(np.isfinite(expected.kl)).to(backend.device)
+    _, *masked = backend.kl_divergence_with_gradients(p, q, finite.float(), 1.0, True, True)
+    for grad, want in zip(masked, grads):
+        assert (grad[~finite] == 0).all() and torch.equal(grad[finite], want[finite])
+
+
+@over_dtypes
+def test_with_gradients_of_strided_and_broadcast_logits(backend, dtype):
+    p = logits((1, 104, 3), dtype, device=backend.device).transpose(1, 2)
+    q = logits((2, 1, 208), dtype, seed=1, device=backend.device)[..., ::2]
+    weight = logits((2, 1), torch.float64 if dtype == torch.float64 else torch.float32, 1.0, 2, backend.device)
+    actual = at_once(backend, p, q, weight.expand(2, 3))
+    plain = [x.expand(2, 3, 104).contiguous() for x in (p, q)]
+    for x, y in zip(actual, at_once(backend, *plain, weight.expand(2, 3).contiguous())):
+        torch.testing.assert_close(x, y)
+
+
+@over_dtypes
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 4099])
+def test_scale(backend, dtype, size):
+    """1 changes no bit; what lies around is not touched. Triton's interpreter cuts to bf16 where a GPU rounds."""
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    memory = logits(size + 2, dtype, device=backend.device)
+    for begin in (0, 1):  # from a multiple of 16 bytes and not
+        for by in (1.0, 0.3, 0.0):
+            scaled, expected = memory.clone(), memory.clone()
+            expected[begin : begin + size] = (memory[begin : begin + size].to(real) * by).to(dtype)
+            backend.scale_([scaled[begin : begin + size]], torch.tensor(by, dtype=real, device=backend.device))
+            rtol = torch.finfo(dtype).eps if by == 0.3 else 0
+            torch.testing.assert_close(scaled, expected, rtol=rtol, atol=0)
+            assert torch.equal(scaled[:begin], memory[:begin])
+            assert torch.equal(scaled[begin + size :], memory[begin + size :])
 
 
 # --- everything at random -------------------------------------------------------------------------

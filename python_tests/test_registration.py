@@ -27,6 +27,9 @@ NAMES = [
         "kl_from_state",
         "kl_divergence_with_state",
         "kl_divergence_backward",
+        "kl_divergence_with_gradients",
+        "kl_divergence_loss",
+        "scale_",
     ),
     *("linear_kl_divergence", "linear_kl_divergence_with_state", "linear_kl_divergence_backward"),
 ]
@@ -111,6 +114,20 @@ def samples() -> dict[str, list[tuple]]:
             (state(3), normal(1, 7), normal(3, 7, seed=1), state(3), 0.5, True, False),
             (state(3), normal(3, 7).half(), normal(7).half(), state(3), 0.5, False, True),
         ],
+        "kl_divergence_with_gradients": [
+            (p.detach(), q.detach(), weight, t, *needs)
+            for (p, q, t), weight, needs in zip(
+                pairs,
+                (None, normal(3), normal(2, 3), None, None, normal(0), normal(4)),
+                ((True, True), (True, False), (False, True), (False, False)) * 2,
+            )
+        ],
+        "kl_divergence_loss": [*pairs[:5], pairs[6], (*pairs[1], normal(3)), (*pairs[2], normal(2, 3))],
+        "scale_": [
+            ([normal(3, 7), normal(5).bfloat16()], normal()),
+            ([normal(4, dtype=torch.float64)], torch.ones((), dtype=torch.float64)),
+            ([], normal()),
+        ],
         "merge_kl_states": [
             ([state(3)],),
             ([state(2, 3), state(2, 3)],),
@@ -150,6 +167,7 @@ def test_schemas():
         'str layout="NHD") -> Tensor',
         "kl_divergence": pair,
         "kl_state": pair,
+        "kl_divergence_loss": pair.replace(")", ", Tensor? weight=None)", 1),
         "merge_kl_states": "(Tensor[] states) -> Tensor",
         "kl_from_state": "(Tensor state) -> Tensor",
         "linear_kl_divergence": "(Tensor p_hidden, Tensor p_weight, Tensor q_hidden, Tensor q_weight, "
@@ -188,6 +206,10 @@ def sharded_kl(p, q):
     return vtw.kl_from_state(vtw.merge_kl_states(states))
 
 
+def weighted_loss(p, q):
+    return vtw.kl_divergence_loss(p, q, 2.0, torch.tensor([1.0, 0.0, -2.0]))
+
+
 @pytest.fixture(params=["aot_eager", "inductor"])
 def compiled(request):
     torch._dynamo.reset()
@@ -214,7 +236,7 @@ def test_compile_in_place_on_inputs(compiled):
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 
 
-@pytest.mark.parametrize("function", [vtw.kl_divergence, sharded_kl], ids=["whole", "sharded"])
+@pytest.mark.parametrize("function", [vtw.kl_divergence, sharded_kl, weighted_loss], ids=lambda x: x.__name__)
 def test_compile_kl(compiled, function):
     grads = []
     for run in (compiled(function), function):
@@ -261,7 +283,8 @@ class Withdrawing(torch.nn.Module):
     def forward(self, hidden, positions, keys, values, keep):
         wide, *rest = withdraw_step(hidden, positions, keys, values, keep)
         linear = vtw.linear_kl_divergence(wide, keys[0, 0, :, :3], hidden[:1], values[0, 0, :, :3], chunk=5)
-        return vtw.kl_divergence(wide, hidden[:1], 0.5), sharded_kl(hidden, wide), linear, *rest
+        loss = vtw.kl_divergence_loss(wide, hidden, 0.5)
+        return vtw.kl_divergence(wide, hidden[:1], 0.5), sharded_kl(hidden, wide), linear, loss, *rest
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -318,12 +341,14 @@ def test_fakes(device, grad):
             (5, 7, 100, torch.float16, device),
             (0, torch.float16, device),
         ]
+        loss = vtw.kl_divergence_loss(p, q, 2.0, torch.empty(5, 7, dtype=torch.bool, **on))
+        assert (*loss.shape, loss.dtype, loss.device.type) == (torch.float32, device)
         hidden = torch.empty(7, 16, dtype=torch.bfloat16, requires_grad=grad, **on)
         weight = torch.empty(100, 16, dtype=torch.bfloat16, requires_grad=grad, **on)
         linear = vtw.linear_kl_divergence(hidden.unsqueeze(1), weight, hidden, weight)
         assert (*linear.shape, linear.dtype, linear.device.type) == (7, 7, torch.float32, device)
         if grad:
-            (kl.sum() + out[0].sum() + linear.sum()).backward()
+            (kl.sum() + out[0].sum() + linear.sum() + loss).backward()
             leaves = (p, q, tensors[0], hidden, weight)
             assert [(x.grad.shape, x.grad.dtype) for x in leaves] == [(x.shape, x.dtype) for x in leaves]
 
@@ -387,11 +412,11 @@ vtw.compact_paged_([torch.zeros(2, 2, 1, 1)], pages, pages[0, :1] + 3, torch.one
 p = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
 q = p.detach().flip(-1)
 kl = vtw.kl_from_state(vtw.merge_kl_states([vtw.kl_state(p, q)])) + vtw.kl_divergence(p, q)
-kl = kl + vtw.linear_kl_divergence(p, torch.eye(3), q, torch.eye(3))
+kl = kl + vtw.linear_kl_divergence(p, torch.eye(3), q, torch.eye(3)) + vtw.kl_divergence_loss(p, q)
 (kl.sum() + z.sum()).backward()
 print(y.flatten().tolist(), round(kl.item(), 5), x.grad.flatten().tolist())
 """
-EXPECTED = "[0.0, 2.0] 3.45126 [1.0, 0.0, 1.0, 0.0]"
+EXPECTED = "[0.0, 2.0] 4.60168 [1.0, 0.0, 1.0, 0.0]"
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -121,6 +121,25 @@ def test_vmap_of_the_backward(p_rows, q_rows, wanted, function):
     torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*one_by_one))), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", BATCHES)
+def test_vmap_of_the_loss(name):
+    p, q, in_dims = pair_of(name)
+    p, q = p.requires_grad_(), q.requires_grad_()
+    runs = [f(vtw.kl_divergence_loss, in_dims) for f in (lambda *a: vmap(*a)(p, q), lambda *a: loop(*a, p, q))]
+    grads = [torch.autograd.grad((loss * torch.arange(len(loss))).sum(), (p, q)) for loss in runs]
+    torch.testing.assert_close(*runs)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+def test_vmap_of_a_weighted_loss():
+    p, q, weights = logits((3, VOCABULARY)), logits((3, VOCABULARY), seed=1), logits((4, 3), scale=1.0, seed=2)
+    weights[0, 0], p[0, 0] = 0.0, float("nan")
+    weighted = lambda weight: vtw.kl_divergence_loss(p, q, 2.0, weight)
+    expected = torch.stack([weighted(weight) for weight in weights])
+    torch.testing.assert_close(vmap(weighted)(weights), expected, equal_nan=True)
+    assert expected.isnan().tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_vmap_in_a_graph(backend):
     p, q, in_dims = pair_of("different_ranks")
@@ -136,7 +155,7 @@ def test_vmap_in_a_graph(backend):
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda x: str(x)[6:]
 )
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])
-@pytest.mark.parametrize("function", [vtw.kl_divergence, sharded, reference.kl_divergence])
+@pytest.mark.parametrize("function", [vtw.kl_divergence, sharded, reference.kl_divergence, vtw.kl_divergence_loss])
 def test_autocast_changes_nothing(function, dtype, autocast):
     """Logits are taken as they come: fp32 ones are not rounded, low precision is computed in fp32 as ever."""
     p, q = (logits((3, VOCABULARY), dtype, seed=seed).requires_grad_() for seed in (0, 1))

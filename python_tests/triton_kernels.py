@@ -78,13 +78,19 @@ KERNELS = {
         )
         for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4))
     },
+    "scale": (
+        kl_divergence.scale_kernel,
+        {"ptr": "*bf16", "count": "i32", "tiles": "i32", "factor_ptr": "*fp32"},
+        {"TILE": kl_divergence.SCALED},
+    ),
     "merge": (
         kl_divergence.merge_kernel,
         dict.fromkeys(("parts_ptr", "state_ptr", "kl_ptr"), "*fp32") | {"parts": "i32", "inverse_bits": "i64"},
         {"MERGED": kl_divergence.MERGED},
     ),
 }
-WARPS = {"merge": 1} | {name: kl_divergence.WARPS for name in KERNELS if name.startswith(("span", "gradient"))}
+OF_LOGITS = ("span", "gradient", "scale")
+WARPS = {"merge": 1} | {name: kl_divergence.WARPS for name in KERNELS if name.startswith(OF_LOGITS)}
 
 
 def machine_code(name: str, arch: int, folder: Path) -> str:

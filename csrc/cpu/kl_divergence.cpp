@@ -392,6 +392,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   return {kl, state};
 }
 
+// By the gradient of its state. Such a row has no gradient, not even that of a NaN.
+template <typename R>
+bool counts_for_nothing(const R* g) {
+  return g[1] == 0 && g[2] == 0 && g[4] == 0;
+}
+
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_logits, const Tensor& q_logits,
                                     const Tensor& state, double temperature, bool need_p, bool need_q) {
@@ -415,14 +421,97 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
 
   const BackwardFn<T> segment_fn = choose_backward<T>();
   for_each_segment(pairs, [&](int64_t row, int64_t segment) {
-    const Slope<R> slope(state_data + row * 5, slope_data + row * 5, static_cast<R>(temperature));
     const int64_t begin = segment * kSegment;
     const int64_t count = std::min(kSegment, pairs.vocabulary - begin);
     const int64_t at = row * pairs.vocabulary + begin;
+    if (counts_for_nothing(slope_data + row * 5)) {
+      if (to_p) std::fill_n(to_p + at, count, T(0));
+      if (to_q) std::fill_n(to_q + at, count, T(0));
+      return;
+    }
+    const Slope<R> slope(state_data + row * 5, slope_data + row * 5, static_cast<R>(temperature));
     segment_fn(p + pairs.p_offsets[row] + begin, q + pairs.q_offsets[row] + begin, count, slope,
                to_p ? to_p + at : nullptr, to_q ? to_q + at : nullptr);
   });
   return {grad_p, grad_q};
+}
+
+// --- forward and backward at once
+// ---------------------------------------------------------------------------------------
+
+// The gradient of the state `s` of a row that weighs `weight` in the loss. The maxima get none: what the divergence
+// gains through them it loses through the exponentials that they scale.
+template <typename R>
+void weigh_row(const R* s, R weight, R* gradient) {
+  const R values[5] = {0, -weight / s[1] * (s[2] / s[1] + 1), weight / s[1], 0, weight / s[4]};
+  for (int i = 0; i < 5; ++i) gradient[i] = weight == 0 ? R(0) : values[i];
+}
+
+// The divergence and the gradients of Σ weight·KL; without weights, of the mean. A thread takes whole rows, so that the
+// backward of a row finds it in the cache. Where there are fewer rows than threads, the caches have room for all of
+// them.
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const Tensor& q_logits,
+                                                  const std::optional<Tensor>& weight, double temperature, bool need_p,
+                                                  bool need_q) {
+  using R = Real<T>;
+  const RowPairs pairs(p_logits, q_logits);
+  const auto type = real_type(p_logits.scalar_type());
+  if (weight) check_row_states("weight", *weight, pairs.shape, p_logits, "kl_divergence_with_gradients");
+  const Tensor weights = weight ? torch::stable::contiguous(*weight) : allocate(p_logits, {0}, type);
+  const R* each = weight ? static_cast<const R*>(weights.const_data_ptr()) : nullptr;
+  const R mean = static_cast<R>(1.0 / pairs.rows);
+  const auto weight_of = [&](int64_t row) { return each ? each[row] : mean; };
+
+  if (!(need_p || need_q) || pairs.rows < torch::stable::get_num_threads()) {
+    auto [kl, state] = forward<T>(p_logits, q_logits, temperature, type);
+    Tensor slopes = allocate(state, {state.sizes().begin(), state.sizes().end()});
+    const auto* from = static_cast<const R*>(state.const_data_ptr());
+    auto* to = static_cast<R*>(slopes.mutable_data_ptr());
+    for (int64_t row = 0; row < pairs.rows; ++row) weigh_row(from + row * 5, weight_of(row), to + row * 5);
+    auto [grad_p, grad_q] = backward<T>(slopes, p_logits, q_logits, state, temperature, need_p, need_q);
+    return {kl, grad_p, grad_q};
+  }
+
+  std::vector<int64_t> shape = pairs.shape;
+  Tensor kl = allocate(p_logits, shape, type);
+  shape.push_back(pairs.vocabulary);
+  const std::vector<int64_t> nothing{0};
+  Tensor grad_p = allocate(p_logits, need_p ? shape : nothing);
+  Tensor grad_q = allocate(q_logits, need_q ? shape : nothing);
+  const auto* p_data = static_cast<const T*>(pairs.p.const_data_ptr());
+  const auto* q_data = static_cast<const T*>(pairs.q.const_data_ptr());
+  auto* kl_data = static_cast<R*>(kl.mutable_data_ptr());
+  auto* grad_p_data = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
+  auto* grad_q_data = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
+  const ForwardFn<T> forward_fn = choose_forward<T>();
+  const BackwardFn<T> backward_fn = choose_backward<T>();
+
+  const auto work = [&](int64_t row) {
+    const T *p = p_data + pairs.p_offsets[row], *q = q_data + pairs.q_offsets[row];
+    const int64_t n = pairs.vocabulary;
+    State whole;
+    for (int64_t i = 0; i < n; i += kSegment) {
+      whole.merge(forward_fn(p + i, q + i, std::min(kSegment, n - i), 1.0 / temperature));
+    }
+    kl_data[row] = static_cast<R>(whole.divergence());
+    T* to_p = grad_p_data ? grad_p_data + row * n : nullptr;
+    T* to_q = grad_q_data ? grad_q_data + row * n : nullptr;
+    const R state[5] = {R(whole.m_p), R(whole.z_p), R(whole.a), R(whole.m_q), R(whole.z_q)};
+    R gradient[5];
+    weigh_row(state, weight_of(row), gradient);
+    if (counts_for_nothing(gradient)) {
+      if (to_p) std::fill_n(to_p, n, T(0));
+      if (to_q) std::fill_n(to_q, n, T(0));
+    } else {
+      backward_fn(p, q, n, Slope<R>(state, gradient, static_cast<R>(temperature)), to_p, to_q);
+    }
+  };
+  const int64_t grain = std::max<int64_t>(1, kSegment / std::max<int64_t>(1, pairs.vocabulary));
+  torch::stable::parallel_for(0, pairs.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) work(row);
+  });
+  return {kl, grad_p, grad_q};
 }
 
 // --- ops -------------------------------------------------------------------------------------------------------------
@@ -441,6 +530,31 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, cons
   check_logits("kl_divergence_backward", p_logits, q_logits, temperature);
   VTW_DISPATCH_LOGITS(p_logits.scalar_type(), Half, BFloat16,
                       backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
+}
+
+std::tuple<Tensor, Tensor, Tensor> kl_divergence_with_gradients(const Tensor& p_logits, const Tensor& q_logits,
+                                                                const std::optional<Tensor>& weight, double temperature,
+                                                                bool need_p, bool need_q) {
+  check_logits("kl_divergence_with_gradients", p_logits, q_logits, temperature);
+  VTW_DISPATCH_LOGITS(p_logits.scalar_type(), Half, BFloat16,
+                      with_gradients<T>(p_logits, q_logits, weight, temperature, need_p, need_q));
+}
+
+template <typename T>
+void scale(const Tensor& x, const Tensor& factor) {
+  const Real<T> by = *static_cast<const Real<T>*>(factor.const_data_ptr());
+  if (by == 1) return;
+  auto* data = static_cast<T*>(x.mutable_data_ptr());
+  torch::stable::parallel_for(0, x.numel(), kSegment, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) data[i] = static_cast<T>(data[i] * by);
+  });
+}
+
+void scale_(const std::vector<Tensor>& tensors, const Tensor& factor) {
+  check_scaled(tensors, factor);
+  for (const Tensor& x : tensors) {
+    [&] { VTW_DISPATCH_LOGITS(x.scalar_type(), Half, BFloat16, scale<T>(x, factor)); }();
+  }
 }
 
 template <typename R>
@@ -493,6 +607,8 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CPU, m) {
   if (!vtw::backend_enabled("cpu")) return;
   m.impl("kl_divergence_with_state", TORCH_BOX(&vtw::kl_divergence_with_state));
   m.impl("kl_divergence_backward", TORCH_BOX(&vtw::kl_divergence_backward));
+  m.impl("kl_divergence_with_gradients", TORCH_BOX(&vtw::kl_divergence_with_gradients));
+  m.impl("scale_", TORCH_BOX(&vtw::scale_));
   m.impl("merge_kl_states", TORCH_BOX(&vtw::merge_kl_states));
   m.impl("kl_from_state", TORCH_BOX(&vtw::kl_from_state));
 }

@@ -123,6 +123,52 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   return {grad_p, grad_q};
 }
 
+// The divergence and the gradients of Σ weight·KL (without weights, of the mean), in one read of the logits where a
+// cluster has room for a pair of rows, and otherwise in two.
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const Tensor& q_logits,
+                                                  const std::optional<Tensor>& weight, double temperature, bool need_p,
+                                                  bool need_q) {
+  using R = kl::Real<T>;
+  const char* op = "kl_divergence_with_gradients";
+  const OnDeviceOf on(p_logits);
+  std::vector<int64_t> shape;
+  const auto pairs = pairs_of<T>(op, p_logits, q_logits, shape);
+  if (weight) check_row_states("weight", *weight, shape, p_logits, op);
+  const auto type = real_type(p_logits.scalar_type());
+  const Tensor weights = weight ? torch::stable::contiguous(*weight) : allocate(p_logits, {0}, type);
+  const kl::Weights<R> of_rows{weight ? static_cast<const R*>(weights.const_data_ptr()) : nullptr,
+                               static_cast<R>(1.0 / pairs.rows)};
+  std::vector<int64_t> full = shape;
+  full.push_back(pairs.vocabulary);
+  const std::vector<int64_t> nothing{0};
+  Tensor grad_p = allocate(p_logits, need_p ? full : nothing);
+  Tensor grad_q = allocate(q_logits, need_q ? full : nothing);
+  T* const to_p = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
+  T* const to_q = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
+
+  const uint32_t blocks = need_p || need_q ? kl::choose_cluster(pairs, current_device()) : 0;
+  if (blocks > 0) {
+    Tensor result = allocate(p_logits, shape, type);
+    kl::ForwardBackward<T> f{pairs, temperature};
+    f.blocks = blocks;
+    f.kl = static_cast<R*>(result.mutable_data_ptr());
+    f.weights = of_rows;
+    f.grad_p = to_p;
+    f.grad_q = to_q;
+    kl::forward_backward(f, on.stream);
+    return {result, grad_p, grad_q};
+  }
+  const auto [result, state] = forward<T>(p_logits, q_logits, temperature);
+  kl::Backward<T> b{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, current_device(), false), temperature};
+  b.state = states_of<R>(state);
+  b.weights = of_rows;
+  b.grad_p = to_p;
+  b.grad_q = to_q;
+  if (need_p || need_q) kl::backward(b, on.stream);
+  return {result, grad_p, grad_q};
+}
+
 std::tuple<Tensor, Tensor> kl_divergence_with_state(const Tensor& p_logits, const Tensor& q_logits,
                                                     double temperature) {
   check_logits("kl_divergence", p_logits, q_logits, temperature);
@@ -135,6 +181,28 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, cons
   check_logits("kl_divergence_backward", p_logits, q_logits, temperature);
   VTW_DISPATCH_LOGITS(p_logits.scalar_type(), __half, __nv_bfloat16,
                       backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
+}
+
+std::tuple<Tensor, Tensor, Tensor> kl_divergence_with_gradients(const Tensor& p_logits, const Tensor& q_logits,
+                                                                const std::optional<Tensor>& weight, double temperature,
+                                                                bool need_p, bool need_q) {
+  check_logits("kl_divergence_with_gradients", p_logits, q_logits, temperature);
+  VTW_DISPATCH_LOGITS(p_logits.scalar_type(), __half, __nv_bfloat16,
+                      with_gradients<T>(p_logits, q_logits, weight, temperature, need_p, need_q));
+}
+
+template <typename T>
+void scale(const Tensor& x, const Tensor& factor, cudaStream_t stream) {
+  kl::scale(static_cast<T*>(x.mutable_data_ptr()), x.numel(), static_cast<const kl::Real<T>*>(factor.const_data_ptr()),
+            current_device(), stream);
+}
+
+void scale_(const std::vector<Tensor>& tensors, const Tensor& factor) {
+  check_scaled(tensors, factor);
+  const OnDeviceOf on(factor);
+  for (const Tensor& x : tensors) {
+    [&] { VTW_DISPATCH_LOGITS(x.scalar_type(), __half, __nv_bfloat16, scale<T>(x, factor, on.stream)); }();
+  }
 }
 
 template <typename R>
@@ -185,6 +253,8 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CUDA, m) {
   if (!vtw::backend_enabled("cuda")) return;
   m.impl("kl_divergence_with_state", TORCH_BOX(&vtw::cuda::kl_divergence_with_state));
   m.impl("kl_divergence_backward", TORCH_BOX(&vtw::cuda::kl_divergence_backward));
+  m.impl("kl_divergence_with_gradients", TORCH_BOX(&vtw::cuda::kl_divergence_with_gradients));
+  m.impl("scale_", TORCH_BOX(&vtw::cuda::scale_));
   m.impl("merge_kl_states", TORCH_BOX(&vtw::cuda::merge_kl_states));
   m.impl("kl_from_state", TORCH_BOX(&vtw::cuda::kl_from_state));
 }

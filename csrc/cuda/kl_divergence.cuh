@@ -462,11 +462,13 @@ struct Forward {
 
 // What a row amounts to, once the temperature is applied.
 template <typename R>
-__device__ State<double> write_row(const State<R>& s, double temperature, R* kl, State<R>* state) {
-  const State<double> scaled{s.m_p / temperature, s.z_p, s.a / temperature, s.m_q / temperature, s.z_q};
-  *kl = static_cast<R>(divergence(scaled));
-  *state = {R(scaled.m_p), R(scaled.z_p), R(scaled.a), R(scaled.m_q), R(scaled.z_q)};
-  return scaled;
+__device__ State<double> apply(double temperature, const State<R>& s) {
+  return {s.m_p / temperature, s.z_p, s.a / temperature, s.m_q / temperature, s.z_q};
+}
+
+template <typename R>
+__device__ State<R> rounded(const State<double>& s) {
+  return {R(s.m_p), R(s.z_p), R(s.a), R(s.m_q), R(s.z_q)};
 }
 
 template <typename T>
@@ -499,7 +501,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const 
     for (uint32_t i = threadIdx.x; i < f.grid.chunks; i += kWarp) whole = merge(whole, partial[i], scale);
     whole = warp_merge(whole, scale);
   }
-  if (threadIdx.x == 0) write_row(whole, f.temperature, &f.kl[row], &f.state[row]);
+  if (threadIdx.x == 0) {
+    const State<double> s = apply(f.temperature, whole);
+    f.kl[row] = static_cast<R>(divergence(s));
+    f.state[row] = rounded<R>(s);
+  }
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -509,6 +515,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const 
 template <typename R>
 struct Slope {
   R m_p, m_q, g_zp, g_a, g_zq, inverse, scale;
+  bool none;  // a row that counts for nothing has no gradient, not even that of a NaN
 
   // `gradient` is that of the state.
   __device__ Slope(const State<R>& state, const State<R>& gradient, double temperature)
@@ -516,7 +523,8 @@ struct Slope {
         g_a(gradient.a),
         g_zq(gradient.z_q),
         inverse(1 / static_cast<R>(temperature)),
-        scale(static_cast<R>(kLog2e) * inverse) {
+        scale(static_cast<R>(kLog2e) * inverse),
+        none(g_zp == 0 && g_a == 0 && g_zq == 0) {
     // The state's maxima are those of the scaled logits. Where all is -inf any finite number will do: e^x is 0.
     m_p = state.m_p == R(-INFINITY) ? R(0) : state.m_p * static_cast<R>(temperature);
     m_q = state.m_q == R(-INFINITY) ? R(0) : state.m_q * static_cast<R>(temperature);
@@ -530,11 +538,26 @@ struct Slope {
       const R e_p = power_of_2((x[i] - m_p) * scale);
       const R e_q = power_of_2((y[i] - m_q) * scale);
       const R g = g_zp + g_a * ((x[i] - y[i]) * inverse + 1);
-      round_to(dp[i], e_p == 0 ? R(0) : inverse * g * e_p);
-      round_to(dq[i], inverse * (g_zq * e_q - g_a * e_p));
+      round_to(dp[i], none || e_p == 0 ? R(0) : inverse * g * e_p);
+      round_to(dq[i], none ? R(0) : inverse * (g_zq * e_q - g_a * e_p));
     }
     if (to_p) store(to_p, dp);
     if (to_q) store(to_q, dq);
+  }
+};
+
+// What the rows weigh in the loss.
+template <typename R>
+struct Weights {
+  const R* each = nullptr;  // [rows]; or null, and then
+  R all = 0;
+
+  // The gradient of a row's state. The maxima get none: what the divergence gains through them it loses through the
+  // exponentials that they scale.
+  __device__ State<R> gradient(uint32_t row, const State<R>& s) const {
+    const R weight = each ? each[row] : all;
+    if (weight == 0) return {0, 0, 0, 0, 0};
+    return {0, -weight / s.z_p * (s.a / s.z_p + 1), weight / s.z_p, 0, weight / s.z_q};
   }
 };
 
@@ -543,8 +566,10 @@ struct Backward {
   Pairs<T> pairs;
   Grid grid;
   double temperature;
-  const State<Real<T>>*state, *gradient;  // [rows]; the second is the gradient of the first
-  T *grad_p, *grad_q;                     // [rows, V], or null
+  const State<Real<T>>* state;     // [rows]
+  const State<Real<T>>* gradient;  // [rows], of the state; or null, and then that of the divergence:
+  Weights<Real<T>> weights;
+  T *grad_p, *grad_q;  // [rows, V], or null
 };
 
 template <typename T>
@@ -553,10 +578,112 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_kernel(const
   const int64_t at = row * b.pairs.vocabulary;
   T* const to_p = b.grad_p ? b.grad_p + at : nullptr;
   T* const to_q = b.grad_q ? b.grad_q + at : nullptr;
-  const Slope<Real<T>> slope(b.state[row], b.gradient[row], b.temperature);
+  const State<Real<T>> state = b.state[row];
+  const Slope<Real<T>> slope(state, b.gradient ? b.gradient[row] : b.weights.gradient(row, state), b.temperature);
   visit_pairs(Row<T>(b.pairs, row), to_p ? to_p : to_q, begin, end, [&](int64_t i, const auto& x, const auto& y) {
     slope.write(x, y, to_p ? to_p + i : nullptr, to_q ? to_q + i : nullptr);
   });
+}
+
+// --- forward and backward at once ------------------------------------------------------------------------------------
+
+constexpr int kFusedThreads = 512;
+constexpr unsigned kGroups = 4;  // in which the vectors of a row arrive, so that the first are summed before the last
+
+template <typename T>
+struct ForwardBackward {
+  Pairs<T> pairs;
+  double temperature;
+  Exponent<Real<T>> exponent{temperature};
+  uint32_t blocks;   // for each row: a cluster
+  uint32_t vectors;  // for each block
+  Real<T>* kl;       // [rows]
+  Weights<Real<T>> weights;
+  T *grad_p, *grad_q;  // [rows, V], or null
+};
+
+// Reads the logits once: the blocks of a row keep it in their shared memory, from the sums to the gradients. For rows
+// of whole and aligned vectors.
+template <typename T>
+__global__ void __launch_bounds__(kFusedThreads, sizeof(T) == 8 ? 1 : 2)
+    forward_backward_kernel(const __grid_constant__ ForwardBackward<T> f) {
+  using R = Real<T>;
+  VTW_DYNAMIC_SHARED(uint4, slots);  // of p, then of q
+  const uint32_t row = blockIdx.x / f.blocks, block = blockIdx.x % f.blocks;
+  const int64_t first = block * int64_t(f.vectors), left = f.pairs.vocabulary / kLanes<T> - first;
+  const unsigned count = static_cast<unsigned>(max(min(left, int64_t(f.vectors)), int64_t(0)));
+  const Row<T> logits(f.pairs, row);
+  const T* const p = logits.p + first * kLanes<T>;
+  const T* const q = logits.q + first * kLanes<T>;
+
+  // A thread reads only what it has fetched itself, so nobody waits for others.
+  const unsigned group = (count + kGroups * blockDim.x - 1) / (kGroups * blockDim.x) * blockDim.x;
+  const auto visit_group = [&](unsigned g, const auto& visit) {
+    for (unsigned i = g * group + threadIdx.x; i < min((g + 1) * group, count); i += blockDim.x) visit(i);
+  };
+  for (unsigned g = 0; g < kGroups; ++g) {
+    visit_group(g, [&](unsigned i) {
+      __pipeline_memcpy_async(&slots[i], p + i * int64_t(kLanes<T>), sizeof(uint4));
+      __pipeline_memcpy_async(&slots[f.vectors + i], q + i * int64_t(kLanes<T>), sizeof(uint4));
+    });
+    __pipeline_commit();
+  }
+  Sums<R> sums(f.exponent);
+  for (unsigned g = 0; g < kGroups; ++g) {
+    __pipeline_wait_prior(kGroups - 1 - g);
+    visit_group(g, [&](unsigned i) {
+      R x[kLanes<T>], y[kLanes<T>];
+      unpack<T>(slots[i], x);
+      unpack<T>(slots[f.vectors + i], y);
+      sums.add(x, y);
+    });
+  }
+  State<R> whole = block_merge(sums.state(), f.exponent.scale);
+  if (f.blocks > 1) whole = cluster_merge(whole, f.exponent.scale);
+
+  __shared__ State<R> of_row;
+  if (threadIdx.x == 0) {
+    const State<double> s = apply(f.temperature, whole);
+    of_row = rounded<R>(s);
+    if (block == 0) f.kl[row] = static_cast<R>(divergence(s));
+  }
+  __syncthreads();  // of_row is there
+  const Slope<R> slope(of_row, f.weights.gradient(row, of_row), f.temperature);
+  const int64_t at = row * f.pairs.vocabulary + first * kLanes<T>;
+  for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
+    R x[kLanes<T>], y[kLanes<T>];
+    unpack<T>(slots[i], x);
+    unpack<T>(slots[f.vectors + i], y);
+    const int64_t to = at + i * int64_t(kLanes<T>);
+    slope.write(x, y, f.grad_p ? f.grad_p + to : nullptr, f.grad_q ? f.grad_q + to : nullptr);
+  }
+}
+
+// Gradients that are there already, times what comes from above. Most often that is 1, and nothing has to be done: only
+// the device knows.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* x, int64_t count, const Real<T>* factor) {
+  using R = Real<T>;
+  const R by = *factor;
+  if (by == 1) return;
+  const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+  const auto scale = [&](const auto& from, auto* to) {
+    constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(from)>>;
+    T scaled[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) round_to(scaled[i], from[i] * by);
+    store(to, scaled);
+  };
+  const int64_t vectors = misalignment(x) == 0 ? count / kLanes<T> : 0;
+  for (int64_t i = first; i < vectors; i += step) {
+    R from[kLanes<T>];
+    unpack<T>(__ldcg(reinterpret_cast<const uint4*>(x) + i), from);
+    scale(from, x + i * kLanes<T>);
+  }
+  for (int64_t i = vectors * kLanes<T> + first; i < count; i += step) {
+    const R from[] = {to_real(x[i])};
+    scale(from, x + i);
+  }
 }
 
 // --- states as tensors -----------------------------------------------------------------------------------------------
@@ -579,7 +706,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const State<R> s = list.states[i][row];
     whole = merge(whole, State<double>{s.m_p, s.z_p, s.a, s.m_q, s.z_q}, kLog2e);
   }
-  to[row] = {R(whole.m_p), R(whole.z_p), R(whole.a), R(whole.m_q), R(whole.z_q)};
+  to[row] = rounded<R>(whole);
 }
 
 template <typename R>
@@ -640,6 +767,44 @@ template <typename T>
 void backward(const Backward<T>& b, cudaStream_t stream) {
   if (b.pairs.rows == 0 || b.pairs.vocabulary == 0) return;
   launch(backward_kernel<T>, b.pairs.rows * b.grid.chunks, b.grid.threads, stream, b);
+}
+
+// The smallest cluster in whose shared memory a pair of rows has room, and with it that of another cluster, so that one
+// computes while the other waits for memory; at worst without the other. 0: the rows aren't aligned, or too long, or so
+// few that they stay in the L2 cache from one kernel to the next, where every multiprocessor has a part of them.
+template <typename T>
+uint32_t choose_cluster(const Pairs<T>& pairs, const Device& device) {
+  int64_t bits = reinterpret_cast<uintptr_t>(pairs.p) | reinterpret_cast<uintptr_t>(pairs.q);
+  bits |= pairs.vocabulary * sizeof(T);
+  for (int d = 0; d < pairs.dims; ++d) bits |= (pairs.dim[d].p_stride | pairs.dim[d].q_stride) * sizeof(T);
+  if (bits % sizeof(uint4) != 0 || pairs.p_step != 1 || pairs.q_step != 1 || pairs.vocabulary == 0) return 0;
+  constexpr size_t kStatic = 2048;  // the states of warps and blocks, and what the system takes
+  const uint32_t largest = device.clusters ? kMaxCluster : 1;
+  for (const size_t room : {device.shared_bytes / 2 - kStatic, device.shared_bytes - kStatic}) {
+    for (uint32_t blocks = 1; blocks <= largest; blocks *= 2) {
+      if (2 * pairs.vocabulary * sizeof(T) > (room - 2 * sizeof(uint4)) * blocks) continue;
+      return int64_t(pairs.rows) * blocks < device.multiprocessors ? 0 : blocks;
+    }
+  }
+  return 0;
+}
+
+// With the cluster that choose_cluster gave.
+template <typename T>
+void forward_backward(ForwardBackward<T> f, cudaStream_t stream) {
+  if (f.pairs.rows == 0) return;
+  const int64_t vectors = f.pairs.vocabulary / kLanes<T>;
+  f.vectors = static_cast<uint32_t>((vectors + f.blocks - 1) / f.blocks);
+  const unsigned threads = std::min<unsigned>((f.vectors + kWarp - 1) / kWarp * kWarp, kFusedThreads);
+  launch_clusters(forward_backward_kernel<T>, f.pairs.rows * f.blocks, threads, f.blocks, 2 * f.vectors * sizeof(uint4),
+                  stream, f);
+}
+
+template <typename T>
+void scale(T* x, int64_t count, const Real<T>* factor, const Device& device, cudaStream_t stream) {
+  const int64_t blocks = (count / kLanes<T> + kMaxThreads) / kMaxThreads;
+  const int64_t resident = 2048 / kMaxThreads * device.multiprocessors;
+  if (count > 0) launch(scale_kernel<T>, unsigned(std::min(blocks, resident)), kMaxThreads, stream, x, count, factor);
 }
 
 inline unsigned blocks_for(int64_t rows) { return static_cast<unsigned>((rows + kMaxThreads - 1) / kMaxThreads); }

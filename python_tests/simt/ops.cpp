@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_simt, CPU, m) {
   m.impl("compact_paged_", TORCH_BOX(&vtw::cuda::compact_paged_));
   m.impl("kl_divergence_with_state", TORCH_BOX(&vtw::cuda::kl_divergence_with_state));
   m.impl("kl_divergence_backward", TORCH_BOX(&vtw::cuda::kl_divergence_backward));
+  m.impl("kl_divergence_with_gradients", TORCH_BOX(&vtw::cuda::kl_divergence_with_gradients));
+  m.impl("scale_", TORCH_BOX(&vtw::cuda::scale_));
   m.impl("merge_kl_states", TORCH_BOX(&vtw::cuda::merge_kl_states));
   m.impl("kl_from_state", TORCH_BOX(&vtw::cuda::kl_from_state));
 }

@@ -303,9 +303,10 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& kernel,
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random());
   for (uint64_t i : order) {
-    if (cluster > 1 || dynamic > 0) {
+    if (cluster > 1) {
       run_cluster(grid, threads, i * cluster, cluster, dynamic, kernel);
     } else {
+      block().dynamic.assign(dynamic, char(0xff));
       blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
       run_block(threads, kernel);
     }
@@ -396,6 +397,7 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 inline void __threadfence() {}
+inline uint4 __ldcg(const uint4* from) { return *from; }
 inline void __stcg(uint4* to, uint4 x) { *to = x; }
 
 namespace cooperative_groups {

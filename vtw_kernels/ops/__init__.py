@@ -14,6 +14,7 @@ from vtw_kernels.ops import batching  # noqa: F401  registers the rules of torch
 from vtw_kernels.ops._registration import backend_info
 from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, compact_paged_, expand, plan_compaction
 from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
+from vtw_kernels.ops.kl_divergence_loss import kl_divergence_loss
 from vtw_kernels.ops.linear_kl_divergence import linear_kl_divergence
 from vtw_kernels.ops.vocab_parallel import kl_divergence_vocab_parallel
 
@@ -25,6 +26,7 @@ __all__ = [
     "compact_paged_",
     "expand",
     "kl_divergence",
+    "kl_divergence_loss",
     "kl_divergence_vocab_parallel",
     "kl_from_state",
     "kl_state",

@@ -15,6 +15,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 KERNEL_OF = {
     "kl_divergence": "kl_divergence_with_state",
     "kl_state": "kl_divergence_with_state",
+    "kl_divergence_loss": "kl_divergence_with_gradients",
     "linear_kl_divergence": "kl_divergence_with_state",
     "linear_kl_divergence_with_state": "kl_divergence_with_state",
     "linear_kl_divergence_backward": "kl_divergence_backward",
@@ -95,6 +96,11 @@ def register_mutation(name: str) -> None:
             return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args)
 
     _library.impl(name, record, "ADInplaceOrView", with_keyset=True)
+
+
+def register_autograd_kernel(name: str, function: Callable) -> None:
+    """Registers what runs where autograd records: ``function(keyset, *args)``, which goes on below it by itself."""
+    _library.impl(name, function, "Autograd", with_keyset=True)
 
 
 def register_composite(name: str, function: Callable) -> None:

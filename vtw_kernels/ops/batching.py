@@ -45,6 +45,17 @@ def _backward(info, in_dims, grad_state, p_logits, q_logits, state, temperature,
     return grads, (0 if need_p else None, 0 if need_q else None)
 
 
+def _loss(info, in_dims, p_logits, q_logits, temperature=1.0, weight=None):
+    """The gradient is that of the divergence: how a result for each batch is weighed is not known before."""
+    kl = OPS.kl_divergence_with_state(*_batched_pair(p_logits, q_logits, *in_dims[:2]), temperature)[0]
+    if in_dims[:2] == (None, None):
+        kl = kl.expand(info.batch_size, *kl.shape)
+    if weight is None:
+        return kl.unsqueeze(-1).flatten(1).mean(1), 0
+    weight = _batched(weight, in_dims[3], info.batch_size)
+    return torch.where(weight == 0, 0.0, weight * kl).unsqueeze(-1).flatten(1).sum(1), 0
+
+
 def _merge(info, in_dims, states: Sequence[Tensor]):
     return OPS.merge_kl_states([_batched(x, dim, info.batch_size) for x, dim in zip(states, in_dims[0])]), 0
 
@@ -55,5 +66,6 @@ def _from_state(info, in_dims, state: Tensor):
 
 torch.library.register_vmap("vtw_kernels::kl_divergence_with_state", _with_state)
 torch.library.register_vmap("vtw_kernels::kl_divergence_backward", _backward)
+torch.library.register_vmap("vtw_kernels::kl_divergence_loss", _loss)
 torch.library.register_vmap("vtw_kernels::merge_kl_states", _merge)
 torch.library.register_vmap("vtw_kernels::kl_from_state", _from_state)

@@ -246,15 +246,37 @@ def check_state(op: str, argument: str, state: Tensor) -> None:
     require(state.dim() >= 1 and state.shape[-1] == 5, op, argument, wanted, f"shape {list(state.shape)}")
 
 
+def check_row_states(op: str, p_logits: Tensor, q_logits: Tensor, *last: int, **given: Tensor) -> None:
+    """Tensors ``[..., *last]`` with a part for each pair of rows, of the type that the logits are computed in."""
+    rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
+    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    for argument, x in given.items():
+        require(x.dtype == dtype, op, argument, f"dtype {dtype}", str(x.dtype))
+        require(x.device == p_logits.device, op, argument, f"device {p_logits.device} of p_logits", str(x.device))
+        require(x.shape == (*rows, *last), op, argument, f"shape {[*rows, *last]}", f"shape {list(x.shape)}")
+
+
 def check_backward(grad_state: Tensor, p_logits: Tensor, q_logits: Tensor, state: Tensor, temperature: float) -> None:
     op = "kl_divergence_backward"
     check_logits(op, p_logits, q_logits, temperature)
-    rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
-    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
-    for argument, x in (("state", state), ("grad_state", grad_state)):
-        require(x.dtype == dtype, op, argument, f"dtype {dtype}", str(x.dtype))
-        require(x.device == p_logits.device, op, argument, f"device {p_logits.device} of p_logits", str(x.device))
-        require(x.shape == (*rows, 5), op, argument, f"shape {[*rows, 5]}", f"shape {list(x.shape)}")
+    check_row_states(op, p_logits, q_logits, 5, state=state, grad_state=grad_state)
+
+
+def check_loss(op: str, p_logits: Tensor, q_logits: Tensor, weight: Tensor | None, temperature: float) -> None:
+    check_logits(op, p_logits, q_logits, temperature)
+    if weight is not None:
+        check_row_states(op, p_logits, q_logits, weight=weight)
+
+
+def check_scaled(tensors: list[Tensor], factor: Tensor) -> None:
+    op = "scale_"
+    require(factor.dim() == 0, op, "factor", "a scalar", f"shape {list(factor.shape)}")
+    for i, x in enumerate(tensors):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        require(x.dtype in FLOATING_LOGITS, op, f"tensors[{i}]", "a dtype of fp32, fp16, bf16 or fp64", str(x.dtype))
+        require(factor.dtype == dtype, op, "factor", f"dtype {dtype}", str(factor.dtype))
+        require(x.device == factor.device, op, f"tensors[{i}]", f"device {factor.device} of factor", str(x.device))
+        require(x.is_contiguous(), op, f"tensors[{i}]", "contiguous memory", f"strides {list(x.stride())}")
 
 
 def check_states(states: list[Tensor]) -> None:

@@ -30,7 +30,8 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
         ``[...]``, fp32 (fp64 for fp64 logits). Never below 0, and exactly 0 for equal rows. Near 0 an absolute error
         of about ``1e-7·|log-sum-exp|`` remains. A logit of ``-inf`` is a probability of 0: it adds 0 in ``p``, and
         makes the result ``+inf`` in ``q`` where ``p`` is above 0. NaN in gives NaN out, and so does a row without any
-        finite logit. Differentiable once, in both.
+        finite logit. Differentiable once, in both; a row that nothing depends on gets a gradient of 0, even where its
+        divergence is not finite. As a training loss, ``kl_divergence_loss`` is cheaper.
 
     Leading dimensions may be those of ``torch.func.vmap``. ``torch.autocast`` changes nothing: logits are taken as they
     come, and everything is computed in fp32.
@@ -91,14 +92,6 @@ def _backward_fake(grad_state, p_logits, q_logits, state, temperature, need_p, n
     return p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
 
 
-def grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
-    """Gradient of ``kl_from_state``. The maxima get none: what the divergence gains through them it loses through
-    the exponentials that they scale."""
-    z_p, a, z_q = (state.select(-1, i) for i in (1, 2, 4))
-    zero, grad_a = torch.zeros_like(grad_kl), grad_kl / z_p
-    return torch.stack((zero, -torch.addcmul(grad_a, grad_a, a / z_p), grad_a, zero, grad_kl / z_q), dim=-1)
-
-
 def _with_state_setup(ctx, inputs, output):
     p_logits, q_logits, ctx.temperature = inputs
     ctx.set_materialize_grads(False)  # whoever uses one output only has no gradient of the other, not even zeros
@@ -108,7 +101,7 @@ def _with_state_setup(ctx, inputs, output):
 def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None):
     p_logits, q_logits, state = ctx.saved_tensors
     if grad_kl is not None:
-        through_kl = grad_of_kl(state, grad_kl)
+        through_kl = reference.grad_of_kl(state, grad_kl)
         grad_state = through_kl if grad_state is None else grad_state + through_kl
     if grad_state is None:
         return None, None, None
@@ -152,7 +145,7 @@ def _from_state_setup(ctx, inputs, output):
 
 def _from_state_backward(ctx, grad_kl: Tensor):
     (state,) = ctx.saved_tensors
-    return grad_of_kl(state, grad_kl)
+    return reference.grad_of_kl(state, grad_kl)
 
 
 register_composite("kl_divergence", kl_divergence)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vtw_kernels.ops._registration import register_autocast, register_composite, register_over_ops
 from vtw_kernels.ops.checks import check_linear_kl
-from vtw_kernels.ops.kl_divergence import grad_of_kl, no_second_derivative
+from vtw_kernels.ops.kl_divergence import no_second_derivative
+from vtw_kernels.ops.reference import grad_of_kl
 
 OPS = torch.ops.vtw_kernels
 # What the two logits of a chunk may take by default. The smaller, the closer they stay to the processor: this is about

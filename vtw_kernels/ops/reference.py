@@ -11,8 +11,10 @@ from vtw_kernels.ops.checks import (
     check_disjoint,
     check_keep,
     check_logits,
+    check_loss,
     check_paged,
     check_pages,
+    check_scaled,
     check_source_rows,
     check_state,
     check_states,
@@ -170,15 +172,52 @@ def kl_divergence_backward(
     p, q = torch.broadcast_tensors(_scaled(p_logits, temperature), _scaled(q_logits, temperature))
     m_p, _, _, m_q, _ = state.unsqueeze(-2).unbind(-1)
     _, g_zp, g_a, _, g_zq = grad_state.unsqueeze(-2).unbind(-1)
+    # A row that counts for nothing has no gradient, not even that of a NaN.
+    counts = (g_zp != 0) | (g_a != 0) | (g_zq != 0)
     e_p = torch.where(p == -torch.inf, 0.0, (p - m_p).exp())
     grad_p = grad_q = p_logits.new_empty(0)
     if need_p:
-        slope = torch.where(p == -torch.inf, 0.0, e_p * (g_zp + g_a * (p - q + 1)))
-        grad_p = (slope / temperature).to(p_logits.dtype)
+        slope = torch.where(~counts | (p == -torch.inf), 0.0, e_p * (g_zp + g_a * (p - q + 1)))
+        grad_p = (slope / temperature).to(p_logits.dtype).contiguous()
     if need_q:
         e_q = torch.where(q == -torch.inf, 0.0, (q - m_q).exp())
-        grad_q = ((g_zq * e_q - g_a * e_p) / temperature).to(q_logits.dtype)
+        slope = torch.where(counts, g_zq * e_q - g_a * e_p, 0.0)
+        grad_q = (slope / temperature).to(q_logits.dtype).contiguous()
     return grad_p, grad_q
+
+
+def grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
+    """Gradient of ``kl_from_state``. The maxima get none: what the divergence gains through them it loses through
+    the exponentials that they scale."""
+    z_p, a, z_q = (state.select(-1, i) for i in (1, 2, 4))
+    zero, grad_a = torch.zeros_like(grad_kl), grad_kl / z_p
+    grad = torch.stack((zero, -torch.addcmul(grad_a, grad_a, a / z_p), grad_a, zero, grad_kl / z_q), dim=-1)
+    return torch.where((grad_kl == 0).unsqueeze(-1), 0.0, grad)
+
+
+def grad_of_loss(state: Tensor, weight: Tensor | None) -> Tensor:
+    """Gradient of ``Σ weight·KL``, or without weights of the mean, with respect to the states of its rows."""
+    if weight is None:
+        rows = state.shape[:-1]
+        weight = state.new_full(rows, 1 / max(1, rows.numel()))
+    return grad_of_kl(state, weight)
+
+
+def kl_divergence_with_gradients(
+    p_logits: Tensor, q_logits: Tensor, weight: Tensor | None, temperature: float, need_p: bool, need_q: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_loss("kl_divergence_with_gradients", p_logits, q_logits, weight, temperature)
+    kl, state = kl_divergence_with_state(p_logits, q_logits, temperature)
+    slope = grad_of_loss(state, weight)
+    return kl, *kl_divergence_backward(slope, p_logits, q_logits, state, temperature, need_p, need_q)
+
+
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    check_scaled(tensors, factor)
+    if factor.device.type == "cpu" and factor.item() == 1:  # elsewhere a number is not read back
+        return
+    for x in tensors:
+        x.copy_(x.to(factor.dtype) * factor)  # mul_ would round the factor to the dtype of x
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states
+from vtw_kernels.ops.checks import check_backward, check_logits, check_loss, check_scaled, check_state, check_states
+from vtw_kernels.ops.reference import grad_of_loss
 from vtw_kernels.triton.launch import launch
 
 # A tile is shared out to one lane per thread. A lane has its own maxima, so threads exchange nothing before the end of
@@ -30,6 +31,7 @@ ENTRIES = {8: 16, 4: 16, 2: 4, 1: 4}
 # Rows are cut until there are about this many programs: 16 per multiprocessor of a large GPU, where 6 run at a time, so
 # that few of them are idle when the last programs run.
 PROGRAMS = 2048
+SCALED = 16 * LANES  # entries that a program scales at a time
 MERGED = 32  # states that a warp merges at a time
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -254,6 +256,9 @@ def gradient_kernel(
     g_zp = tl.load(slope_ptr + row * 5 + 1) * inverse
     g_a = tl.load(slope_ptr + row * 5 + 2) * inverse
     g_zq = tl.load(slope_ptr + row * 5 + 4) * inverse
+    # A row that counts for nothing has no gradient, not even that of a NaN.
+    counts = entries * 0 != tl.abs(g_zp) + tl.abs(g_a) + tl.abs(g_zq)
+    p, q = tl.where(counts, p, -INF), tl.where(counts, q, -INF)
     e_p = tl.where(p == -INF, 0.0, tl.exp2((p - m_p) * scale))
     if grad_p_ptr is not None:
         grad_p = e_p * (g_zp + g_a * ((p - q) * inverse + 1))
@@ -262,6 +267,17 @@ def gradient_kernel(
     if grad_q_ptr is not None:
         e_q = tl.where(q == -INF, 0.0, tl.exp2((q - m_q) * scale))
         tl.store(grad_q_ptr + to + entries, g_zq * e_q - g_a * e_p, mask=inside)
+
+
+@triton.jit
+def scale_kernel(ptr, count, tiles, factor_ptr, TILE: tl.constexpr):
+    """Most often the factor is 1, and nothing has to be done: only the device knows."""
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            at = tl.full([TILE], tile, tl.int64) * TILE + tl.arange(0, TILE)
+            x = tl.load(ptr + at, mask=at < count)
+            tl.store(ptr + at, (x * factor).to(x.dtype), mask=at < count)
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -361,6 +377,22 @@ def kl_divergence_backward(
         vocabulary, tiles, inverse_bits(temperature), *pairs.options, num_warps=WARPS,
     )  # fmt: skip
     return grad_p, grad_q
+
+
+def kl_divergence_with_gradients(
+    p_logits: Tensor, q_logits: Tensor, weight: Tensor | None, temperature: float, need_p: bool, need_q: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_loss("kl_divergence_with_gradients", p_logits, q_logits, weight, temperature)
+    kl, state = kl_divergence_with_state(p_logits, q_logits, temperature)
+    slope = grad_of_loss(state, weight)
+    return kl, *kl_divergence_backward(slope, p_logits, q_logits, state, temperature, need_p, need_q)
+
+
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    check_scaled(tensors, factor)
+    for x in tensors:
+        tiles = triton.cdiv(x.numel(), SCALED)
+        launch(scale_kernel, min(tiles, PROGRAMS), x, x, x.numel(), tiles, factor, SCALED, num_warps=WARPS)
 
 
 def merge_kl_states(states: list[Tensor]) -> Tensor:
