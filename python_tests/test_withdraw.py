@@ -3,16 +3,18 @@
 import copy
 import threading
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from oracle import visual_keys_hidden
+from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
 from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, Batch, append, make_batch, make_model
 
 import vtw_kernels as vtw
@@ -213,13 +215,19 @@ def merged_embeddings(model, batch: Batch) -> torch.Tensor:
     return seen["inputs_embeds"]
 
 
+def labels_of(batch: Batch) -> torch.Tensor:
+    """The text, but for what would be predicted from rows without meaning."""
+    labels = batch.ids.masked_fill((batch.mask == 0) | batch.visual, -100)
+    labels[:, 1:][batch.visual[:, :-1] | (batch.mask[:, :-1] == 0)] = -100
+    return labels
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_gradients(family, attention, pad):
     model = model_of(family, attention)
     batch = make_batch(family, [[2, 4, 3, 4, 4], [9], [4, 4, 3]], pad)
-    labels = batch.ids.masked_fill((batch.mask == 0) | batch.visual, -100)
-    labels[:, 1:][batch.visual[:, :-1] | (batch.mask[:, :-1] == 0)] = -100  # predicted from rows without meaning
+    labels = labels_of(batch)
 
     def gradients():
         model.zero_grad()
@@ -240,6 +248,32 @@ def test_gradients(family, attention, pad):
     for name, grad in wanted_grads.items():
         assert (given_grads[name] - grad).abs().max() <= TOLERANCE * (1e-3 + grad.abs().max()), name
     assert any((plain_grads[name] - grad).abs().max() > 0.1 * grad.abs().max() for name, grad in wanted_grads.items())
+
+
+def test_trainer_and_lora(family, tmp_path):
+    """One step: the adapters become what the oracle makes of them."""
+    batch = make_batch(family, RAGGED)
+    labels = labels_of(batch)
+
+    def adapters_after_a_step(context):
+        model = make_model(family)
+        torch.manual_seed(1)
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False))
+        options = TrainingArguments(
+            str(tmp_path), max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0, use_cpu=True, report_to=[]
+        )
+        options.remove_unused_columns, options.disable_tqdm = False, True
+        collate = lambda _: batch.inputs() | {"labels": labels}  # noqa: E731
+        with context(model, adapted):
+            Trainer(adapted, options, train_dataset=[0], data_collator=collate).train()
+        return {name: x.detach() for name, x in adapted.named_parameters() if x.requires_grad}
+
+    wanted = adapters_after_a_step(lambda model, _: visual_keys_hidden(model, 2, batch.visual))
+    given = adapters_after_a_step(lambda _, adapted: vtw.withdraw(adapted, 2))
+    plain = adapters_after_a_step(lambda *_: nullcontext())
+    for name, x in wanted.items():
+        torch.testing.assert_close(given[name], x, atol=1e-4, rtol=1e-4)
+    assert max((plain[name] - x).abs().max() for name, x in wanted.items()) > 1e-3
 
 
 def test_label_of_a_withdrawn_row(family, model):
@@ -445,6 +479,39 @@ def test_one_compact_per_forward(family, attention, rows):
     with vtw.withdraw(model, 1), CountOps() as decode:
         run(model, longer, ends)
     assert decode.calls[torch.ops.vtw_kernels.compact.default] == 1  # decoding moves no rows
+
+
+READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
+def test_what_the_host_reads(family, model, cache, rows, monkeypatch):
+    """Each is a synchronisation on a GPU: one more than the plain model has in a prefill with images, none in decoding."""
+    reads = Counter()
+
+    def counted(name, read):
+        def call(x, *args, **kwargs):
+            reads[name] += 1
+            return read(x, *args, **kwargs)
+
+        return call
+
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    prefill = make_batch(family, rows)
+    both, ends = with_decode_steps(prefill)
+
+    def count(batch, ends):
+        reads.clear()
+        run(model, batch, ends, make_cache(model, cache, both.ids.shape[1] + 3))
+        return reads.copy()
+
+    plain = count(prefill, ends[:1]), count(both, ends)
+    with vtw.withdraw(model, 2):
+        withdrawn = count(prefill, ends[:1]), count(both, ends)
+    assert withdrawn[0] - plain[0] == {"tolist": 1}
+    assert withdrawn[1] - plain[1] == {"tolist": 1}
 
 
 def test_cache_is_smaller(family, model):

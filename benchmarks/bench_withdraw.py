@@ -1,0 +1,125 @@
+"""Withdrawal end to end, prefill and decoding: against the plain model, and against the ideal, which is K layers on all
+rows and the others on the text alone, with nothing between them."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+import vtw_kernels as vtw
+
+BEFORE, VISUAL, AFTER = 35, 576, 50  # LLaVA-1.5's prompt
+ROUNDS = 20
+
+
+@pytest.fixture(scope="module")
+def decoder(device) -> LlamaModel:
+    """LLaVA-1.5-7B's decoder with random weights; on the CPU with 12 layers and a hidden size of 512."""
+    torch.manual_seed(0)
+    size = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8)
+    if device == "cuda":
+        size = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.device(device):
+        return LlamaModel(LlamaConfig(**size, vocab_size=32)).eval().to(dtype)
+
+
+@pytest.fixture(scope="module")
+def embeds(decoder) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rows = BEFORE + VISUAL + AFTER
+    return torch.randn(1, rows, decoder.config.hidden_size, generator=generator).to(decoder.device, decoder.dtype)
+
+
+@pytest.fixture(scope="module")
+def visual(embeds) -> Tensor:
+    mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    mask[:, BEFORE : BEFORE + VISUAL] = True
+    return mask
+
+
+def text_of(x: Tensor) -> Tensor:
+    """The rows of the text, dimension -2."""
+    return torch.cat((x[..., :BEFORE, :], x[..., BEFORE + VISUAL :, :]), dim=-2)
+
+
+def layers_alone(decoder: nn.Module, layers: range, hidden: Tensor, rope: tuple, cache: DynamicCache) -> Tensor:
+    for layer in decoder.layers[layers.start : layers.stop]:
+        hidden = layer(hidden, position_embeddings=rope, past_key_values=cache, use_cache=True)
+    return hidden
+
+
+def prepared(decoder: nn.Module, embeds: Tensor, first: int) -> tuple[tuple, tuple, Tensor]:
+    """Rotary tables of all rows and of the text, and rows of text to go on with: what the ideal need not compute."""
+    rope = decoder.rotary_emb(embeds, torch.arange(first, first + embeds.shape[1], device=embeds.device)[None])
+    if first:
+        return rope, rope, embeds
+    return rope, tuple(map(text_of, rope)), text_of(embeds)
+
+
+def run_ideal(decoder, embeds, layer, rope, rope_of_text, text, cache) -> None:
+    layers_alone(decoder, range(layer), embeds, rope, cache)
+    decoder.norm(layers_alone(decoder, range(layer, len(decoder.layers)), text, rope_of_text, cache))
+
+
+def run_by_hand(decoder, embeds, layer, rope, rope_of_text, text, cache) -> None:
+    """As VTW's authors do: one torch.cat of slices per tensor."""
+    hidden = layers_alone(decoder, range(layer), embeds, rope, cache)
+    rope = tuple(map(text_of, rope))
+    decoder.norm(layers_alone(decoder, range(layer, len(decoder.layers)), text_of(hidden), rope, cache))
+
+
+def run_model(decoder, embeds, layer, rope, rope_of_text, text, cache) -> None:
+    decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+
+
+PEERS = {"vtw_kernels": run_model, "slices by hand": run_by_hand, "ideal": run_ideal, "plain model": run_model}
+
+
+def layer_of(decoder: nn.Module, part: str) -> int:
+    return {"quarter": 1, "half": 2, "three quarters": 3}[part] * len(decoder.layers) // 4
+
+
+def bytes_of(cache: DynamicCache) -> int:
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("part", ["quarter", "half", "three quarters"])
+@torch.inference_mode()
+def test_prefill(benchmark, decoder, embeds, visual, part, peer):
+    layer = layer_of(decoder, part)
+    benchmark.group = f"prefill of {VISUAL} visual and {BEFORE + AFTER} text tokens, withdrawn before layer {layer}"
+    arguments = (decoder, embeds, layer, *prepared(decoder, embeds, 0))
+    handle = vtw.apply(decoder, layer, visual_mask=visual) if peer == "vtw_kernels" else None
+    try:
+        cache = DynamicCache()
+        PEERS[peer](*arguments, cache)
+        benchmark.extra_info["kv_bytes"] = bytes_of(cache)
+        benchmark.pedantic(
+            PEERS[peer], setup=lambda: ((*arguments, DynamicCache()), {}), rounds=ROUNDS, warmup_rounds=2
+        )
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@pytest.mark.parametrize("peer", [name for name in PEERS if name != "slices by hand"])
+@torch.inference_mode()
+def test_decode(benchmark, decoder, embeds, visual, peer):
+    layer = layer_of(decoder, "half")
+    benchmark.group = f"one token more, withdrawn before layer {layer}"
+    token = embeds[:, :1]
+    arguments = (decoder, token, layer, *prepared(decoder, token, embeds.shape[1]))
+    handle = vtw.apply(decoder, layer, visual_mask=visual) if peer == "vtw_kernels" else None
+    try:
+        filled = DynamicCache()
+        filling = run_ideal if peer == "ideal" else run_model
+        filling(decoder, embeds, layer, *prepared(decoder, embeds, 0), filled)
+        setup = lambda: ((*arguments, copy.deepcopy(filled)), {})  # noqa: E731
+        benchmark.pedantic(PEERS[peer], setup=setup, rounds=ROUNDS, warmup_rounds=2)
+    finally:
+        if handle is not None:
+            handle.remove()
