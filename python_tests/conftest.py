@@ -106,6 +106,9 @@ def affordable(item) -> bool:
     if backend.name == "triton_permuted" and item.path.stem == "test_kl_divergence":
         if not item.name.startswith(KL_IN_RANDOM_ORDER):
             return False
+    if backend.name != "simt" and item.path.stem == "test_kl_divergence" and values.get("dtype") == torch.float16:
+        if not item.name.startswith("test_sizes"):  # all that is special about it is how it is loaded and stored
+            return False
     logits = values.get("rows", 4) * values.get("vocabulary", 0)
     return logits <= EMULATED_LOGITS and len(values.get("sizes", ())) <= EMULATED_SHARDS
 

@@ -319,6 +319,11 @@ class Withdrawal:
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
         slots = slots_of(cache, layer) or Slots(layer)
+        if masks != "dense" and cache is not None and any(isinstance(x, StaticLayer) for x in cache.layers):
+            # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late, when the
+            # cache has moved on: transformers' own static caches go wrong with it.
+            attention = self.parts.decoder.config._attn_implementation
+            raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
         visual = None
         if layer < len(self.parts.layers):
             visual = self._visual_tokens(inputs, batch, tokens, slots, device)
@@ -430,11 +435,6 @@ class Withdrawal:
             # Windows alone do not say how long the sequence may become; their books grow as those of dynamic layers.
             static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
             capacity = max(static, default=None)
-            if forward.masks != "dense" and isinstance(cache.layers[slots.layer], StaticLayer):
-                # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late,
-                # when the cache has moved on: transformers' own static caches go wrong with it.
-                attention = self.parts.decoder.config._attn_implementation
-                raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
         slots.past = past
         slots.append(tokens, None if plan is None else plan.source, batch, device, capacity)
         slots.padded, slots.open = padded, True
