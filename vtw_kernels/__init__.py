@@ -1,5 +1,6 @@
 """Visual tokens withdrawal for vision-language models: fused kernels, and their use in transformers."""
 
+from importlib import import_module
 from typing import Any
 
 from vtw_kernels.ops import (
@@ -19,12 +20,8 @@ from vtw_kernels.ops import (
     plan_compaction,
 )
 
-INTEGRATION = (
-    "LayerSearch",
-    "apply",
-    "find_layer",
-    "withdraw",
-)  # imported when asked for, so that the ops work without transformers
+# Imported when asked for, so that the ops work without transformers.
+ROOMS = {"apply": "integration", "withdraw": "integration", "LayerSearch": "layer_search", "find_layer": "layer_search"}
 
 __all__ = [
     "CompactionPlan",
@@ -49,8 +46,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in INTEGRATION:
-        from vtw_kernels import integration
-
-        return getattr(integration, name)
+    if name in ROOMS:
+        return getattr(import_module(f"vtw_kernels.{ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,8 @@ from rich.text import Text
 from transformers import Cache, DynamicCache, LlavaForConditionalGeneration
 
 from vtw_kernels.demo.data import MAX_NEW_TOKENS, Batch, load_batches, load_model, load_tokenizer, load_training_curves
-from vtw_kernels.integration import find_layer, withdraw
+from vtw_kernels.integration import withdraw
+from vtw_kernels.layer_search import find_layer
 
 BATCH = 32
 SHOWN = 4

@@ -232,7 +232,7 @@ class Withdrawal:
         visual_mask: Tensor | None,
         decoder: nn.Module | None = None,
     ):
-        model = _unwrapped(model)
+        model = unwrapped(model)
         self.parts = find_parts(model, decoder)
         layer = _chosen(layer, model.config)
         for candidate in [layer] if isinstance(layer, int) else layer:
@@ -466,7 +466,7 @@ class Withdrawal:
         return output
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model of transformers within torch.compile, PEFT or data parallelism."""
     while True:
         if hasattr(model, "_orig_mod"):

@@ -1,0 +1,267 @@
+"""What a layer search found: divergence by sample and layer, how sure it is, and the choice."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from vtw_kernels.layer_search.costs import LayerCosts
+
+PAPER_THRESHOLD = 0.003  # nats, for LLaVA-1.5-7B; the authors took 0.0005 for 13B and 0.0001 for NeXT
+METRICS = {
+    "kl": "KL(withdrawn‖full), nats",
+    "reverse_kl": "KL(full‖withdrawn), nats",
+    "disagreement": "share of other top tokens",
+}
+STATISTICS = {"mean": "mean", "worst_decile": "mean of the worst tenth", "max": "maximum"}
+RESAMPLES = 1999
+FLOOR = 1e-7  # on a log axis, what is exactly 0 is drawn here
+
+
+@dataclass(frozen=True)
+class LayerSearch:
+    """What a search found, of ``N`` samples and ``C`` candidates.
+
+    candidates: the layers that were tried, ascending. num_layers: decoder layers of the model; withdrawing there is not
+    withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn),
+    both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most
+    likely token is another one. positions: which those are, as ``find_layer`` takes it. tokens, visual_tokens: int64
+    ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be chosen. costs: what was measured
+    of one prefill, if it was. settings: what else reproduces the search.
+    """
+
+    model: str
+    num_layers: int
+    candidates: list[int]
+    per_sample: Tensor
+    per_sample_reverse: Tensor
+    disagreement: Tensor
+    tokens: Tensor
+    visual_tokens: Tensor
+    threshold: float = PAPER_THRESHOLD
+    metric: str = "kl"
+    statistic: str = "mean"
+    positions: int | str = "last"
+    costs: LayerCosts | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kl(self) -> Tensor:
+        """fp32 ``[C]``: the mean over samples of KL(withdrawn‖full)."""
+        return self.per_sample.mean(dim=0)
+
+    @property
+    def layer(self) -> int | None:
+        """The first candidate whose value is at or below the threshold, or None."""
+        below = (self.values() <= self.threshold).nonzero().flatten().tolist()
+        return self.candidates[below[0]] if below else None
+
+    @property
+    def saving(self) -> Tensor:
+        """fp32 ``[C]``: the share of all rows of all layers that are not computed, which is that of the KV cache, if
+        visual tokens are withdrawn before each candidate; the mean over samples."""
+        layers_without = 1 - torch.tensor(self.candidates) / self.num_layers
+        return (self.visual_tokens / self.tokens).mean() * layers_without
+
+    def by_sample(self, metric: str | None = None) -> Tensor:
+        """fp32 ``[N, C]``: "kl", "reverse_kl" or "disagreement"; by default the metric of the search."""
+        tensors = (self.per_sample, self.per_sample_reverse, self.disagreement)
+        return dict(zip(METRICS, tensors))[check_among("metric", metric or self.metric, METRICS)]
+
+    def values(self, metric: str | None = None, statistic: str | None = None) -> Tensor:
+        """fp32 ``[C]``: a metric's "mean", "worst_decile" (the mean of the worst tenth of the samples, rounded up) or
+        "max" over samples; by default what the search chooses by."""
+        statistic = check_among("statistic", statistic or self.statistic, STATISTICS)
+        x = self.by_sample(metric)
+        return x.sort(dim=0, descending=True).values[: _how_many(statistic, len(x))].mean(dim=0)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Between what fp32 ``[C]`` the values lie: percentile bootstrap over samples, at a level of confidence. With one
+        sample nothing is known: 0 and infinity."""
+        low, high = (1 - level) / 2, (1 + level) / 2
+        quantiles = self._resampled.quantile(torch.tensor([low, high], dtype=torch.float64), dim=1).float()
+        return quantiles[0], quantiles[1]
+
+    def plausible_layers(self, level: float = 0.95) -> tuple[int, int]:
+        """The first and the last layer that this search would choose from other samples of the same kind, each side
+        at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none.
+        """
+        below = self._resampled <= self.threshold
+        layers = torch.tensor(self.candidates + [self.num_layers])
+        first = torch.where(below.any(dim=0), below.int().argmax(dim=0), len(self.candidates))
+        chosen = layers[first].double()
+        bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+        first, last = (int(x) for x in chosen.quantile(bounds, interpolation="nearest"))
+        return first, last
+
+    @cached_property
+    def _resampled(self) -> Tensor:
+        """fp64 ``[C, resamples]``: the values of samples drawn with replacement, the same for all candidates."""
+        x = self.by_sample().double().numpy()
+        if len(x) < 2:
+            return torch.tensor([0.0, math.inf], dtype=torch.float64).expand(x.shape[1], 2)
+        largest = _how_many(self.statistic, len(x))
+
+        def statistic(samples: np.ndarray, axis: int) -> np.ndarray:
+            descending = -np.partition(-samples, largest - 1, axis=axis)
+            return descending.take(range(largest), axis=axis).mean(axis=axis)
+
+        # 64 at a time: SciPy holds that many copies of all samples.
+        drawn = bootstrap((x,), statistic, vectorized=True, method="percentile", n_resamples=RESAMPLES, batch=64, rng=0)
+        return torch.from_numpy(drawn.bootstrap_distribution)
+
+    def choose(
+        self,
+        max_kl: float | None = None,
+        min_saving: float | None = None,
+        metric: str | None = None,
+        statistic: str | None = None,
+    ) -> int | None:
+        """Another choice than that of the threshold.
+
+        Args:
+            max_kl: the first layer whose value is at most this, as it saves most. None: the layer with the lowest value.
+            min_saving: among the layers with at least this ``saving``, a share of 1.
+            metric, statistic: which value; as ``values``. By default those of the search.
+
+        Returns:
+            A candidate, or None where none qualifies.
+
+        Raises:
+            ValueError: neither limit is given, or one is out of range.
+        """
+        if max_kl is None and min_saving is None:
+            raise ValueError("choose: expected max_kl, min_saving or both, got neither")
+        if max_kl is not None and not max_kl >= 0:
+            raise ValueError(f"max_kl: expected a number of at least 0, got {max_kl}")
+        if min_saving is not None and not 0 <= min_saving <= 1:
+            raise ValueError(f"min_saving: expected a share from 0 to 1, got {min_saving}")
+        values = self.values(metric, statistic)
+        allowed = torch.ones_like(values, dtype=torch.bool)
+        if min_saving is not None:
+            allowed &= self.saving >= min_saving
+        if max_kl is not None:
+            allowed &= values <= max_kl
+        if not allowed.any():
+            return None
+        best = allowed.int().argmax() if max_kl is not None else values.where(allowed, math.inf).argmin()
+        return self.candidates[int(best)]
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """One line per candidate and which one was chosen; Markdown."""
+        low, high = self.interval()
+        columns = {
+            "layer": self.candidates,
+            "mean KL (nats)": self.kl.tolist(),
+            "worst tenth": self.values("kl", "worst_decile").tolist(),
+            "largest": self.values("kl", "max").tolist(),
+            "mean reverse KL": self.values("reverse_kl", "mean").tolist(),
+            "other top token": [f"{x:.1%}" for x in self.values("disagreement", "mean").tolist()],
+            "rows saved": [f"{x:.0%}" for x in self.saving.tolist()],
+            f"95 % interval of {self.criterion}": [f"{a:.3g} to {b:.3g}" for a, b in zip(low.tolist(), high.tolist())],
+            "": ["chosen" if layer == self.layer else "" for layer in self.candidates],
+        }
+        lines = [" | ".join(columns), " | ".join(["--:"] * (len(columns) - 1) + [":--"])]
+        for row in zip(*columns.values()):
+            lines.append(" | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+        return "\n".join(f"| {line} |" for line in lines) + "\n\n" + self.verdict()
+
+    @property
+    def criterion(self) -> str:
+        """What the threshold is compared with, in words."""
+        return f"{STATISTICS[self.statistic]} of {METRICS[self.metric]}"
+
+    def verdict(self) -> str:
+        """The result, and how much the samples tell, in a few sentences."""
+        samples = f"{len(self.per_sample)} samples, threshold {self.threshold:g} on the {self.criterion}"
+        if self.layer is None:
+            lowest = self.values().min().item()
+            said = (
+                f"No layer of {self.candidates[0]}..{self.candidates[-1]} qualifies ({samples}): the lowest value is "
+                f"{lowest:.3g}. This model needs its visual tokens to the end; withdrawing would change its answers."
+            )
+        else:
+            removed = self.num_layers - self.layer
+            said = (
+                f"Withdraw before layer {self.layer} of {self.num_layers}: {removed} layers run on text alone "
+                f"({samples})."
+            )
+        first, last = self.plausible_layers()
+        if first == last:
+            return f"{said} Resampling the samples does not move the choice."
+        end = "none" if last == self.num_layers else last
+        return (
+            f"{said} These samples are too few to tell the layers {first} to {end} apart: resampling them moves the "
+            "choice within that range (95 %)."
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Writes the value per layer with its interval, the spread over samples, the threshold and the chosen layer, as
+        PNG, SVG or PDF."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        samples, (low, high) = self.by_sample().clamp(min=FLOOR), self.interval()
+        spread = samples.quantile(0.1, dim=0), samples.quantile(0.9, dim=0)
+        axes.fill_between(self.candidates, *spread, alpha=0.15, color="tab:grey", label="10 % to 90 % of samples")
+        axes.fill_between(
+            self.candidates, low.clamp(min=FLOOR), high.clamp(FLOOR, samples.max()), alpha=0.3, label="95 % interval"
+        )
+        axes.plot(self.candidates, self.values().clamp(min=FLOOR), marker="o", label=STATISTICS[self.statistic])
+        axes.axhline(self.threshold, color="tab:red", linestyle="--", label=f"threshold {self.threshold:g}")
+        if self.layer is not None:
+            axes.axvline(self.layer, color="tab:green", linestyle=":", label=f"chosen: layer {self.layer}")
+        axes.set(xlabel="visual tokens withdrawn before layer", ylabel=METRICS[self.metric], yscale="log")
+        axes.set_xticks(self.candidates[:: max(1, len(self.candidates) // 16)])
+        axes.legend()
+        figure.savefig(path, dpi=150)
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything as JSON, with the layer and the mean KL spelt out for other readers."""
+        values = {name: getattr(self, name) for name in _FIELDS} | {"costs": self.costs and asdict(self.costs)}
+        content = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in values.items()}
+        Path(path).write_text(json.dumps({"layer": self.layer, "kl": self.kl.tolist()} | content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LayerSearch":
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: something else.
+        """
+        content = json.loads(Path(path).read_text())
+        missing = [name for name in _FIELDS if not isinstance(content, dict) or name not in content]
+        if missing:
+            raise ValueError(f"{path}: expected what LayerSearch.save wrote, got nothing for {', '.join(missing)}")
+        values = {name: content[name] for name in _FIELDS}
+        for name in ("per_sample", "per_sample_reverse", "disagreement"):
+            values[name] = torch.tensor(values[name], dtype=torch.float32)
+        for name in ("tokens", "visual_tokens"):
+            values[name] = torch.tensor(values[name])
+        return cls(**values | {"costs": values["costs"] and LayerCosts(**values["costs"])})
+
+
+_FIELDS = [field.name for field in fields(LayerSearch)]
+
+
+def check_among(name: str, value: str, choices: Iterable[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _how_many(statistic: str, samples: int) -> int:
+    """Of how many of the largest values a statistic is the mean."""
+    return {"mean": samples, "worst_decile": -(-samples // 10), "max": 1}[statistic]

@@ -1,0 +1,372 @@
+"""What withdrawing before each candidate layer does to the model's next tokens, from one run of the model.
+
+The paper's code (VTW, arXiv 2405.05803) runs the whole model anew for each candidate. Here the rows that enter layer ``k``
+are taken from the one full run: candidate ``k`` joins, at layer ``k``, a growing batch of text-only continuations that
+each layer runs once, right after its full-length run. Rows in front of every visual token are the same in all runs, so
+that continuations only read their keys and values.
+"""
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from vtw_kernels.integration.families import Parts, find_parts, find_visual_tokens
+from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
+from vtw_kernels.integration.withdraw import LayerCompaction, unwrapped
+from vtw_kernels.ops import compact, kl_divergence, plan_compaction
+
+# What all candidates of a group may take, as a share of the device's memory: beside them are weights and the full run.
+MEMORY_SHARE = 8
+
+
+class Scores(NamedTuple):
+    """Of ``B`` samples and ``C`` candidates, on the CPU.
+
+    kl, reverse_kl: fp32 ``[B, C]``, KL(withdrawn‖full) and KL(full‖withdrawn) in nats, mean over a sample's positions.
+    disagreement: fp32 ``[B, C]``, the share of positions with another most likely token. tokens, visual_tokens: int64
+    ``[B]``.
+    """
+
+    kl: Tensor
+    reverse_kl: Tensor
+    disagreement: Tensor
+    tokens: Tensor
+    visual_tokens: Tensor
+
+    @staticmethod
+    def join(scores: Iterable["Scores"]) -> "Scores":
+        return Scores(*map(torch.cat, zip(*scores)))
+
+
+class Scorer:
+    """Scores batches of samples against a model.
+
+    Args: as those of ``find_layer``, which says what they are and what they raise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        positions: int | str = "last",
+        candidates: Sequence[int] | None = None,
+        max_candidates_in_flight: int | None = None,
+        decoder: nn.Module | None = None,
+    ):
+        self.model = unwrapped(model)
+        self.parts = find_parts(self.model, decoder)
+        if self.parts.num_cached < len(self.parts.layers):
+            raise ValueError(
+                "model: expected layers with keys of their own, which runs side by side need, got shared ones"
+            )
+        if hasattr(self.parts.decoder, "_vtw_withdrawal"):
+            raise ValueError("model: expected one without withdrawal, got one inside withdraw")
+        if positions not in ("last", "answer") and not (type(positions) is int and positions > 0):
+            raise ValueError(f"positions: expected 'last', 'answer' or a number of at least 1, got {positions!r}")
+        if max_candidates_in_flight is not None and max_candidates_in_flight < 1:
+            raise ValueError(f"max_candidates_in_flight: expected at least 1, got {max_candidates_in_flight}")
+        self.positions, self.max_in_flight = positions, max_candidates_in_flight
+        self.candidates = _check_candidates(candidates, self.parts)
+
+    def score(self, batch: Mapping[str, Any]) -> Scores:
+        """One batch; see ``find_layer`` for what is in it, and what it raises."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                return self._score(batch)
+        finally:
+            self.model.train(was_training)
+
+    def _score(self, batch: Mapping[str, Any]) -> Scores:
+        device = self.model.device
+        inputs = {
+            name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items() if name != "use_cache"
+        }
+        labels, visual = inputs.pop("labels", None), inputs.pop("visual_mask", None)
+        if visual is None:
+            visual = find_visual_tokens(self.parts, inputs)
+        elif visual.dtype != torch.bool or visual.shape != inputs["input_ids"].shape:
+            raise ValueError(
+                f"visual_mask: expected bool of shape {list(inputs['input_ids'].shape)}, got {visual.dtype} of shape "
+                f"{list(visual.shape)}"
+            )
+        prompt = visual.shape[1]
+        if isinstance(self.positions, int):
+            inputs, visual, predicting = self._with_answers(inputs, visual)
+        else:
+            predicting = _predicting(labels, attended_tokens(inputs.get("attention_mask"), visual), self.positions)
+        samples = _Samples(self.parts, inputs, visual, predicting, prompt)
+        in_flight = self.max_in_flight or self._that_fit(samples)
+        groups = [self.candidates[i : i + in_flight] for i in range(0, len(self.candidates), in_flight)]
+        scores = [_score_group(self.model, self.parts, samples, group) for group in groups]
+        means = [samples.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
+        return Scores(*means, samples.attended.sum(1).cpu(), (samples.attended & visual).sum(1).cpu())
+
+    def _with_answers(self, inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Inputs that the model's own greedy answer follows, without its last token, which predicts nothing more that is
+        looked at; which tokens are visual then, and which predict a token of the answer."""
+        if inputs.get("input_ids") is None:
+            raise ValueError("positions: expected 'last' or 'answer' with inputs_embeds, got a number")
+        ids, attended = inputs["input_ids"], attended_tokens(inputs.get("attention_mask"), visual)
+        tokens = ids.shape[1]
+        # Answers start in one column: padding goes to the left.
+        sequences = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.shape == ids.shape}
+        sequences |= {"attention_mask": attended.long(), "visual_mask": visual}
+        if "position_ids" in sequences:
+            raise ValueError("positions: expected 'last' or 'answer' with position_ids, got a number")
+        moved = compact(list(sequences.values()), plan_compaction(attended, tokens, pad="left"), token_dims=1)
+        sequences = dict(zip(sequences, moved))
+        visual = sequences.pop("visual_mask")
+        inputs = inputs | sequences
+        config = self.model.generation_config
+        answers = self.model.generate(
+            **inputs, max_new_tokens=self.positions, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None
+        )[:, tokens:]  # fmt: skip
+        ends = torch.zeros_like(answers, dtype=torch.bool)
+        if config.eos_token_id is not None:
+            ends = torch.isin(answers, torch.as_tensor(config.eos_token_id, device=answers.device))
+        said = ends.cumsum(1) - ends.long() == 0  # up to the first end token, and with it
+        follows = said[:, 1:]
+        zeros = torch.zeros_like(follows, dtype=torch.long)
+        tails = {"input_ids": answers[:, :-1], "attention_mask": follows.long()}
+        for name, x in sequences.items():
+            inputs[name] = torch.cat((x, tails.get(name, zeros).to(x.dtype)), dim=1)
+        predicting = F.pad(said, (tokens - 1, 0))
+        return inputs, F.pad(visual, (0, follows.shape[1])), predicting
+
+    def _that_fit(self, samples: "_Samples") -> int:
+        """How many candidates may run side by side: a rough count of what each of them adds to the memory in use. It
+        depends on the machine, but not on what else runs there, so that a search repeats itself to the bit."""
+        config = self.model.config.get_text_config(decoder=True)
+        rows, item = samples.plan.source.numel(), self.model.dtype.itemsize
+        width = max(6 * config.hidden_size, 3 * (getattr(config, "intermediate_size", None) or 0))
+        logits = len(samples.sequence) * (config.vocab_size or 1) * item
+        scores = rows * (samples.shared + samples.plan.source.shape[1]) * config.num_attention_heads * 4
+        if self.model.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.model.device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return max(1, int(memory / MEMORY_SHARE / (rows * width * item + scores + 2 * logits)))
+
+
+def _check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int]:
+    first, last = parts.min_layer, len(parts.layers) - 1
+    chosen = sorted(set(range(first, last + 1) if candidates is None else candidates))
+    if not chosen or not first <= chosen[0] <= chosen[-1] <= last:
+        raise ValueError("; ".join([f"candidates: expected layers in {first}..{last}, got {chosen}", *parts.limits]))
+    return chosen
+
+
+def _predicting(labels: Tensor | None, attended: Tensor, positions: str) -> Tensor:
+    """bool ``[B, S]``: which rows predict what counts."""
+    if positions == "last":
+        last = attended.long().cumsum(1).argmax(1)
+        return F.one_hot(last, attended.shape[1]).bool()
+    if labels is None or labels.shape != attended.shape:
+        given = "none" if labels is None else f"shape {list(labels.shape)}"
+        raise ValueError(
+            f"labels: expected {list(attended.shape)}, -100 but for the tokens of the answer, with positions='answer', "
+            f"got {given}"
+        )
+    predicting = F.pad(labels[:, 1:] != -100, (0, 1)) & attended
+    if not predicting.any(1).all():
+        row = (~predicting.any(1)).nonzero()[0].item()
+        raise ValueError(f"labels: expected at least one that is not -100 in each sample, got none in row {row}")
+    return predicting
+
+
+class _SharedRowsSeeMore(Exception):
+    """A mask lets rows in front of the visual tokens see these, or what follows."""
+
+
+class _Samples:
+    """A batch, and what all groups of candidates need to know of it.
+
+    shared: how many of the first rows are the same in all runs. plan: the other rows of a continuation. columns: int
+    ``[B, shared + T]``, the token of each of its keys, or -1. sequence, row, kept_row: int ``[P]``, of each predicting
+    row its sequence, its row in the full run and that among the ``T`` of a continuation. prompt: tokens before the
+    model's own answer.
+    """
+
+    def __init__(self, parts: Parts, inputs: dict[str, Any], visual: Tensor, predicting: Tensor, prompt: int):
+        self.inputs, self.visual, self.prompt = inputs, visual, prompt
+        self.attended = attended_tokens(inputs.get("attention_mask"), visual)
+        for wrong, what in (
+            (~(self.attended & visual).any(1), "at least one visual token in each sample, got none"),
+            ((predicting & visual).any(1), "samples that end in text, got a visual token at the end"),
+        ):
+            if wrong.any():
+                raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
+        self.sequence, self.row = predicting.nonzero().unbind(1)
+        differs = (self.attended & visual) | predicting  # from the first of these on
+        masks = kind_of_masks(parts.decoder.config._attn_implementation)
+        takes_cache = "past_key_values" in inspect.signature(type(parts.layers[0]).forward).parameters
+        self.share(int(differs.int().argmax(1).min()) if masks == "dense" and takes_cache else 0)
+
+    def share(self, rows: int) -> None:
+        self.shared, batch, device = rows, len(self.visual), self.visual.device
+        keep = self.attended & ~self.visual
+        keep[:, :rows] = False
+        counts = keep.sum(1)
+        length = int(counts.max())
+        self.plan = plan_compaction(keep, length, pad="left")
+        self.padded = int(counts.min()) < length
+        before = torch.arange(rows, dtype=torch.int32, device=device).expand(batch, rows)
+        self.columns = torch.cat((before, self.plan.source), dim=1)
+        self.kept_row = (keep.cumsum(1) + (length - 1 - counts[:, None]))[self.sequence, self.row]
+
+    def mean_over_positions(self, x: Tensor) -> Tensor:
+        """``[C, P]`` on the CPU to ``[B, C]``."""
+        sequence = self.sequence.cpu()
+        sums = torch.zeros(len(self.visual), len(x)).index_add_(0, sequence, x.T)
+        return sums / sequence.bincount(minlength=len(sums))[:, None]
+
+
+def _score_group(
+    model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU."""
+    try:
+        full, withdrawn = _run(model, parts, samples, candidates)
+    except _SharedRowsSeeMore:
+        samples.share(0)
+        full, withdrawn = _run(model, parts, samples, candidates)
+    differ = (withdrawn.argmax(-1) != full.argmax(-1)).float()
+    return kl_divergence(withdrawn, full).cpu(), kl_divergence(full, withdrawn).cpu(), differ.cpu()
+
+
+def _run(model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits of the predicting rows: ``[P, V]`` of the full run and ``[C, P, V]`` of the continuations."""
+    rows = _Continuations(samples, candidates)
+    hooks = []
+    try:
+        for i, layer in enumerate(parts.layers):
+            hooks.append(layer.register_forward_pre_hook(partial(rows.before_layer, i), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(rows.after_layer))
+        hooks.append(parts.layers[-1].register_forward_hook(rows.after_last_layer))
+        logits = model(**samples.inputs | {"use_cache": False, "logits_to_keep": 1}).logits[:, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    runs = logits.unflatten(0, (1 + len(candidates), -1))
+    return runs[0], runs[1:]
+
+
+class _SharedKeys:
+    """Stands in for a cache between the full run of a layer and that of the continuations right after it."""
+
+    def __init__(self, length: int):
+        self.length, self.copies = length, 0  # 0: the full run
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.copies:
+            self.keys, self.values = keys[..., : self.length, :], values[..., : self.length, :]
+            return keys, values
+        before = (x.repeat(self.copies, 1, 1, 1) for x in (self.keys, self.values))
+        return tuple(torch.cat(pair, dim=-2) for pair in zip(before, (keys, values)))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length if self.copies else 0
+
+
+class _Continuations:
+    """The text-only continuations of one batch, candidate by candidate: ``[joined * B, T, H]``."""
+
+    def __init__(self, samples: _Samples, candidates: list[int]):
+        self.samples, self.candidates = samples, candidates
+        written = samples.padded or samples.shared > 0  # rows and columns are no square any more
+        self.compaction = LayerCompaction(samples.visual.shape[1], samples.plan, samples.columns, padded=written)
+        self.keys = _SharedKeys(samples.shared) if samples.shared else None
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+        self.checked: list[Any] = []  # masks
+
+    def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A candidate joins with the text rows that enter its layer in the full run."""
+        if len(args) > 1:
+            names = list(inspect.signature(module.forward).parameters)
+            args, kwargs = args[:1], dict(zip(names[1:], args[1:])) | kwargs
+        if index in self.candidates:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.kwargs, joining = self.compaction(kwargs, hidden)
+            self.hidden = joining if self.hidden is None else torch.cat((self.hidden.to(joining.device), joining))
+        elif self.hidden is not None:
+            self.kwargs, _ = self.compaction(kwargs)
+        if self.hidden is None:
+            return None
+        self._check(kwargs.get("attention_mask"))
+        self.kwargs.pop("hidden_states", None)
+        if self.keys is None:
+            return args, kwargs
+        self.keys.copies = 0
+        return args, kwargs | {"past_key_values": self.keys}
+
+    def after_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.hidden is None:
+            return
+        batch = len(self.samples.visual)
+        copies = len(self.hidden) // batch
+        kwargs = {name: _repeat(name, x, batch, copies) for name, x in self.kwargs.items()}
+        if self.keys is not None:
+            self.keys.copies, kwargs["past_key_values"] = copies, self.keys
+        result = module.forward(self.hidden, **kwargs)  # not module(...), which would run these hooks again
+        self.hidden = result[0] if isinstance(result, tuple) else result
+
+    def after_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Hands the predicting rows of all runs to the rest of the model, which makes logits of them as of any."""
+        hidden, samples = output[0] if isinstance(output, tuple) else output, self.samples
+        runs = self.hidden.unflatten(0, (-1, len(samples.visual)))
+        withdrawn = runs[:, samples.sequence, samples.kept_row].flatten(0, 1)
+        ends = torch.cat((hidden[samples.sequence, samples.row], withdrawn))[:, None]
+        return (ends, *output[1:]) if isinstance(output, tuple) else ends
+
+    def _check(self, mask: Any) -> None:
+        """Whether rows see what they would, if they were shared or generated one by one."""
+        shared, prompt = self.samples.shared, self.samples.prompt
+        if mask is None or any(mask is x for x in self.checked):
+            return
+        self.checked.append(mask)
+        if shared and bool(_visible(mask, slice(0, shared), slice(shared, None)).any()):
+            raise _SharedRowsSeeMore
+        tokens = self.samples.visual.shape[1]
+        if prompt < tokens:
+            later = _visible(mask, slice(prompt - 1, tokens), slice(prompt, tokens)).triu(1)
+            if bool(later.any()):
+                raise ValueError(
+                    "positions: expected a model whose answers see no later tokens, as with a prefix of them they do; "
+                    "got one that needs to be told where its answer begins: make samples with its processor and labels, "
+                    "and take positions='answer'"
+                )
+
+
+def _visible(mask: Tensor | BlockMask, rows: slice, columns: slice) -> Tensor:
+    """bool ``[B, heads, rows, columns]`` of a mask of transformers."""
+    if isinstance(mask, BlockMask):
+        batch, heads, q, keys = mask.shape
+        device = mask.kv_indices.device
+        at = [torch.arange(n, device=device) for n in (batch, heads)]
+        at += [torch.arange(n, device=device)[part] for n, part in ((q, rows), (keys, columns))]
+        grid = torch.meshgrid(*at, indexing="ij")
+        return mask.mask_mod(*grid)
+    if mask.ndim == 2:  # flash attention is causal by itself
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    part = mask[..., rows, columns]
+    return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+
+
+def _repeat(name: str, value: Any, batch: int, copies: int) -> Any:
+    """A compacted keyword argument of a decoder layer, for ``copies`` batches one after another."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_repeat(name, x, batch, copies) for x in value)
+    if not isinstance(value, Tensor):
+        return value
+    dim = -3 if name.startswith("position_embeddings") else -2 if name == "position_ids" else 0
+    return torch.cat([value] * copies, dim) if value.dim() > 1 and value.shape[dim] == batch else value
