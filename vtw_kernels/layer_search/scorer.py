@@ -197,11 +197,12 @@ class _Samples:
     """
 
     def __init__(self, parts: Parts, inputs: dict[str, Any], visual: Tensor, predicting: Tensor, prompt: int):
+        parts.check_tokens(visual.shape[1])
         self.inputs, self.visual, self.prompt = inputs, visual, prompt
         self.attended = attended_tokens(inputs.get("attention_mask"), visual)
         for wrong, what in (
             (~(self.attended & visual).any(1), "at least one visual token in each sample, got none"),
-            ((predicting & visual).any(1), "samples that end in text, got a visual token at the end"),
+            ((predicting & visual).any(1), "predictions from text tokens alone, got one from a visual token"),
         ):
             if wrong.any():
                 raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
