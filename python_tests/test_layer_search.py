@@ -369,7 +369,9 @@ def test_bad_samples():
     with pytest.raises(ValueError, match="at least one visual token in each sample, got none in row 1"):
         vtw.find_layer(model, [text_only], progress=False)
     image_last = make_batch("llava", [[2, 4, 3], [5, 4]]).inputs()
-    with pytest.raises(ValueError, match="expected predictions from text tokens alone, got one from a visual token in row 1"):
+    with pytest.raises(
+        ValueError, match="expected predictions from text tokens alone, got one from a visual token in row 1"
+    ):
         vtw.find_layer(model, [image_last], progress=False)
     with vtw.withdraw(model, 2), pytest.raises(ValueError, match="inside withdraw"):
         vtw.find_layer(model, [make_batch("llava", ONE).inputs()], progress=False)
