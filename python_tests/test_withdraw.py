@@ -15,9 +15,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
-from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, Batch, append, make_batch, make_model
+from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, TRANSFORMERS_5, Batch, append, make_batch, make_model
 
 import vtw_kernels as vtw
+from vtw_kernels.integration.compat import RECOMPUTES_HOOKS
 from vtw_kernels.integration.withdraw import LayerCompaction
 
 TOLERANCE = 1e-4
@@ -289,15 +290,22 @@ def test_label_of_a_withdrawn_row(family, model):
 
 
 def test_gradient_checkpointing(family):
-    """The backward pass may come after the context: what is recomputed keeps its compacted inputs."""
-    model, batch = make_model(family), make_batch(family, RAGGED)
+    """The backward pass may come after the context: what is recomputed keeps its compacted inputs. But not if hooks are
+    recomputed with their layers: then two forwards, and the backward passes in either order."""
+    model, batches = make_model(family), [make_batch(family, rows) for rows in (RAGGED, ONE)]
     model.train()
+
+    def loss_of(batch):
+        return model(**batch.inputs(), use_cache=False).logits[:, -1].log_softmax(-1)[:, 11].sum()
 
     def gradients():
         model.zero_grad()
         with vtw.withdraw(model, 2):
-            loss = model(**batch.inputs(), use_cache=False).logits[:, -1].log_softmax(-1)[:, 11].sum()
-        loss.backward()
+            losses = [loss_of(batch) for batch in batches]
+            if RECOMPUTES_HOOKS:
+                [loss.backward() for loss in losses]
+        if not RECOMPUTES_HOOKS:
+            [loss.backward() for loss in losses]
         return [x.grad.clone() for x in model.parameters() if x.grad is not None]
 
     wanted = gradients()
@@ -336,7 +344,7 @@ def test_a_layer_drawn_at_random(family):
 GREEDY = {}
 SAMPLING = {"do_sample": True, "num_return_sequences": 2}
 BEAMS = {"num_beams": 3, "num_return_sequences": 2}
-LOOKUP = {"prompt_lookup_num_tokens": 3}
+LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": IMAGE}  # it wants one, and this is suppressed
 
 
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
@@ -359,18 +367,23 @@ def test_assisted_decoding(family, model):
     batch = make_batch(family, ONE)
     rejected = Counter()
     crop = DynamicCache.crop
+
+    def removed(cache, n):
+        return -n if TRANSFORMERS_5 else cache.get_seq_length() - n
+
     with pytest.MonkeyPatch.context() as patch, vtw.withdraw(model, 2):
-        patch.setattr(DynamicCache, "crop", lambda cache, n: rejected.update([n]) or crop(cache, n))
+        patch.setattr(DynamicCache, "crop", lambda cache, n: rejected.update([removed(cache, n)]) or crop(cache, n))
         given, _ = generated(model, batch.inputs(), max_new_tokens=30, **LOOKUP)
     with vtw.withdraw(model, 2):
         wanted, _ = generated(model, batch.inputs(), max_new_tokens=30)
     assert torch.equal(given, wanted)
-    assert min(rejected) < 0
+    assert max(rejected) > 0
 
 
 def test_generate_second_turn(family, model):
     """The answer and a second question with a new image, on the cache of the first."""
-    first, question = make_batch(family, ONE), make_batch(family, [[2, 8, 4]], seed=3)
+    first = make_batch(family, ONE)
+    question = make_batch(family, [[2, 8, 4]] if TRANSFORMERS_5 else [[6]], seed=3)
 
     def turns():
         options = {"return_dict_in_generate": True, "max_new_tokens": 5, "do_sample": False}
@@ -378,9 +391,9 @@ def test_generate_second_turn(family, model):
         answer = output.sequences[:, first.ids.shape[1] :]
         batch = append(append(first, Batch(family, answer, torch.ones_like(answer))), question)
         inputs = batch.inputs()  # Qwen2-VL wants all grids, for positions, but only the features that are new
-        image = question.images[0]
-        inputs["pixel_values"] = image["pixels"]
-        if family == "qwen2_vl":
+        for image in question.images:
+            inputs["pixel_values"] = image["pixels"]
+        if family == "qwen2_vl" and question.images:
             features = model.get_image_features(inputs.pop("pixel_values"), image["grid"][None])
             inputs["mm_encoder_outputs"] = {"image": features}
         output = model.generate(**inputs, past_key_values=output.past_key_values, output_logits=True, **options)
@@ -533,7 +546,7 @@ def test_outputs_keep_their_length(family, model):
     assert {x.shape for x in output.hidden_states} == {(*batch.ids.shape, 32)}
     assert (output.hidden_states[3][batch.visual] == 0).all() and (output.hidden_states[2][batch.visual] != 0).any()
     assert (output.logits[batch.visual] == 0).all() and (output.logits[~batch.visual] != 0).any()
-    torch.testing.assert_close(last, output.logits[:, -1:])
+    torch.testing.assert_close(last[:, -1:], output.logits[:, -1:])  # Qwen2-VL of 4.57 makes all of them
 
 
 # ------------------------------------------------------------------------------------------- flex and flash attention
@@ -570,7 +583,8 @@ def on_the_cpu(monkeypatch):
     }
     functions |= {"_process_flash_kwargs_fn": lib._lazy_define_process_function(flash_varlen)}
     for name, function in functions.items():
-        monkeypatch.setattr(lib, name, function)
+        if hasattr(lib, name):
+            monkeypatch.setattr(lib, name, function)
     monkeypatch.setattr(
         transformers.integrations.flex_attention.WrappedFlexAttention, "__call__", lambda _: flex_attention
     )
@@ -608,7 +622,7 @@ def test_compiled_decode_is_one_graph(family, attention, rows):
         run(model, batch, ends[:1], cache)
         logits = []
         for begin in ends[:-1]:
-            inputs = {"input_ids": batch.ids[:, begin : begin + 1], "attention_mask": padding, "use_cache": True}
+            inputs = batch.inputs(begin, begin + 1) | {"attention_mask": padding, "use_cache": True}
             logits.append(step(**inputs, position_ids=positions[..., begin : begin + 1], past_key_values=cache).logits)
         return torch.cat(logits, dim=1)
 
@@ -769,6 +783,8 @@ def test_cache_of_another_kind(llava, kind):
         run(llava, batch, ends[1:], copy.deepcopy(withdrawn), begin=ends[0])
     with pytest.raises(ValueError, match=r"filled under withdraw\(layer=2\).*a forward without withdrawal"):
         run(llava, batch, ends[1:], withdrawn, begin=ends[0])
+    if kind == "dynamic" and not TRANSFORMERS_5:
+        return  # its reset leaves a dynamic layer as long as it was
     withdrawn.reset()  # empty again, and free to be used in any way
     assert torch.equal(run(llava, batch, ends, withdrawn), run(llava, batch, ends, make_cache(llava, kind, 30)))
     with vtw.withdraw(llava, 2), pytest.raises(ValueError, match="got one filled without withdrawal"):
@@ -817,7 +833,7 @@ def test_errors(family, match, error, layer, visual_mask, inputs):
 def test_context_errors(llava):
     with vtw.withdraw(llava, 2), pytest.raises(ValueError, match=r"got one with withdraw\(layer=2\) in effect"):
         vtw.apply(llava, 3)
-    with vtw.withdraw(llava, 2), pytest.raises(RuntimeError, match="ran outside a forward of its model"):
+    with vtw.withdraw(llava, 2), pytest.raises(RuntimeError, match="expected decoder layer 2 to run within a forward"):
         llava.model.language_model.layers[2](torch.zeros(1, 3, 32))
     config = llava.model.language_model.config
     with vtw.withdraw(llava, 2), pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, StaticLayer
 
+from vtw_kernels.integration import compat
 from vtw_kernels.integration.cache import Slots, shifted, slots_of, wrap_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.integration.masks import attended_tokens, check_mask, kind_of_masks, take_blocks, take_columns
@@ -160,6 +161,8 @@ class LayerCompaction:
         ]
 
         kwargs = _replace(self.done, kwargs)
+        if self.plan is not None:
+            kwargs = compat.rows_left(kwargs, self.plan.source.shape[1])
         if mask is None and self.needs_mask and "attention_mask" in kwargs:
             if window not in self.causal:
                 self.causal[window] = self._causal_mask(window)
@@ -272,6 +275,9 @@ class Withdrawal:
         for module in self._rebound:
             del module.forward
         self._rebound = []
+        for module in self.parts.layers:
+            if (checkpoint := self._own_checkpoint(module)) is not None:
+                module._gradient_checkpointing_func = checkpoint.args[0]
         if getattr(self.parts.decoder, "_vtw_withdrawal", None) is self:
             del self.parts.decoder._vtw_withdrawal
             if self._config_before is not None:
@@ -285,7 +291,9 @@ class Withdrawal:
         self._rebound = [x for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
         for module in self._rebound:
             module.forward = module.forward
-        hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head, with_kwargs=True)]
+        hooks = []
+        if model is not body or model.get_output_embeddings() is not None:
+            hooks.append(model.register_forward_pre_hook(self._enter_head, with_kwargs=True))
         for module in dict.fromkeys((body, decoder)):
             hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for i in range(first, len(layers)):
@@ -299,10 +307,10 @@ class Withdrawal:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decides, before anything is computed or cached, which rows this forward drops."""
-        if _thread() in self._forwards:
+        if self._forwards.get(_thread()) is not None:
             return self._keep_all_rows(module, args, kwargs)  # the decoder, within the body
         makes_logits = _thread() in self._labels
-        labels = self._labels.pop(_thread(), kwargs.get("labels"))  # the body may be the whole model
+        labels = self._labels.pop(_thread(), None)
         inputs = dict(zip(self._names[module], args)) | kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
@@ -358,6 +366,10 @@ class Withdrawal:
                 plan = plan_compaction(keep, length, pad="left")
                 padded = min(kept) < length
         self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
+        if compat.RECOMPUTES_HOOKS and module.training:
+            for x in self.parts.layers[layer:]:
+                if getattr(x, "_gradient_checkpointing_func", None) and self._own_checkpoint(x) is None:
+                    x._gradient_checkpointing_func = partial(self._checkpoint, x._gradient_checkpointing_func)
         return self._keep_all_rows(module, args, kwargs)
 
     def _draw(self, module: nn.Module) -> int:
@@ -396,12 +408,28 @@ class Withdrawal:
             return None
         return F.pad(visual, (0, tokens - visual.shape[1])).repeat_interleave(batch // len(visual), dim=0)
 
+    def _own_checkpoint(self, module: nn.Module) -> partial | None:
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        return checkpoint if getattr(checkpoint, "func", None) == self._checkpoint else None
+
+    def _checkpoint(self, checkpoint: Callable, run: Callable, *args: Any) -> Any:
+        """Where a layer is recomputed with its hooks: by whatever thread, long after its forward, and again within it."""
+        forward = self._forwards.get(_thread())
+
+        def run_within_forward(*args):
+            before, self._forwards[_thread()] = self._forwards.get(_thread()), forward
+            try:
+                return run(*args)
+            finally:
+                self._forwards[_thread()] = before
+
+        return checkpoint(run_within_forward, *args)
+
     def _enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         forward = self._forwards.get(_thread())
         if forward is None:
             raise RuntimeError(
-                f"withdraw: decoder layer {index} ran outside a forward of its model; is it recomputed for gradient "
-                "checkpointing? That needs transformers 5"
+                f"withdraw: expected decoder layer {index} to run within a forward of its model, got a call of its own"
             )
         args, kwargs = args[:1], dict(zip(self._names[module][1:], args[1:])) | kwargs
         if index < forward.slots.layer:
@@ -415,7 +443,8 @@ class Withdrawal:
                     f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
                     f"them, visual ones included, got {tokens}"
                 )
-            self._start(forward, cache)
+            if forward.compaction is None:  # else it is recomputed
+                self._start(forward, cache)
         kind = self.parts.layer_types[index]  # layers that share keys have those of the last one of their type
         if cache is not None and index < self.parts.num_cached:
             forward.windows[kind] = cache.layers[index].keys_returned(forward.rows, tokens)
