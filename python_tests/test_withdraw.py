@@ -362,6 +362,25 @@ def test_generate(family, model, options, cache, rows):
     assert (generated(model, batch.inputs(), **options)[1] - wanted_logits).abs().max() > 1000 * TOLERANCE
 
 
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 cannot split the images of a prompt")
+@pytest.mark.parametrize("rows", [ONE, RAGGED, [[2, 8, 3, 8, 1], [12, 4, 3]]], ids=["one", "ragged", "two"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 50])
+def test_generate_from_chunks(family, model, size, cache, rows):
+    """They begin, end or lie within images, and may hold no text at all."""
+    batch = make_batch(family, rows)
+    options = {"cache_implementation": cache, "prefill_chunk_size": size}
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted, wanted_logits = generated(model, batch.inputs(), cache_implementation=cache)
+    with vtw.withdraw(model, 2):
+        given, given_logits = generated(model, batch.inputs(), **options)
+    assert torch.equal(given, wanted)
+    assert (given_logits - wanted_logits).abs().max() <= TOLERANCE
+    ends_visual = make_batch(family, [[3, 4, 2], [2, 4]])
+    with vtw.withdraw(model, 2), pytest.raises(ValueError, match="last token is text.* visual one in row 1"):
+        generated(model, ends_visual.inputs(), **options)
+
+
 def test_assisted_decoding(family, model):
     """Rejected tokens are cropped from caches of different lengths."""
     batch = make_batch(family, ONE)

@@ -65,8 +65,8 @@ def withdraw(
     Raises:
         TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that can't be handled,
             among them a label that is wanted of a withdrawn row, and a prompt whose last token is visual, which leaves
-            no row to predict from. Chunks of a prompt that end in an image go to ``model.base_model``, which makes no
-            logits.
+            no row to predict from. Chunks of a prompt may end in an image within ``generate(prefill_chunk_size=)``; your
+            own go to ``model.base_model``, which makes no logits.
 
     Threads may share the model: what belongs to a forward is kept per thread. A model may be compiled before, within
     or with ``torch.compile(model)`` as argument; a step of decoding with a static cache is one graph.
@@ -256,7 +256,8 @@ class Withdrawal:
         first = layer if isinstance(layer, int) else min(layer)
         self._forwards: dict[int, _Forward] = {}  # by thread
         self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
-        self._rebound: list[nn.Module] = []
+        self._prompts: dict[int, int] = {}  # by thread, how many tokens it generates from
+        self._rebound: list[tuple[nn.Module, str]] = []
         self._names = {
             module: list(inspect.signature(module.forward).parameters)
             for module in (self.parts.body, self.parts.decoder, *self.parts.layers[first:])
@@ -272,8 +273,8 @@ class Withdrawal:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for module in self._rebound:
-            del module.forward
+        for module, name in self._rebound:
+            delattr(module, name)
         self._rebound = []
         for module in self.parts.layers:
             if (checkpoint := self._own_checkpoint(module)) is not None:
@@ -288,9 +289,12 @@ class Withdrawal:
     def _register(self, model: nn.Module, first: int) -> list:
         body, decoder, layers = self.parts[:3]
         # Compiled code does not look whether hooks have changed, but whether `forward` still is that of the class.
-        self._rebound = [x for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
-        for module in self._rebound:
+        self._rebound = [(x, "forward") for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
+        for module, _ in self._rebound:
             module.forward = module.forward
+        if hasattr(model, "generate") and "generate" not in vars(model):
+            self._rebound.append((model, "generate"))
+            self._generate, model.generate = model.generate, self._generate_from_prompt
         hooks = []
         if model is not body or model.get_output_embeddings() is not None:
             hooks.append(model.register_forward_pre_hook(self._enter_head, with_kwargs=True))
@@ -301,6 +305,17 @@ class Withdrawal:
         for module in dict.fromkeys((decoder, body)):
             hooks.append(module.register_forward_hook(self._leave, always_call=True))
         return hooks
+
+    def _generate_from_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Remembers how long the prompt is: a forward may see but a chunk of it, and then nobody reads its logits."""
+        inputs = args[0] if args else kwargs.get("inputs")
+        known = (kwargs.get("attention_mask"), inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((x for x in known if x is not None), None)
+        self._prompts[_thread()] = 0 if prompt is None else prompt.shape[1]
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._prompts.pop(_thread(), None)
 
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._labels[_thread()] = kwargs.get("labels")
@@ -350,11 +365,12 @@ class Withdrawal:
                     "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a "
                     f"label in row {wrongly_labelled.index(1)}"
                 )
-            if makes_logits and labels is None and any(ends_visual):
+            goes_on = past + tokens < self._prompts.get(_thread(), 0)
+            if makes_logits and labels is None and any(ends_visual) and not goes_on:
                 raise ValueError(
                     "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a "
-                    f"visual one in row {ends_visual.index(1)}; chunks of a prompt that end in an image go to "
-                    "model.base_model"
+                    f"visual one in row {ends_visual.index(1)}; for chunks of a prompt that end in an image, there are "
+                    "generate(prefill_chunk_size=) and model.base_model, which makes no logits"
                 )
             if any(withdrawn):
                 if past + tokens >= self.parts.max_tokens:
