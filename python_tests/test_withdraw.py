@@ -9,15 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import dispatch_model
 from oracle import visual_keys_hidden
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, TRANSFORMERS_5, Batch, append, make_batch, make_model
 
 import vtw_kernels as vtw
+from vtw_kernels.integration.cache import WithdrawnLayer
 from vtw_kernels.integration.compat import RECOMPUTES_HOOKS
 from vtw_kernels.integration.withdraw import LayerCompaction
 
@@ -808,6 +811,102 @@ def test_cache_of_another_kind(llava, kind):
     assert torch.equal(run(llava, batch, ends, withdrawn), run(llava, batch, ends, make_cache(llava, kind, 30)))
     with vtw.withdraw(llava, 2), pytest.raises(ValueError, match="got one filled without withdrawal"):
         run(llava, batch, ends[1:], withdrawn, begin=ends[0])
+
+
+class OtherLayer(DynamicLayer):
+    """A kind of cache layer that holds what it wants, as quantised ones do."""
+
+
+@pytest.mark.parametrize("kind", ["other", "lazy", "fp8", "too short"])
+def test_cache_layers_of_another_kind(llava, kind):
+    """Refused before anything is cached."""
+    if kind == "fp8":
+        if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+            pytest.skip("this transformers has no quantised cache that needs no other package")
+        cache = transformers.QuantizedCache("fp8", llava.config)
+    elif kind == "lazy":
+        cache = transformers.Cache(layer_class_to_replicate=OtherLayer)
+    else:
+        cache = transformers.Cache(
+            layers=[OtherLayer() for _ in range(LAYERS)] if kind == "other" else [DynamicLayer()]
+        )
+    name = {"fp8": "Fp8QuantizedLayer at 2", "too short": "NoneType at 2"}.get(kind, "OtherLayer at 2")
+    batch = make_batch("llava", ONE)
+    with (
+        vtw.withdraw(llava, 2),
+        pytest.raises(ValueError, match=f"past_key_values: expected layers of type.*got {name}"),
+    ):
+        run(llava, batch, [batch.ids.shape[1]], cache)
+    assert cache.get_seq_length() == 0
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(family, model, cache, monkeypatch):
+    """Their layers are away, here nowhere to be found, except around their update."""
+    away = Counter()
+
+    def offload(layer):
+        away[type(layer)] += 1
+        layer.elsewhere = layer.keys, layer.values
+        layer.keys = layer.values = None
+
+    def prefetch(layer):
+        if layer.is_initialized and layer.keys is None:
+            layer.keys, layer.values = layer.elsewhere
+
+    monkeypatch.setattr(torch, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: FakeStream())
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+    batch = make_batch(family, RAGGED)
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted, wanted_logits = generated(model, batch.inputs())
+    with vtw.withdraw(model, 2):
+        given, given_logits = generated(model, batch.inputs(), cache_implementation=cache)
+    assert torch.equal(given, wanted)
+    assert (given_logits - wanted_logits).abs().max() <= TOLERANCE
+    withdrawn = sum(count for kind, count in away.items() if issubclass(kind, WithdrawnLayer))
+    assert withdrawn == away.total() / 2 > 0
+
+
+@pytest.mark.parametrize("first", ["dispatched", "withdrawn"])
+def test_layers_elsewhere(family, first, tmp_path):
+    """Accelerate brings the weights of some layers from disk when they run, by hooks of its own."""
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    ends = [batch.ids.shape[1]]
+    plain = run(model, batch, ends)
+    with vtw.withdraw(model, 2):
+        wanted = run(model, batch, ends)
+    layers = model.model.language_model.layers
+    names = {x: name for name, x in model.named_modules()}
+    places = {"": "cpu", names[layers[1]]: "disk", names[layers[2]]: "disk"}
+
+    def dispatch():
+        dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+        assert next(layers[2].parameters()).is_meta
+
+    if first == "dispatched":
+        dispatch()
+    handle = vtw.apply(model, 2)
+    if first == "withdrawn":
+        dispatch()
+    assert torch.equal(run(model, batch, ends), wanted)
+    handle.remove()
+    assert torch.equal(run(model, batch, ends), plain)
+    assert hasattr(layers[2], "_hf_hook") and all(
+        "forward" in vars(x) for x in model.modules() if hasattr(x, "_hf_hook")
+    )
 
 
 def bad_call(model, match, error=ValueError, layer=2, visual_mask=None, **inputs):

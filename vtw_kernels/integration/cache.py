@@ -214,22 +214,17 @@ KINDS = {
 }
 
 
-def check_cache(cache: Any) -> None:
-    """Raises a TypeError for what is not a ``Cache``."""
-    if not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
-
-
-def slots_of(cache: Cache | None, layer: int) -> Slots | None:
-    """What a cache holds for ``withdraw(layer)``, None if it is empty.
+def slots_of(cache: Cache | None, layer: int, num_layers: int) -> Slots | None:
+    """What a cache holds for ``withdraw(layer)`` in the layers before ``num_layers``, None if it is empty.
 
     Raises:
         TypeError: not a ``Cache``.
-        ValueError: it was filled without withdrawal, or with another layer.
+        ValueError: it has layers of a kind that is not supported, or was filled without withdrawal, or with another
+            layer.
     """
     if cache is None:
         return None
-    check_cache(cache)
+    _check_layers(cache, layer, num_layers)
     slots = next((x.slots for x in cache.layers if isinstance(x, WithdrawnLayer) and x.slots is not None), None)
     if slots is not None and slots.layer == layer:
         return slots
@@ -245,18 +240,25 @@ def wrap_layers(cache: Cache, slots: Slots, num_layers: int) -> None:
     """Replaces the cache layers ``slots.layer..num_layers-1``; the new ones share the tensors of the ones they replace.
 
     Raises:
-        TypeError: not a ``Cache``, as some models make.
-        ValueError: a kind of cache layer that is not supported.
+        TypeError, ValueError: for a cache that the model has made itself, as ``slots_of``.
     """
-    check_cache(cache)
-    while len(cache.layers) < num_layers and getattr(cache, "layer_class_to_replicate", None) is not None:
+    _check_layers(cache, slots.layer, num_layers)
+    while len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
     for i in range(slots.layer, num_layers):
-        inner = cache.layers[i] if i < len(cache.layers) else None
+        inner = cache.layers[i]
         if not isinstance(inner, WithdrawnLayer):
-            if type(inner) not in KINDS:
-                kinds = " or ".join(kind.__name__ for kind in KINDS)
-                raise ValueError(f"past_key_values: expected layers of type {kinds}, got {type(inner).__name__} at {i}")
             cache.layers[i] = KINDS[type(inner)].__new__(KINDS[type(inner)])
             cache.layers[i].__dict__.update(inner.__dict__)
         cache.layers[i].slots, cache.layers[i].leads = slots, i == slots.layer
+
+
+def _check_layers(cache: Any, first: int, end: int) -> None:
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
+    kinds = [type(x) for x in cache.layers[:end]]
+    kinds += [cache.layer_class_to_replicate or type(None)] * (end - len(kinds))
+    for i, kind in enumerate(kinds[first:], first):
+        if not issubclass(kind, WithdrawnLayer) and kind not in KINDS:
+            known = " or ".join(x.__name__ for x in KINDS)
+            raise ValueError(f"past_key_values: expected layers of type {known}, got {kind.__name__} at {i}")

@@ -257,7 +257,7 @@ class Withdrawal:
         self._forwards: dict[int, _Forward] = {}  # by thread
         self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
         self._prompts: dict[int, int] = {}  # by thread, how many tokens it generates from
-        self._rebound: list[tuple[nn.Module, str]] = []
+        self._rebound: list[tuple[nn.Module, str, Callable]] = []
         self._names = {
             module: list(inspect.signature(module.forward).parameters)
             for module in (self.parts.body, self.parts.decoder, *self.parts.layers[first:])
@@ -273,8 +273,9 @@ class Withdrawal:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for module, name in self._rebound:
-            delattr(module, name)
+        for module, name, method in self._rebound:
+            if vars(module).get(name) == method:  # else another library has wrapped it since
+                delattr(module, name)
         self._rebound = []
         for module in self.parts.layers:
             if (checkpoint := self._own_checkpoint(module)) is not None:
@@ -289,12 +290,12 @@ class Withdrawal:
     def _register(self, model: nn.Module, first: int) -> list:
         body, decoder, layers = self.parts[:3]
         # Compiled code does not look whether hooks have changed, but whether `forward` still is that of the class.
-        self._rebound = [(x, "forward") for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
-        for module, _ in self._rebound:
-            module.forward = module.forward
+        self._rebound = [(x, "forward", x.forward) for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
         if hasattr(model, "generate") and "generate" not in vars(model):
-            self._rebound.append((model, "generate"))
-            self._generate, model.generate = model.generate, self._generate_from_prompt
+            self._generate = model.generate
+            self._rebound.append((model, "generate", self._generate_from_prompt))
+        for module, name, method in self._rebound:
+            setattr(module, name, method)
         hooks = []
         if model is not body or model.get_output_embeddings() is not None:
             hooks.append(model.register_forward_pre_hook(self._enter_head, with_kwargs=True))
@@ -341,7 +342,7 @@ class Withdrawal:
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
-        slots = slots_of(cache, layer) or Slots(layer)
+        slots = slots_of(cache, layer, self.parts.num_cached) or Slots(layer)
         if masks != "dense" and cache is not None and any(isinstance(x, StaticLayer) for x in cache.layers):
             # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late, when the
             # cache has moved on: transformers' own static caches go wrong with it.
