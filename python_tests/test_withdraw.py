@@ -21,7 +21,7 @@ from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, TRANSFORMERS_5, Batch
 
 import vtw_kernels as vtw
 from vtw_kernels.integration.cache import WithdrawnLayer
-from vtw_kernels.integration.compat import RECOMPUTES_HOOKS
+from vtw_kernels.integration.compat import CROPS_TO_LENGTH, RECOMPUTES_HOOKS
 from vtw_kernels.integration.withdraw import LayerCompaction
 
 TOLERANCE = 1e-4
@@ -391,7 +391,7 @@ def test_assisted_decoding(family, model):
     crop = DynamicCache.crop
 
     def removed(cache, n):
-        return -n if TRANSFORMERS_5 else cache.get_seq_length() - n
+        return cache.get_seq_length() - n if CROPS_TO_LENGTH else -n
 
     with pytest.MonkeyPatch.context() as patch, vtw.withdraw(model, 2):
         patch.setattr(DynamicCache, "crop", lambda cache, n: rejected.update([removed(cache, n)]) or crop(cache, n))
