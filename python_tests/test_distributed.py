@@ -64,7 +64,7 @@ def generate(rank, folder):
     for family in FAMILIES:
         model = type(make_model(family)).from_pretrained(folder / family, tp_plan="auto").eval()
         assert model.tp_size == RANKS
-        torch.save(generated(model, family), folder / f"{family}-{rank}.pt")
+        torch.save((generated(model, family), searched(model, family)), folder / f"{family}-{rank}.pt")
 
 
 def generated(model, family):
@@ -74,12 +74,17 @@ def generated(model, family):
     return torch.stack(output.logits)
 
 
+def searched(model, family):
+    inputs = make_batch(family, [row for row in RAGGED if len(row) > 1]).inputs()
+    return vtw.find_layer(model, [inputs], positions=3, threshold=1e9, progress=False).per_sample
+
+
 def test_tensor_parallel(tmp_path):
     wanted = {}
     for family in FAMILIES:
         model = make_model(family)
         model.save_pretrained(tmp_path / family)
-        wanted[family] = generated(model, family)
+        wanted[family] = generated(model, family), searched(model, family)
     in_ranks(generate, tmp_path)
     for family in FAMILIES:
         for rank in range(RANKS):

@@ -1,12 +1,17 @@
 """The one-pass search against a naive loop that withdraws at every candidate."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from vlm import FAMILIES, LAYERS, ONE, make_batch, make_model
+from families_zoo import make_model as make_zoo_model
+from families_zoo import make_prompts
+from vlm import FAMILIES, LAYERS, ONE, Batch, append, make_batch, make_model
 
 import vtw_kernels as vtw
+from vtw_kernels.layer_search import METRICS, STATISTICS, scorer
 
 IMAGES = [[2, 4, 3, 8, 4], [1, 4, 2], [4, 4, 3]]  # of different lengths, each with an image
 
@@ -91,14 +96,235 @@ def test_candidates_and_threshold():
     assert exactly.kl[1] <= exactly.threshold and exactly.layer in (1, 2)
 
 
+# ------------------------------------------------------------------------------------- more positions and statistics
+
+
+def naive_scores(model, inputs, layer, predicting):
+    """Both divergences and the share of other top tokens, mean over the rows [S] of one sample, from two forwards."""
+    with torch.no_grad():
+        full = model(**inputs).logits[0, predicting].double().log_softmax(-1)
+        with vtw.withdraw(model, layer):
+            withdrawn = model(**inputs).logits[0, predicting].double().log_softmax(-1)
+    kl = (withdrawn.exp() * (withdrawn - full)).sum(-1).mean()
+    reverse = (full.exp() * (full - withdrawn)).sum(-1).mean()
+    return torch.stack([kl, reverse, (full.argmax(-1) != withdrawn.argmax(-1)).double().mean()])
+
+
+def assert_scores(search, wanted):
+    """``wanted``: [N, C, 3]."""
+    for i, metric in enumerate(METRICS):
+        torch.testing.assert_close(search.by_sample(metric).double(), wanted[..., i], atol=1e-5, rtol=0)
+
+
+def one_by_one(family, rows):
+    """The same samples as ``make_batch(family, rows)``, each in a batch of its own without padding."""
+    batch = make_batch(family, rows)
+    for i in range(len(rows)):
+        ids, images = batch.ids[i][batch.mask[i] != 0][None], [image for image in batch.images if image["row"] == i]
+        pad = batch.ids.shape[1] - ids.shape[1]
+        yield Batch(family, ids, torch.ones_like(ids), [image | {"end": image["end"] - pad} for image in images])
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_answers(family, pad, eos):
+    """Teacher-forced over the greedy answer: equal to the forwards of each sample alone."""
+    model, wanted, count = make_model(family), [], 5
+    answers = [greedy(model, sample, count) for sample in one_by_one(family, IMAGES)]
+    if eos:  # the first sample's second token ends its answer, and perhaps others
+        model.generation_config.eos_token_id = [answers[0][1], 98]
+    for sample, answer in zip(one_by_one(family, IMAGES), answers):
+        ends = [i for i, token in enumerate(answer) if eos and token == answers[0][1]]
+        answer = answer[: ends[0]] if ends else answer[:-1]
+        whole = append(sample, make_text(family, answer)) if answer else sample
+        last = sample.ids.shape[1] - 1
+        predicting = range(last, last + len(answer) + 1)
+        scores = [naive_scores(model, whole.inputs(), k, list(predicting)) for k in range(1, LAYERS)]
+        wanted.append(torch.stack(scores))
+    search = vtw.find_layer(model, [make_batch(family, IMAGES, pad).inputs()], positions=count, progress=False)
+    assert_scores(search, torch.stack(wanted))
+    assert search.disagreement.max() > 0
+    assert search.visual_tokens.tolist() == [int(sample.visual.sum()) for sample in one_by_one(family, IMAGES)]
+
+
+def greedy(model, sample, count):
+    tokens = model.generate(**sample.inputs(), max_new_tokens=count, do_sample=False)
+    return tokens[0, sample.ids.shape[1] :].tolist()
+
+
+def make_text(family, ids):
+    return Batch(family, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_given_answers(pad):
+    """Labels say what is predicted, be it before the image or between two."""
+    model, batch = make_model("llava"), make_batch("llava", IMAGES, pad)
+    generator = torch.Generator().manual_seed(5)
+    text = (batch.mask != 0) & ~batch.visual
+    after_text = text & text.roll(1, dims=1) & (torch.arange(text.shape[1]) > 0)
+    labels = torch.where(after_text & (torch.rand(text.shape, generator=generator) < 0.5), batch.ids, -100)
+    labels[:, -1 if pad == "left" else 1] = 3
+    search = vtw.find_layer(model, [batch.inputs() | {"labels": labels}], positions="answer", progress=False)
+    wanted = []
+    for i, sample in enumerate(one_by_one("llava", IMAGES)):
+        predicting = (labels[i][batch.mask[i] != 0][1:] != -100).nonzero().flatten()
+        assert len(predicting) > 0
+        scores = [naive_scores(model, sample.inputs(), k, predicting) for k in range(1, LAYERS)]
+        wanted.append(torch.stack(scores))
+    assert_scores(search, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("positions", ["last", 3])
+def test_groups_of_candidates(positions):
+    model, inputs = make_model("qwen2_vl"), make_batch("qwen2_vl", IMAGES).inputs()
+    calls, forward = [], model.model.language_model.layers[0].forward
+    at_once = vtw.find_layer(model, [inputs], positions=positions, progress=False)
+    model.model.language_model.layers[0].forward = record_shape(forward, calls)
+    grouped = vtw.find_layer(model, [inputs], positions=positions, max_candidates_in_flight=2, progress=False)
+    full_length = inputs["input_ids"].shape[1] + (0 if positions == "last" else positions - 1)
+    assert [tokens for _, tokens in calls].count(full_length) == 2  # one full run for each group
+    for metric in METRICS:
+        torch.testing.assert_close(grouped.by_sample(metric), at_once.by_sample(metric), atol=1e-6, rtol=0)
+
+
+def test_groups_that_fit(monkeypatch):
+    """Where memory is short, groups are small, and nothing else changes."""
+    model, inputs = make_model("llava"), make_batch("llava", IMAGES).inputs()
+    at_once = vtw.find_layer(model, [inputs], progress=False)
+    monkeypatch.setattr(scorer, "MEMORY_SHARE", 1e18)
+    assert torch.allclose(vtw.find_layer(model, [inputs], progress=False).kl, at_once.kl, atol=1e-6)
+
+
+def test_rows_that_see_what_follows_are_not_shared():
+    """A prefix that attends to the image (PaliGemma's does) is computed anew without it, and has no own answers."""
+    model, inputs = make_zoo_model("paligemma"), make_prompts("paligemma", [[3, 4, 5], [2, 4, 3, 4, 4]])
+    search = vtw.find_layer(model, [inputs], progress=False)
+    naive = torch.stack([naive_kl(model, inputs, layer) for layer in search.candidates], dim=1)
+    torch.testing.assert_close(search.per_sample.double(), naive, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="positions: expected a model whose answers see no later tokens"):
+        vtw.find_layer(model, [inputs], positions=3, progress=False)
+
+
+def test_visual_mask_and_decoder():
+    model, batch = make_model("llava"), make_batch("llava", IMAGES)
+    usual = vtw.find_layer(model, [batch.inputs()], progress=False)
+    masked = batch.inputs() | {"visual_mask": batch.visual}
+    decoder = model.model.language_model
+    assert torch.equal(vtw.find_layer(model, [masked], decoder=decoder, progress=False).kl, usual.kl)
+    fewer = batch.visual & (torch.arange(batch.ids.shape[1]) > 8)
+    search = vtw.find_layer(model, [batch.inputs() | {"visual_mask": fewer}], progress=False)
+    assert (search.kl - usual.kl).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="visual_mask: expected bool of shape"):
+        vtw.find_layer(model, [batch.inputs() | {"visual_mask": fewer[:1]}], progress=False)
+
+
+def test_compiled_model():
+    model, inputs = make_model("llava"), make_batch("llava", ONE).inputs()
+    usual = vtw.find_layer(model, [inputs], progress=False)
+    assert torch.equal(vtw.find_layer(torch.compile(model), [inputs], progress=False).kl, usual.kl)
+
+
+# -------------------------------------------------------------------------------------------------- what a search says
+
+
+def make_search(samples=20, layers=8, **options):
+    """Made up: divergence halves with each layer, and varies between samples."""
+    generator = torch.Generator().manual_seed(1)
+    candidates = list(range(1, layers))
+    kl = 0.5 ** torch.tensor(candidates) * torch.rand(samples, 1, generator=generator).add(0.5)
+    kl = kl * torch.rand(samples, layers - 1, generator=generator).add(0.5)
+    tokens = torch.full((samples,), 40)
+    return vtw.LayerSearch("made up", layers, candidates, kl, 2 * kl, kl.clamp(max=1), tokens, tokens // 2, **options)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 9, 10, 11, 40])
+def test_statistics(samples):
+    search = make_search(samples)
+    kl = search.per_sample.numpy()
+    np.testing.assert_allclose(search.values("kl", "mean"), kl.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(search.values("reverse_kl", "max"), 2 * kl.max(0), rtol=1e-5)
+    worst = np.sort(kl, axis=0)[::-1][: -(-samples // 10)].mean(0)
+    np.testing.assert_allclose(search.values("kl", "worst_decile"), worst, rtol=1e-5)
+    low, high = search.interval()
+    assert (low <= high).all()
+    if samples == 1:
+        assert (low == 0).all() and high.isinf().all() and search.plausible_layers() == (1, 8)
+    else:
+        assert (low <= search.values()).all() and (search.values() <= high).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_threshold_on_any_value(metric, statistic):
+    search = make_search(metric=metric, statistic=statistic)
+    for layer, value in zip(search.candidates, search.values().tolist()):
+        chosen = replace(search, threshold=value).layer
+        assert chosen is not None and chosen <= layer and (chosen == layer or value >= search.values()[chosen - 1])
+
+
+def test_interval_covers():
+    """Of samples with a known mean, about 95 % of the intervals hold it."""
+    generator, held = torch.Generator().manual_seed(3), []
+    for _ in range(5):
+        kl = torch.rand(60, 40, generator=generator)
+        tokens = torch.full((60,), 40)
+        search = vtw.LayerSearch("uniform", 41, list(range(1, 41)), kl, kl, kl, tokens, tokens // 2)
+        low, high = search.interval()
+        held.append((low <= 0.5) & (0.5 <= high))
+    assert 0.88 < torch.cat(held).float().mean() < 0.99
+
+
+def test_what_few_samples_tell():
+    """The more samples, the smaller the range of layers that may be the right one."""
+    threshold = 0.05
+    ranges = [make_search(n, threshold=threshold).plausible_layers() for n in (3, 1000)]
+    assert ranges[0][1] - ranges[0][0] >= 1 > ranges[1][1] - ranges[1][0]
+    few, many = (make_search(n, threshold=threshold) for n in (3, 1000))
+    assert "too few to tell the layers" in few.verdict() and "does not move the choice" in many.verdict()
+    assert many.plausible_layers() == (many.layer, many.layer)
+    assert make_search(5, threshold=0.0).plausible_layers() == (8, 8)
+
+
+def test_choose():
+    search = make_search()
+    kl = search.kl.tolist()
+    assert search.saving.tolist() == pytest.approx([0.5 * (1 - k / 8) for k in range(1, 8)])
+    assert search.choose(max_kl=kl[3]) == next(k for k in range(1, 8) if kl[k - 1] <= kl[3])
+    assert search.choose(min_saving=0.25) == 1 + kl.index(min(kl[:4]))
+    assert search.choose(max_kl=kl[2], min_saving=0.4375) is None
+    assert search.choose(max_kl=1e9, min_saving=0.4375) == 1
+    assert search.choose(max_kl=2.0, metric="reverse_kl", statistic="max") == next(
+        k for k in range(1, 8) if 2 * search.per_sample[:, k - 1].max() <= 2.0
+    )
+    for arguments, message in (
+        ({}, "expected max_kl, min_saving or both"),
+        ({"max_kl": -1}, "max_kl: expected a number of at least 0"),
+        ({"max_kl": float("nan")}, "max_kl: expected a number of at least 0"),
+        ({"min_saving": 1.5}, "min_saving: expected a share"),
+        ({"max_kl": 1, "metric": "l2"}, "metric: expected one of kl, reverse_kl, disagreement, got 'l2'"),
+        ({"max_kl": 1, "statistic": "median"}, "statistic: expected one of mean, worst_decile, max, got 'median'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search.choose(**arguments)
+
+
 def test_save_load_table_plot(tmp_path):
-    search = vtw.find_layer(make_model("llava"), [make_batch("llava", IMAGES).inputs()], progress=False, threshold=1e9)
+    batches = [make_batch("llava", IMAGES).inputs()]
+    options = dict(threshold=1e9, metric="reverse_kl", statistic="max", positions=2)
+    search = vtw.find_layer(make_model("llava"), batches, progress=False, **options)
     search.save(tmp_path / "vtw.json")
     loaded = vtw.LayerSearch.load(tmp_path / "vtw.json")
-    assert torch.equal(loaded.per_sample, search.per_sample)
-    assert (loaded.candidates, loaded.layer, loaded.threshold) == (search.candidates, 1, 1e9)
+    for name, value in vars(search).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        assert same(getattr(loaded, name), value), name
+    assert loaded.layer == 1 and loaded.table() == search.table()
     assert json.loads((tmp_path / "vtw.json").read_text())["layer"] == 1
     assert "| 1 |" in search.table() and "chosen" in search.table()
+    (tmp_path / "other.json").write_text('{"layer": 3}')
+    with pytest.raises(ValueError, match="expected what LayerSearch.save wrote, got nothing for model, num_layers"):
+        vtw.LayerSearch.load(tmp_path / "other.json")
     search.plot(tmp_path / "kl.png")
     assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
 
@@ -122,6 +348,13 @@ def test_leaves_the_model_as_it_was():
         ({"threshold": -1.0}, "threshold: expected a number of at least 0"),
         ({"threshold": float("nan")}, "threshold: expected a number of at least 0"),
         ({"batches": []}, "batches: expected at least one batch"),
+        ({"metric": "l2"}, "metric: expected one of kl, reverse_kl, disagreement, got 'l2'"),
+        ({"statistic": "median"}, "statistic: expected one of mean, worst_decile, max, got 'median'"),
+        ({"positions": "all"}, "positions: expected 'last', 'answer' or a number of at least 1, got 'all'"),
+        ({"positions": 0}, "positions: expected 'last', 'answer' or a number of at least 1, got 0"),
+        ({"positions": True}, "positions: expected 'last', 'answer' or a number of at least 1, got True"),
+        ({"positions": "answer"}, "labels: expected .* with positions='answer', got none"),
+        ({"max_candidates_in_flight": 0}, "max_candidates_in_flight: expected at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -136,7 +369,9 @@ def test_bad_samples():
     with pytest.raises(ValueError, match="at least one visual token in each sample, got none in row 1"):
         vtw.find_layer(model, [text_only], progress=False)
     image_last = make_batch("llava", [[2, 4, 3], [5, 4]]).inputs()
-    with pytest.raises(ValueError, match="got a visual token at the end in row 1"):
+    with pytest.raises(
+        ValueError, match="expected predictions from text tokens alone, got one from a visual token in row 1"
+    ):
         vtw.find_layer(model, [image_last], progress=False)
     with vtw.withdraw(model, 2), pytest.raises(ValueError, match="inside withdraw"):
         vtw.find_layer(model, [make_batch("llava", ONE).inputs()], progress=False)

@@ -67,6 +67,14 @@ class Parts(NamedTuple):
         if not (self.min_layer <= layer <= self.max_layer or layer == len(self.layers)):
             raise ValueError("; ".join([f"layer: expected {self.allowed}, got {layer}", *self.limits]))
 
+    def check_tokens(self, tokens: int) -> None:
+        """Raises ValueError for a sequence that is too long to withdraw visual tokens from."""
+        if tokens >= self.max_tokens:
+            raise ValueError(
+                f"input_ids: expected less than {self.max_tokens} tokens, as layers of this model scale attention by "
+                f"positions that they count themselves, from there on; got {tokens}"
+            )
+
 
 def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
     """Looks a model up in the table, and otherwise takes it to be of the usual shape.

@@ -349,11 +349,7 @@ class Withdrawal:
                     "model.base_model"
                 )
             if any(withdrawn):
-                if past + tokens >= self.parts.max_tokens:
-                    raise ValueError(
-                        f"input_ids: expected less than {self.parts.max_tokens} tokens, as layers of this model scale "
-                        f"attention by positions that they count themselves, from there on; got {past + tokens}"
-                    )
+                self.parts.check_tokens(past + tokens)
                 length = max(1, *kept)  # layers do not run on no rows at all
                 plan = plan_compaction(keep, length, pad="left")
                 padded = min(kept) < length

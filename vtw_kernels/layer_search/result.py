@@ -85,21 +85,17 @@ class LayerSearch:
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Between what fp32 ``[C]`` the values lie: percentile bootstrap over samples, at a level of confidence. With one
         sample nothing is known: 0 and infinity."""
-        low, high = (1 - level) / 2, (1 + level) / 2
-        bounds = torch.tensor([low, high], dtype=torch.float64)
-        quantiles = self._resampled.quantile(bounds, dim=1, interpolation="nearest").float()  # some may be infinite
-        return quantiles[0], quantiles[1]
+        low, high = self._resampled.quantile(_sides(level), dim=1, interpolation="nearest").float()
+        return low, high
 
     def plausible_layers(self, level: float = 0.95) -> tuple[int, int]:
         """The first and the last layer that this search would choose from other samples of the same kind, each side
         at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none.
         """
         below = self._resampled <= self.threshold
-        layers = torch.tensor(self.candidates + [self.num_layers])
-        first = torch.where(below.any(dim=0), below.int().argmax(dim=0), len(self.candidates))
-        chosen = layers[first].double()
-        bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-        first, last = (int(x) for x in chosen.quantile(bounds, interpolation="nearest"))
+        layers = torch.tensor([*self.candidates, self.num_layers], dtype=torch.float64)
+        chosen = layers[torch.where(below.any(dim=0), below.int().argmax(dim=0), len(self.candidates))]
+        first, last = chosen.quantile(_sides(level), interpolation="nearest").int().tolist()
         return first, last
 
     @cached_property
@@ -258,6 +254,11 @@ def check_among(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def _sides(level: float) -> Tensor:
+    """The two quantiles between which lies a share of ``level``."""
+    return torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
 
 
 def _how_many(statistic: str, samples: int) -> int:

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
     kl, reverse_kl: fp32 ``[B, C]``, KL(withdrawn‖full) and KL(full‖withdrawn) in nats, mean over a sample's positions.
     disagreement: fp32 ``[B, C]``, the share of positions with another most likely token. tokens, visual_tokens: int64
-    ``[B]``.
+    ``[B]``, of the prompt.
     """
 
     kl: Tensor
@@ -108,7 +108,8 @@ class Scorer:
         groups = [self.candidates[i : i + in_flight] for i in range(0, len(self.candidates), in_flight)]
         scores = [_score_group(self.model, self.parts, samples, group) for group in groups]
         means = [samples.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
-        return Scores(*means, samples.attended.sum(1).cpu(), (samples.attended & visual).sum(1).cpu())
+        tokens = samples.attended[:, :prompt]
+        return Scores(*means, tokens.sum(1).cpu(), (tokens & visual[:, :prompt]).sum(1).cpu())
 
     def _with_answers(self, inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
         """Inputs that the model's own greedy answer follows, without its last token, which predicts nothing more that is
@@ -197,11 +198,12 @@ class _Samples:
     """
 
     def __init__(self, parts: Parts, inputs: dict[str, Any], visual: Tensor, predicting: Tensor, prompt: int):
+        parts.check_tokens(visual.shape[1])
         self.inputs, self.visual, self.prompt = inputs, visual, prompt
         self.attended = attended_tokens(inputs.get("attention_mask"), visual)
         for wrong, what in (
             (~(self.attended & visual).any(1), "at least one visual token in each sample, got none"),
-            ((predicting & visual).any(1), "samples that end in text, got a visual token at the end"),
+            ((predicting & visual).any(1), "predictions from text tokens alone, got one from a visual token"),
         ):
             if wrong.any():
                 raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
