@@ -6,6 +6,7 @@ import torch
 from test_withdraw import on_the_cpu  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama import modeling_llama
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from vlm import FAMILIES, IMAGE, make_batch, make_model
 
@@ -116,13 +117,18 @@ def test_never_holds_all_weights(prompts):
 
 def test_leaves_everything_as_it_was(monkeypatch):
     model, inputs = make_model("llava").train(), make_batch("llava", PROMPTS["one"]).inputs()
-    before = AttentionInterface.get_interface, dict(ALL_ATTENTION_FUNCTIONS), model.config._attn_implementation
+
+    def state():
+        functions = dict(ALL_ATTENTION_FUNCTIONS), AttentionInterface.__getitem__, vars(AttentionInterface).keys()
+        return *functions, modeling_llama.eager_attention_forward, model.config._attn_implementation
+
+    before = state()
     attention_mass(model, inputs)
+    assert state() == before
     monkeypatch.setattr(model.model.language_model.layers[2].mlp, "forward", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attention_mass(model, inputs)
-    after = AttentionInterface.get_interface, dict(ALL_ATTENTION_FUNCTIONS), model.config._attn_implementation
-    assert after == before and all(module.training for module in model.modules())
+    assert state() == before and all(module.training for module in model.modules())
 
 
 def test_the_forward_is_what_it_was():

@@ -1,10 +1,13 @@
 """Where the attention of a prompt's last position goes, layer by layer, without any [heads, S, S] weights."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +81,9 @@ def observed_attention(parts: Parts, observe: Callable) -> Iterator[None]:
     returns what ``attend()``, the model's own function, does. ``query`` is ``[B, heads, q, D]``, ``options`` are the
     function's keyword arguments."""
     layer_of = {module: i for i, layer in enumerate(parts.layers) for module in layer.modules()}
-    original = AttentionInterface.get_interface
 
-    # Not a name of its own in the registry: models look at the name to see what masks they make, and "eager" has none.
-    def get_interface(self, *names, **named) -> Callable:
-        function = original(self, *names, **named)
-
+    def observed(function: Callable) -> Callable:
+        @wraps(function)
         def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest, **options) -> Any:
             def attend() -> Any:
                 return function(module, query, key, value, *rest, **options)
@@ -97,12 +97,17 @@ def observed_attention(parts: Parts, observe: Callable) -> Iterator[None]:
 
         return attention
 
-    with _INTERFACE:
-        AttentionInterface.get_interface = get_interface
-        try:
-            yield
-        finally:
-            AttentionInterface.get_interface = original
+    # Not a name of its own in the interface: models look at the name to see what masks they make. And eager attention
+    # has no name there, but is a function of the file that a model's attention is in.
+    files = {sys.modules.get(kind.__module__) for module in layer_of for kind in type(module).__mro__} - {None}
+    with _INTERFACE, ExitStack() as replaced:
+        original = AttentionInterface.__getitem__
+        registered = patch.object(AttentionInterface, "__getitem__", lambda self, name: observed(original(self, name)))
+        replaced.enter_context(registered)
+        for file in files:
+            for name in [name for name in vars(file) if name.endswith("eager_attention_forward")]:
+                replaced.enter_context(patch.object(file, name, observed(getattr(file, name))))
+        yield
 
 
 def _last_row(query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], last: Tensor) -> Tensor:
