@@ -53,7 +53,7 @@ class Page(HTMLParser):
             return
         self.texts.append(data)
         if self.open and self.open[-1] in ("th", "td"):
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     @property
     def text(self) -> str:

@@ -179,7 +179,7 @@ def _table(search: LayerSearch) -> tuple[list[str], list[tuple[bool, list[str]]]
     return list(columns), [(row[0] == str(search.layer), row) for row in rows]
 
 
-_flops, _bytes, _seconds = (EngFormatter(unit, places=1, sep=" ") for unit in ("FLOP", "B", "s"))
+_flops, _bytes, _seconds = (EngFormatter(unit, places=1, sep="\N{NO-BREAK SPACE}") for unit in ("FLOP", "B", "s"))
 
 
 def _savings(search: LayerSearch) -> list[tuple[str, str, str]]:
