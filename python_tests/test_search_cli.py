@@ -21,7 +21,7 @@ from vlm import IMAGE, LAYERS, VOCABULARY, make_model
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
 from vtw_kernels.layer_search import run, state
-from vtw_kernels.layer_search.records import DataSet, Encoder, JsonLines, load_records
+from vtw_kernels.layer_search.records import Encoder, load_records
 from vtw_kernels.layer_search.scorer import Scorer
 
 RECORDS = 12
@@ -365,6 +365,26 @@ def test_tensor_parallel(place):
     assert found["settings"]["tensor_parallel"] == 2
 
 
+@ranks
+def test_tensor_parallel_stops(place):
+    """A signal to one rank stops all at the same record."""
+
+    def prepare(rank):
+        if rank == 1:
+            score = run.score
+
+            def signalled(records, index, *arguments):
+                if index == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return score(records, index, *arguments)
+
+            run.score = signalled
+
+    assert in_processes(2, "--tp", prepare=prepare) == [128 + signal.SIGTERM] * 2
+    partial = json.loads((place / "vtw.json").read_text())
+    assert len(partial["per_sample"]) == 4 and not partial["settings"]["finished"]
+
+
 def test_device_map(place):
     wanted = json.loads(whole(place))
     assert search("--device-map", "auto") == 0
@@ -446,21 +466,22 @@ def test_video(place):
 
 
 def test_data_set(place):
-    """Of the package datasets, or an error that names it; with images in its rows."""
-    datasets = pytest.importorskip("datasets")
-    records = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
-    columns = {"images": [record.get("images") or [record["image"]] for record in records]}
-    columns |= {name: [record[name] for record in records] for name in ("question", "answer")}
-    features = datasets.Features(
-        images=datasets.List(datasets.Image()), question=datasets.Value("string"), answer=datasets.Value("string")
-    )
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(place / "set" / "train.parquet")
+    """Of the package datasets, where it is installed: here a folder of images with a list of questions."""
+    pytest.importorskip("datasets")
+    lines = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "image" in line]
+    (place / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (place / "set").mkdir()
+    with (place / "set/metadata.jsonl").open("w") as file:
+        for line in lines:
+            name = line.pop("image").removeprefix("photos/")
+            (place / "set" / name).write_bytes((place / "photos" / name).read_bytes())
+            file.write(json.dumps({"file_name": name} | line) + "\n")
     wanted = json.loads(whole(place))
     assert search("--data", "set") == 0
     found = json.loads((place / "vtw.json").read_text())
     assert found["per_sample"] == wanted["per_sample"]
-    assert found["settings"]["records"][0] == "set[train]:0"
-    assert isinstance(load_records("set"), DataSet) and isinstance(load_records("data.jsonl"), JsonLines)
+    assert found["settings"]["records"] == [f"set[train]:{row}" for row in range(len(lines))]
 
 
 def test_without_datasets(place, monkeypatch, capsys):

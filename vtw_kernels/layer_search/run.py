@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -94,21 +95,24 @@ def run(options: Namespace, command: str) -> int:
         progress = Progress(files, len(done), len(records), ranks.rank)
         with stop_on_signals() as stop, files[ranks.share].open("ab") if ranks.writes else nullcontext() as file:
             for name in planned["shares"][ranks.share]:
-                if ranks.any(bool(stop)):
+                if ranks.stopped_by(stop):
                     break
                 line = score(records, index_of[name], encoder, scorer, options.skip_bad)
                 if file is not None:
                     append_line(file, line)
                 progress.update()
-            progress.wait_for_others(stop)
-        if ranks.rank and (stop or not ranks.tensor_parallel):
-            return 128 + stop[0] if stop else 0
+            if ranks.rank == 0 and ranks.shares > 1:
+                progress.wait_for_others(stop)
+            progress.bar.close()
+            stopped_by = ranks.stopped_by(stop)
+        if ranks.rank and (stopped_by or not ranks.tensor_parallel):
+            return 128 + stopped_by if stopped_by else 0
 
         lines = done | {line["name"]: line for path in files for line in read_lines(path)}
         lines = [lines[name] for name in index_of if name in lines]
-        if stop and not any("bad" not in line for line in lines):
+        if stopped_by and all("bad" in line for line in lines):
             print("stopped before the first record was scored", file=sys.stderr)
-            return 128 + stop[0]
+            return 128 + stopped_by
         search: LayerSearch | None = None
 
         def conclude() -> dict[str, Any]:
@@ -120,13 +124,13 @@ def run(options: Namespace, command: str) -> int:
         chosen = ranks.agree("chosen", conclude)
         if search is not None:
             tell_of_bad(search.settings["bad"])
-        if stop:
+        if stopped_by:
             print(
                 f"stopped: {options.out} is of {len(lines)} of {len(records)} records; the same command goes on from "
                 "there",
                 file=sys.stderr,
             )
-            return 128 + stop[0]
+            return 128 + stopped_by
         costs = attention = None
         if options.costs:
             costs = measure_costs(scorer.model, encoder(records[index_of[chosen["typical"]]]), scorer.candidates)
@@ -186,13 +190,13 @@ class Ranks:
             self._store.set(key, json.dumps(decided))
         return decided
 
-    def any(self, flag: bool) -> bool:
-        """Whether one says so of the ranks that have to do the same."""
-        if not self.tensor_parallel:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._on_hosts)
-        return bool(flags)
+    def stopped_by(self, signals: list[int]) -> int:
+        """The number of the signal that stops this rank, or 0: that which it has received or, as ranks of one model must
+        stop at the same record, any of them has."""
+        number = torch.tensor(signals[0] if signals else 0)
+        if self.tensor_parallel:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._on_hosts)
+        return int(number)
 
 
 class Progress:
@@ -206,18 +210,16 @@ class Progress:
     def update(self) -> None:
         if not self.visible:
             return
-        for share, path in enumerate(self.paths):
+        for number, path in enumerate(self.paths):
             if path.exists():
                 with path.open("rb") as file:
-                    file.seek(self.offsets[share])
+                    file.seek(self.offsets[number])
                     new = file.read()
-                self.offsets[share] += len(new)
+                self.offsets[number] += len(new)
                 self.bar.update(new.count(b"\n"))
 
     def wait_for_others(self, stop: list[int]) -> None:
         """Until all records are done, or a signal has come. TimeoutError where nothing has been written for long."""
-        if not self.visible:
-            return
         before, since = self.bar.n, time.monotonic()
         while self.bar.n < self.bar.total and not stop:
             time.sleep(0.1)
@@ -229,21 +231,22 @@ class Progress:
                     f"{self.bar.total - self.bar.n} records are missing and no rank has written for {STALLED_SECONDS} s; "
                     "what was done is kept, and the same command goes on"
                 )
-        self.bar.close()
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """Yields a list that SIGINT or SIGTERM is added to; a second SIGINT interrupts at once."""
+    """Yields a list that SIGINT and SIGTERM are added to, for the record at hand to be finished. SIGINT again, but not
+    at once, as launchers pass on what the terminal has sent already, interrupts."""
     received: list[int] = []
+    last = -math.inf
 
     def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT and time.monotonic() - at[0] > 1:  # launchers may send it twice
+        nonlocal last
+        if number == signal.SIGINT and received and time.monotonic() > last + 1:
             raise KeyboardInterrupt
-        at[:] = [time.monotonic()]
+        last = time.monotonic()
         received.append(number)
 
-    at: list[float] = []
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
