@@ -392,11 +392,11 @@ def test_device_map(place):
 
 
 def test_report_and_costs(place):
-    options = ["--model", "model", "--data", "data.jsonl", "--report", "report.html"]
+    options = ["--model", "model", "--data", "data.jsonl", "--report", "made/report.html"]
     assert main(["search", *options]) == 0
     found = vtw.LayerSearch.load(place / "vtw.json")
     assert found.costs.layers == [1, 2, 3, LAYERS] and found.costs.tokens in found.tokens.tolist()
-    page = (place / "report.html").read_text()
+    page = (place / "made/report.html").read_text()
     worst = load_records("data.jsonl")[int(found.by_sample()[:, found.values().argmin()].argmax())]
     assert worst.question in page and "vtw-kernels search --model model" in page
 
@@ -414,6 +414,9 @@ def test_report_and_costs(place):
         (["--data", "none.jsonl"], "none.jsonl"),
         (["--model", "photos"], "photos"),
         (["--out", "photos"], "out: expected a file, got the folder photos"),
+        (["--device", "gpu"], "device: expected one of torch, such as cpu or cuda:1, got gpu"),
+        (["--dtype", "fp16"], "dtype: expected auto or one of torch, such as bfloat16, got fp16"),
+        (["--attention", "quick"], "quick"),
         (["--tp"], "tp: expected torchrun with several ranks"),
         (["--prompt-template", "<image>"], "prompt_template: expected {question} in it"),
     ],

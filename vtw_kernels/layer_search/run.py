@@ -144,6 +144,7 @@ def run(options: Namespace, command: str) -> int:
         if options.report:
             rows = map(search.settings["records"].index, chosen["shown"])
             samples = [Sample(x.question, x.image_bytes(), x.answer, row) for x, row in zip(shown, rows)]
+            options.report.parent.mkdir(parents=True, exist_ok=True)
             write_report(options.report, search, samples=samples, attention=attention, command=command)
         state.remove()
         print(search.table())
@@ -264,6 +265,8 @@ def check_options(options: Namespace, ranks: Ranks) -> None:
         raise ValueError("tp: expected torchrun with several ranks, and neither device nor device_map")
     if options.device_map and ranks.world > 1:
         raise ValueError(f"device_map: expected one rank, which it gives all devices to, got {ranks.world}")
+    if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
+        raise ValueError(f"dtype: expected auto or one of torch, such as bfloat16, got {options.dtype}")
     for name in ("out", "report"):
         path = getattr(options, name)
         if path is not None and path.is_dir():
@@ -271,12 +274,16 @@ def check_options(options: Namespace, ranks: Ranks) -> None:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The one asked for, or the accelerator of this rank, or the CPU."""
-    if name is not None:
-        return torch.device(name)
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+    """The one asked for, or the accelerator, or the CPU; of several accelerators that of this rank."""
+    if name is None:
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one of torch, such as cpu or cuda:1, got {name}") from error
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def describe_device(device: torch.device) -> str:
@@ -358,7 +365,7 @@ def score(records: Records, index: int, encoder: Encoder, scorer: Scorer, skip_b
             f"{name}: {reason}; what was done is kept: mend this record, or pass --skip-bad, and run the same command"
         ) from error
     except Exception:
-        print(f"vtw-kernels: the model failed on {name}", file=sys.stderr)
+        print(f"vtw-kernels: {name} made the model or its processor fail", file=sys.stderr)
         raise
 
 
