@@ -1,6 +1,7 @@
 """The ``vtw-kernels`` command."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,8 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     info.add_argument("--model", help="name or folder of a model of transformers, of which only the config is read")
 
+    add_search(commands)
+
     options = parser.parse_args(arguments)
     try:
+        if options.command == "search":
+            from vtw_kernels.layer_search.run import run as run_search
+
+            return run_search(options, shlex.join(["vtw-kernels", *(sys.argv[1:] if arguments is None else arguments)]))
         if options.command == "info" and options.model is not None:
             print_model_info(options.model)
         elif options.command == "info":
@@ -36,7 +43,60 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"vtw-kernels: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("vtw-kernels: interrupted", file=sys.stderr)
+        return 130
     return 0
+
+
+def add_search(commands: argparse._SubParsersAction) -> None:
+    search = commands.add_parser(
+        "search",
+        help="search a model's withdrawal layer on your own data",
+        description="Searches the first layer before which a model's visual tokens can be withdrawn. A search that was "
+        "stopped goes on when the same command is run again. Under torchrun, or accelerate launch, ranks share the records.",
+    )
+    search.add_argument("--model", required=True, help="name or folder of a model of transformers, with its processor")
+    search.add_argument(
+        "--data",
+        required=True,
+        help="JSONL file, one object a line: question; image or images, or video, or frames of a video as a list; "
+        "answer, if you like. Or the id of a data set with such columns, which needs the package datasets",
+    )
+    search.add_argument("--images", type=Path, help="folder that images and videos are in (default: that of the data)")
+    search.add_argument("--subset", help="of a data set")
+    search.add_argument("--split", default="train", help="of a data set (default: train)")
+    search.add_argument("--limit", type=int, help="only the first so many records")
+    search.add_argument("--skip-bad", action="store_true", help="skip records that can't be used, and list them")
+    search.add_argument("--out", type=Path, default=Path("vtw.json"), help="the result (default: vtw.json)")
+    search.add_argument("--report", type=Path, help="a page of HTML about the result")
+    search.add_argument("--restart", action="store_true", help="discard what an earlier run has done")
+
+    choice = search.add_argument_group("choice of the layer")
+    choice.add_argument("--threshold", type=float, default=0.003, help="largest acceptable value (default: 0.003)")
+    choice.add_argument("--metric", default="kl", help="kl (default), reverse_kl or disagreement")
+    choice.add_argument("--statistic", default="mean", help="mean (default), worst_decile or max, over records")
+    choice.add_argument(
+        "--positions",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        default="last",
+        help="last (default): the next token; a number: so many tokens of the model's own answer; answer: the tokens of "
+        "the record's",
+    )
+    choice.add_argument("--candidates", type=int, nargs="+", metavar="LAYER", help="layers to try (default: all)")
+
+    model = search.add_argument_group("model")
+    model.add_argument("--dtype", default="auto", help="such as bfloat16 (default: that of its files)")
+    model.add_argument("--attention", help="eager, sdpa, flex_attention or flash_attention_2 (default: the model's)")
+    model.add_argument("--device", help="such as cuda:1 (default: the rank's GPU, or the CPU)")
+    model.add_argument("--device-map", help='"auto" spreads the model over all devices; needs accelerate')
+    model.add_argument("--tp", action="store_true", help="under torchrun: one tensor-parallel model over all ranks")
+    model.add_argument(
+        "--prompt-template",
+        type=lambda text: text.replace("\\n", "\n"),
+        help="in place of the chat template, such as 'USER: <image>\\n{question} ASSISTANT:'",
+    )
+    model.add_argument("--no-costs", dest="costs", action="store_false", help="don't time a prefill at each layer")
 
 
 def print_model_info(name: str) -> None:

@@ -1,0 +1,493 @@
+"""``vtw-kernels search`` as users have it: good and bad records, stopped at any moment, shared among ranks."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from vlm import IMAGE, LAYERS, VOCABULARY, make_model
+
+import vtw_kernels as vtw
+from vtw_kernels.cli import main
+from vtw_kernels.layer_search import run, state
+from vtw_kernels.layer_search.records import Encoder, load_records
+from vtw_kernels.layer_search.scorer import Scorer
+
+RECORDS = 12
+SECONDS = 120
+TEMPLATE = (
+    "{% for message in messages %}{{ '<s> ' if loop.first }}{{ message.role }} : {% for part in message.content %}"
+    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{{ '</s> ' if message.role == 'assistant' }}"
+    "{% endfor %}{{ 'assistant : ' if add_generation_prompt }}"
+)
+WORDS = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>", 4: "user", 5: "assistant", 6: ":", IMAGE: "<image>"}
+
+
+def make_processor():
+    vocabulary = {WORDS.get(token, f"w{token}"): token for token in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+        additional_special_tokens=["<image>"],
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model with its processor, photos, and questions about them, some about two."""
+    folder = tmp_path_factory.mktemp("search")
+    make_model("llava").save_pretrained(folder / "model")
+    make_processor().save_pretrained(folder / "model")
+    (folder / "photos").mkdir()
+    rng, words = np.random.default_rng(0), random.Random(0)
+    lines = []
+    for i in range(RECORDS):
+        Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / f"photos/{i}.png")
+        images = {"image": f"photos/{i}.png"} if i % 3 else {"images": ["photos/0.png", f"photos/{i}.png"]}
+        question = " ".join(f"w{words.randrange(10, VOCABULARY)}" for _ in range(3 + i % 4))
+        lines.append(json.dumps(images | {"question": question, "answer": f"w{20 + i} w{40 + i}"}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def place(source, tmp_path, monkeypatch, num_threads):
+    """An empty folder to search in, with one thread, as every rank has."""
+    num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "photos"):
+        (tmp_path / name).symlink_to(source / name)
+    (tmp_path / "data.jsonl").write_bytes((source / "data.jsonl").read_bytes())
+    return tmp_path
+
+
+def search(*options: str, out: str = "vtw.json") -> int:
+    return main(["search", "--model", "model", "--data", "data.jsonl", "--out", out, "--no-costs", *options])
+
+
+def whole(place, *options: str) -> str:
+    """What a search gives that nothing disturbs."""
+    assert search(*options, out="whole.json") == 0
+    return (place / "whole.json").read_text()
+
+
+def edit(place, changes: dict[int, str]) -> None:
+    """Other lines in place of those with these numbers."""
+    lines = (place / "data.jsonl").read_text().splitlines()
+    for number, line in changes.items():
+        lines[number - 1] = line
+    (place / "data.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def after_lines(number: int, act):
+    """``append_line`` that acts in place of writing the line after so many."""
+    count = 0
+
+    def append(file, line):
+        nonlocal count
+        if count == number:
+            act(file, line)
+        else:
+            state.append_line(file, line)
+        count += 1
+
+    return append
+
+
+def die(file, line) -> None:
+    """In the middle of writing."""
+    file.write(json.dumps(line)[:40].encode())
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_processes(ranks: int, *options: str, prepare=lambda rank: None) -> list[int]:
+    """Searches in forked processes, which have imported everything, and returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def rank_main(rank: int) -> None:
+        torch.set_num_threads(1)
+        if ranks > 1:  # as torchrun says it
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        prepare(rank)
+        code = search(*options)
+        sys.stderr.flush()
+        os._exit(code)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            pytest.fail("a rank hangs")
+    return [process.exitcode for process in processes]
+
+
+def test_equals_the_scorer(place, capsys):
+    assert search("--metric", "reverse_kl", "--statistic", "max", "--threshold", "100", "--candidates", "3", "1") == 0
+    assert "Withdraw before layer 1 of 4" in capsys.readouterr().out
+    found = vtw.LayerSearch.load(place / "vtw.json")
+    assert (found.candidates, found.layer, found.metric, found.statistic) == ([1, 3], 1, "reverse_kl", "max")
+    assert found.settings["records"] == [f"data.jsonl:{number}" for number in range(1, RECORDS + 1)]
+    assert found.settings["finished"] and not found.settings["bad"]
+    assert not (place / "vtw.json.partial").exists()
+
+    scorer, encoder = Scorer(make_model("llava"), candidates=[1, 3]), Encoder(make_processor())
+    for row, record in enumerate(load_records("data.jsonl")):
+        scores = scorer.score(encoder(record))
+        assert torch.equal(scores.kl[0], found.per_sample[row])
+        assert torch.equal(scores.disagreement[0], found.disagreement[row])
+        assert scores.tokens[0] == found.tokens[row] and scores.visual_tokens[0] == (4 if row % 3 else 8)
+
+
+@pytest.mark.parametrize("positions", ["answer", "3"])
+def test_more_positions(place, positions):
+    last, more = json.loads(whole(place)), json.loads(whole(place, "--positions", positions))
+    assert more["positions"] == (positions if positions == "answer" else 3)
+    assert more["per_sample"] != last["per_sample"]
+
+
+def test_labels(place):
+    inputs = Encoder(make_processor())(load_records("data.jsonl")[1], with_answer=True)
+    labels = inputs["labels"][0]
+    assert labels[labels != -100].tolist() == [21, 41, 2]  # the answer and its end
+    assert torch.equal(inputs["input_ids"][0, -3:], labels[-3:])
+    prompt = Encoder(make_processor())(load_records("data.jsonl")[1])
+    assert torch.equal(prompt["input_ids"][0], inputs["input_ids"][0, :-3]) and "labels" not in prompt
+    assert inputs["input_ids"][0].tolist().count(1) == 1  # the template begins with what the tokenizer would add
+
+
+def test_prompt_template(place):
+    """The same prompt as the chat template's, so the same scores."""
+    edit(place, {1: "", 4: "", 7: "", 10: ""})  # those with two images
+    assert search("--prompt-template", "<s> user : <image> {question} assistant :", out="own.json") == 0
+    by_chat, own = json.loads(whole(place)), json.loads((place / "own.json").read_text())
+    assert own["per_sample"] == by_chat["per_sample"] and len(own["per_sample"]) == 8
+
+
+BAD = {
+    2: '{"image": "photos/1.png", "question": ',
+    3: '{"image": "photos/none.png", "question": "w10"}',
+    5: '{"image": "photos/1.png"}',
+    6: '{"question": "w10"}',
+    8: '["photos/1.png", "w10"]',
+    9: '{"image": 3, "question": "w10"}',
+    11: '{"image": "data.jsonl", "question": "w10"}',  # can be told only by opening it
+}
+REASONS = {
+    2: "expected a JSON object, got Expecting value",
+    3: "image: there is no file photos/none.png",
+    5: "question: expected text, got none",
+    6: "expected image, images or video, got question",
+    8: "expected a JSON object, got list",
+    9: "image: expected the name of a file, got int",
+    11: "image: data.jsonl can't be read",
+}
+
+
+def test_bad_records_are_told_before_the_model_is_loaded(place, monkeypatch, capsys):
+    edit(place, BAD)
+    monkeypatch.setattr(run, "load_model", None)
+    assert search() == 1
+    error = capsys.readouterr().err
+    assert "6 of 12 records are bad" in error and "and 1 more" in error
+    for number in (2, 3, 5, 6, 8):
+        assert f"data.jsonl:{number}: {REASONS[number]}" in error
+
+
+def test_skip_bad(place, capsys):
+    wanted = json.loads(whole(place))
+    edit(place, BAD)
+    assert search("--skip-bad") == 0
+    found = json.loads((place / "vtw.json").read_text())
+    assert list(found["settings"]["bad"]) == [f"data.jsonl:{number}" for number in BAD]
+    for number, reason in REASONS.items():
+        assert found["settings"]["bad"][f"data.jsonl:{number}"].startswith(reason)
+    good = [row for row in range(RECORDS) if row + 1 not in BAD]
+    assert found["settings"]["records"] == [f"data.jsonl:{row + 1}" for row in good]
+    assert found["per_sample"] == [wanted["per_sample"][row] for row in good]
+    assert "7 bad records were skipped: data.jsonl:2: " in capsys.readouterr().err
+
+
+def test_a_mended_record(place, capsys):
+    """The run stops at a bad record; when it is mended, the run goes on, and a changed image is looked at anew."""
+    wanted = whole(place)
+    (place / "photos").unlink()
+    (place / "photos").mkdir()
+    for path in (place / "model").resolve().parent.glob("photos/*"):
+        (place / "photos" / path.name).write_bytes(path.read_bytes())
+    good = [(place / f"photos/{i}.png").read_bytes() for i in (2, 4)]
+    (place / "photos/2.png").write_bytes(good[1])
+    (place / "photos/4.png").write_bytes(b"\x89PNG broken")
+    assert search() == 1
+    error = capsys.readouterr().err
+    assert "data.jsonl:5: image: photos/4.png can't be read" in error and "what was done is kept" in error
+    assert not (place / "vtw.json").exists()
+    (place / "photos/2.png").write_bytes(good[0])
+    (place / "photos/4.png").write_bytes(good[1])
+    assert search() == 0
+    assert "3 of 12 records were scored before" in capsys.readouterr().err
+    assert (place / "vtw.json").read_text() == wanted
+
+
+def test_no_visual_token(place, capsys):
+    assert search("--prompt-template", "{question} assistant :") == 1
+    assert "data.jsonl:1: " in capsys.readouterr().err
+    assert search("--prompt-template", "{question} assistant :", "--skip-bad", "--restart") == 1
+    assert "expected at least one record that is not bad, got 12 bad ones; data.jsonl:1: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [0, 1, 7, RECORDS - 1])
+def test_killed(place, capfd, lines):
+    wanted = whole(place)
+    assert in_processes(1, prepare=lambda rank: setattr(run, "append_line", after_lines(lines, die))) == [
+        -signal.SIGKILL
+    ]
+    assert not (place / "vtw.json").exists()
+    assert search() == 0
+    assert (place / "vtw.json").read_text() == wanted
+    assert (f"{lines} of 12 records were scored before" in capfd.readouterr().err) == (lines > 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped(place, monkeypatch, capsys, number):
+    wanted = whole(place)
+
+    def stop(file, line):
+        os.kill(os.getpid(), number)
+        state.append_line(file, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "append_line", after_lines(4, stop))
+        assert search() == 128 + number
+    assert "5 of 12 records" in capsys.readouterr().err
+    partial, complete = vtw.LayerSearch.load(place / "vtw.json"), vtw.LayerSearch.load(place / "whole.json")
+    assert torch.equal(partial.per_sample, complete.per_sample[:5]) and not partial.settings["finished"]
+    assert signal.getsignal(number) not in (None, signal.SIG_IGN)
+    assert search("--threshold", "0.003") == 0
+    assert (place / "vtw.json").read_text() == wanted
+
+
+def test_other_settings(place, monkeypatch, capsys):
+    def interrupt(file, line):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "append_line", after_lines(3, interrupt))
+        assert search() == 130
+    assert search("--dtype", "bfloat16") == 1
+    error = capsys.readouterr().err
+    assert "dtype was 'auto' and is 'bfloat16'" in error and "the 3 records" in error and "--restart" in error
+    assert search("--dtype", "bfloat16", "--restart") == 0
+    assert "were scored before" not in capsys.readouterr().err
+    assert json.loads((place / "vtw.json").read_text())["settings"]["dtype"] == "bfloat16"
+
+
+def test_two_at_once(place, capsys):
+    with state.State(place / "vtw.json.partial").open({}, restart=False):
+        assert search() == 1
+    assert "another run is at work in vtw.json.partial" in capsys.readouterr().err
+
+
+ranks = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch.distributed without gloo")
+
+
+@ranks
+def test_ranks(place):
+    edit(place, {5: BAD[3]})
+    wanted = whole(place, "--skip-bad")
+    assert in_processes(4, "--skip-bad") == [0] * 4
+    assert (place / "vtw.json").read_text() == wanted
+
+
+@ranks
+def test_torchrun(place):
+    wanted = whole(place)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "vtw_kernels", "search"]
+    options = ["--model", "model", "--data", "data.jsonl", "--no-costs"]
+    subprocess.run([*command, *options], check=True, timeout=SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (place / "vtw.json").read_text() == wanted
+
+
+@ranks
+def test_a_dead_rank(place, capfd):
+    """What it left is said, and done by the next run, with another number of ranks."""
+    wanted = whole(place)
+
+    def prepare(rank):
+        run.STALLED_SECONDS = 1
+        if rank == 1:
+            run.append_line = after_lines(2, die)
+
+    assert in_processes(2, prepare=prepare) == [1, -signal.SIGKILL]
+    assert "4 records are missing" in capfd.readouterr().err
+    assert search() == 0
+    error = capfd.readouterr().err
+    assert "8 of 12 records were scored before" in error
+    assert "rank 1 of the last run left 4: data.jsonl:6, data.jsonl:8, data.jsonl:10, ..." in error
+    assert (place / "vtw.json").read_text() == wanted
+
+
+@ranks
+def test_tensor_parallel(place):
+    wanted = json.loads(whole(place))
+    assert in_processes(2, "--tp") == [0, 0]
+    found = json.loads((place / "vtw.json").read_text())
+    torch.testing.assert_close(torch.tensor(found["per_sample"]), torch.tensor(wanted["per_sample"]), atol=1e-5, rtol=0)
+    assert found["settings"]["tensor_parallel"] == 2
+
+
+@ranks
+def test_tensor_parallel_stops(place):
+    """A signal to one rank stops all at the same record."""
+
+    def prepare(rank):
+        if rank == 1:
+            score = run.score
+
+            def signalled(records, index, *arguments):
+                if index == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return score(records, index, *arguments)
+
+            run.score = signalled
+
+    assert in_processes(2, "--tp", prepare=prepare) == [128 + signal.SIGTERM] * 2
+    partial = json.loads((place / "vtw.json").read_text())
+    assert len(partial["per_sample"]) == 4 and not partial["settings"]["finished"]
+
+
+def test_device_map(place):
+    wanted = json.loads(whole(place))
+    assert search("--device-map", "auto") == 0
+    assert json.loads((place / "vtw.json").read_text())["per_sample"] == wanted["per_sample"]
+
+
+def test_report_and_costs(place):
+    options = ["--model", "model", "--data", "data.jsonl", "--report", "made/report.html"]
+    assert main(["search", *options]) == 0
+    found = vtw.LayerSearch.load(place / "vtw.json")
+    assert found.costs.layers == [1, 2, 3, LAYERS] and found.costs.tokens in found.tokens.tolist()
+    page = (place / "made/report.html").read_text()
+    worst = load_records("data.jsonl")[int(found.by_sample()[:, found.values().argmin()].argmax())]
+    assert worst.question in page and "vtw-kernels search --model model" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metric", "js"], "metric: expected one of kl"),
+        (["--statistic", "median"], "statistic: expected one of mean"),
+        (["--threshold", "-1"], "threshold: expected a number of at least 0, got -1"),
+        (["--positions", "first"], "positions: expected 'last', 'answer' or a number"),
+        (["--candidates", "4"], "candidates: expected layers in 1..3, got"),
+        (["--limit", "0"], "limit: expected at least 1, got 0"),
+        (["--images", "nowhere"], "images: expected a folder, got nowhere"),
+        (["--data", "none.jsonl"], "none.jsonl"),
+        (["--model", "photos"], "photos"),
+        (["--out", "photos"], "out: expected a file, got the folder photos"),
+        (["--device", "gpu"], "device: expected one of torch, such as cpu or cuda:1, got gpu"),
+        (["--dtype", "fp16"], "dtype: expected auto or one of torch, such as bfloat16, got fp16"),
+        (["--attention", "quick"], "quick"),
+        (["--tp"], "tp: expected torchrun with several ranks"),
+        (["--prompt-template", "<image>"], "prompt_template: expected {question} in it"),
+    ],
+)
+def test_bad_options(place, capsys, options, message):
+    assert search(*options) == 1
+    assert message in capsys.readouterr().err
+    assert not (place / "vtw.json").exists()
+
+
+def test_no_chat_template():
+    processor = make_processor()
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="prompt_template: expected one, as LlavaProcessor has no chat template"):
+        Encoder(processor)
+    with pytest.raises(ValueError, match="expected a processor of images"):
+        Encoder(processor.tokenizer)
+
+
+def test_a_damaged_state(place):
+    path = place / "run-1-rank-0.jsonl"
+    path.write_bytes(b'{"name": "a"}\n{"na')
+    assert state.read_lines(path) == [{"name": "a"}]
+    path.write_bytes(b'{"name": "a"}\n{"na\n{"name": "b"}\n')
+    with pytest.raises(ValueError, match="run-1-rank-0.jsonl: expected one JSON object a line"):
+        state.read_lines(path)
+
+
+def test_video(place):
+    """Files, and frames, go to the processor as they are; no video is decoded here."""
+    (place / "clip.mp4").write_bytes(b"1")
+    lines = [{"video": "clip.mp4", "question": "w10"}, {"video": ["photos/0.png", "photos/1.png"], "question": "w10"}]
+    (place / "video.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = []
+
+    class Processor(LlavaProcessor):
+        def __call__(self, **options):
+            given.append(options)
+            return {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+
+    processor = make_processor()
+    template = TEMPLATE.replace("'<image> ' if", "'<video> ' if part.type == 'video' else '<image> ' if")
+    encoder = Encoder(Processor(processor.image_processor, processor.tokenizer, chat_template=template))
+    records = load_records("video.jsonl")
+    for record in records:
+        encoder(record)
+    assert [options["videos"] for options in given] == [["clip.mp4"], [["photos/0.png", "photos/1.png"]]]
+    assert all("images" not in options and options["text"].count("<video>") == 1 for options in given)
+    assert records[0].digest() != records[1].digest()
+
+
+def test_data_set(place):
+    """Of the package datasets, where it is installed: here a folder of images with a list of questions."""
+    pytest.importorskip("datasets")
+    lines = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "image" in line]
+    (place / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (place / "set").mkdir()
+    with (place / "set/metadata.jsonl").open("w") as file:
+        for line in lines:
+            name = line.pop("image").removeprefix("photos/")
+            (place / "set" / name).write_bytes((place / "photos" / name).read_bytes())
+            file.write(json.dumps({"file_name": name} | line) + "\n")
+    wanted = json.loads(whole(place))
+    assert search("--data", "set") == 0
+    found = json.loads((place / "vtw.json").read_text())
+    assert found["per_sample"] == wanted["per_sample"]
+    assert found["settings"]["records"] == [f"set[train]:{row}" for row in range(len(lines))]
+
+
+def test_without_datasets(place, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert search("--data", "org/questions") == 1
+    assert "the package datasets installed, got org/questions" in capsys.readouterr().err
