@@ -714,7 +714,8 @@ def test_config_and_files(tmp_path):
         assert loaded.config.vtw == {"layer": 3}
     assert loaded.config.vtw == {"layer": 2}
     for found, threshold in ((2, 0.5), (None, 0.1)):
-        search = vtw.LayerSearch([1, 2, 3], torch.tensor([[0.9, 0.2, 0.15]]), threshold, LAYERS, "llava")
+        kl, one = torch.tensor([[0.9, 0.2, 0.15]]), torch.ones(1)
+        search = vtw.LayerSearch("llava", LAYERS, [1, 2, 3], kl, kl, kl, one, one, threshold=threshold)
         assert search.layer == found
         search.save(tmp_path / "vtw.json")
         if found is None:

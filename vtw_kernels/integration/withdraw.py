@@ -134,6 +134,8 @@ class LayerCompaction:
         if self.columns is None:
             return kwargs, hidden_states
         mask = kwargs.get("attention_mask")
+        if self.plan is None and mask is None and not self.needs_mask:
+            return kwargs, hidden_states  # a step of decoding, in every layer
         check_mask(mask)
         if mask is not None and not any(mask is x for x, _ in self.done):
             if isinstance(mask, BlockMask):
