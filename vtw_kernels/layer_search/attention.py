@@ -55,19 +55,20 @@ def attention_mass(
     last = attended.long().cumsum(1).argmax(1)
     before = visual.cumsum(1) == 0
     where = torch.stack([before, visual, ~before & ~visual]).float()  # [3, B, S]
-    mass = torch.full((len(parts.layers), 3), torch.nan)
+    mass, seen = torch.full((len(parts.layers), 3), torch.nan), set()
 
     def observe(layer: int, attend: Callable, query: Tensor, key: Tensor, mask: Any, options: dict) -> Any:
         if key.shape[2] != visual.shape[1]:
             raise ValueError(f"inputs: expected one key for each of {visual.shape[1]} tokens, got {key.shape[2]} keys")
         weights = _last_row(query, key, mask, options, last.to(key.device)).mean(1)  # [B, S]
         mass[layer] = (where.to(key.device) * weights).sum(-1).mean(-1).cpu()
+        seen.add(layer)
         return attend()
 
     with in_eval_mode(model), observed_attention(parts, observe):
         model(**inputs, use_cache=False, logits_to_keep=1)
     for layer, kind in enumerate(parts.layer_types):
-        if kind in ATTENTION_LAYERS and mass[layer].isnan().all():
+        if kind in ATTENTION_LAYERS and layer not in seen:
             raise ValueError(
                 f"model: expected attention that transformers' AttentionInterface hands out, got none in layer {layer} of "
                 f"{type(parts.decoder).__name__}"
