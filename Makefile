@@ -18,7 +18,7 @@ INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_sear
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(INTEGRATION)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS) $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(INTEGRATION)
 
 demo: $(VENV)/installed
 	$(BIN)/vtw-kernels demo
