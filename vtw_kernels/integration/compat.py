@@ -1,7 +1,7 @@
-"""What differs between releases of transformers, 4.57 and the first of 5. The rest of the package is written for the newest.
+"""What differs between releases of transformers from 4.57 on. The rest of the package is written for the newest.
 
-Up to 5.0, models number the tokens of a forward once for all layers, as ``cache_position`` ``[q]``, which is where static
-caches write and what cache layers are asked with.
+Up to one of the first of 5, models number the tokens of a forward once for all layers, as ``cache_position`` ``[q]``:
+that is where static caches write, and what cache layers are asked with.
 """
 
 from inspect import signature

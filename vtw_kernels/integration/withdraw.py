@@ -65,8 +65,8 @@ def withdraw(
     Raises:
         TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that can't be handled,
             among them a label that is wanted of a withdrawn row, and a prompt whose last token is visual, which leaves
-            no row to predict from. Chunks of a prompt may end in an image within ``generate(prefill_chunk_size=)``; your
-            own go to ``model.base_model``, which makes no logits.
+            no row to predict from. Chunks of a prompt that end in an image go to ``generate(prefill_chunk_size=)``, or to
+            ``model.base_model``, if that makes no logits.
 
     Threads may share the model: what belongs to a forward is kept per thread. A model may be compiled before, within
     or with ``torch.compile(model)`` as argument; a step of decoding with a static cache is one graph.
@@ -428,7 +428,7 @@ class Withdrawal:
         return checkpoint if getattr(checkpoint, "func", None) == self._checkpoint else None
 
     def _checkpoint(self, checkpoint: Callable, run: Callable, *args: Any) -> Any:
-        """Where a layer is recomputed with its hooks: by whatever thread, long after its forward, and again within it."""
+        """Has a layer that is recomputed with its hooks, later and by whatever thread, find its forward again."""
         forward = self._forwards.get(_thread())
 
         def run_within_forward(*args):
