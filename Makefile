@@ -8,10 +8,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
+# The oldest release of transformers that is supported, beside the newest in .venv, and what is tested with it
+OLD_TRANSFORMERS := build/transformers-4.57
+# (not the one that changes the kinds of layers of a model that is made, which the layers of 4.57 do not notice).
+INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py distributed.py) \
+	--deselect python_tests/test_layer_search.py::test_layers_of_different_masks
+
 .PHONY: demo test bench gpu-check cuda-check cuda-build stable-abi clean
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(OLD_TRANSFORMERS)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(INTEGRATION)
 
 demo: $(VENV)/installed
 	$(BIN)/vtw-kernels demo
@@ -41,6 +48,12 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" pybind11 ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	touch $@
+
+# With the packages that it wants in other versions than the newest transformers, or that this one no longer wants.
+$(OLD_TRANSFORMERS)/installed: | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_TRANSFORMERS) "transformers==4.57.*" \
+		"huggingface_hub<1" "tokenizers<0.23" requests charset_normalizer idna urllib3 certifi
 	touch $@
 
 # Compiles the kernels of CUDA and Triton for every architecture and reads the machine code. Needs nvcc, and no GPU.

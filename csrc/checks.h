@@ -102,12 +102,14 @@ inline std::vector<TokenDims> check_tensors(Op which, const std::vector<Tensor>&
   one_each("token_dims", token_dims);
   one_each("batch_dims", batch_dims);
 
+  const auto device = source.device();
   std::vector<TokenDims> resolved(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& x = tensors[i];
-    const int64_t rank = x.dim();
+    const auto sizes = x.sizes();
+    const int64_t rank = static_cast<int64_t>(sizes.size());
     const auto argument = [&](const char* name) { return text(name, "[", i, "]"); };
-    VTW_REQUIRE(x.device() == source.device(), op, argument("tensors"), "the device of source", "another one");
+    VTW_REQUIRE(x.device() == device, op, argument("tensors"), "the device of source", "another one");
     VTW_REQUIRE(rank >= 2, op, argument("tensors"), "a batch and a token dimension", shape_text(x));
     const auto in_range = [&](const char* name, int64_t dim) {
       VTW_REQUIRE(-rank <= dim && dim < rank, op, argument(name), text("a dimension in [", -rank, ", ", rank - 1, "]"),
@@ -118,7 +120,7 @@ inline std::vector<TokenDims> check_tensors(Op which, const std::vector<Tensor>&
     const int64_t batched = in_range("batch_dims", batch_dims[i]);
     VTW_REQUIRE(token != batched, op, argument("batch_dims"), text("another dimension than token_dims[", i, "]"),
                 text(batched));
-    const int64_t rows = x.size(batched);
+    const int64_t rows = sizes[batched];
     if (which == Op::kCompactInPlace) {
       VTW_REQUIRE(rows == batch, op, argument("tensors"), text("batch size ", batch, " of source"), text(rows));
     } else {
@@ -126,8 +128,8 @@ inline std::vector<TokenDims> check_tensors(Op which, const std::vector<Tensor>&
                   text(rows));
     }
     if (which == Op::kExpand) {
-      VTW_REQUIRE(x.size(token) == kept, op, argument("tensors"), text(kept, " rows of source in dimension ", token),
-                  text(x.size(token)));
+      VTW_REQUIRE(sizes[token] == kept, op, argument("tensors"), text(kept, " rows of source in dimension ", token),
+                  text(sizes[token]));
     }
     resolved[i] = {token, batched};
   }

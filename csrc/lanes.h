@@ -28,19 +28,21 @@ struct Lanes {
         to(static_cast<char*>(target.mutable_data_ptr())),
         block(static_cast<int64_t>(source.element_size())) {
     const int64_t item = block;
+    const auto sizes = source.sizes(), from_strides = source.strides();
+    const auto to_sizes = target.sizes(), to_strides = target.strides();
     // A dimension of size 1 takes no step, whatever its stride says; a source of batch size 1 serves every sequence.
-    const auto stride = [&](const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim) * item; };
-    from_batch = stride(source, at.batch);
-    to_batch = stride(target, at.batch);
-    from_row = stride(source, at.token);
-    to_row = stride(target, at.token);
+    from_batch = sizes[at.batch] == 1 ? 0 : from_strides[at.batch] * item;
+    to_batch = to_sizes[at.batch] == 1 ? 0 : to_strides[at.batch] * item;
+    from_row = sizes[at.token] == 1 ? 0 : from_strides[at.token] * item;
+    to_row = to_sizes[at.token] == 1 ? 0 : to_strides[at.token] * item;
     std::vector<Dim> others;
-    for (int64_t d = 0; d < source.dim(); ++d) {
-      if (d == at.token || d == at.batch || source.size(d) == 1) continue;
-      others.push_back({source.size(d), source.stride(d) * item, target.stride(d) * item});
+    others.reserve(sizes.size());
+    for (int64_t d = 0; d < static_cast<int64_t>(sizes.size()); ++d) {
+      if (d == at.token || d == at.batch || sizes[d] == 1) continue;
+      const Dim dim{sizes[d], from_strides[d] * item, to_strides[d] * item};
+      const auto lies_before = [](const Dim& a, const Dim& b) { return a.to_stride < b.to_stride; };
+      others.insert(std::upper_bound(others.begin(), others.end(), dim, lies_before), dim);
     }
-    std::stable_sort(others.begin(), others.end(),
-                     [](const Dim& a, const Dim& b) { return a.to_stride < b.to_stride; });
     for (const Dim& dim : others) {
       if (dims.empty() && dim.from_stride == block && dim.to_stride == block) {
         block *= dim.size;

@@ -23,10 +23,12 @@ struct Extent {
         begin(reinterpret_cast<int64_t>(x.const_data_ptr())),
         item(static_cast<int64_t>(x.element_size())) {
     end = begin + item;
-    for (int64_t d = 0; d < x.dim(); ++d) {
-      if (x.size(d) == 1) continue;
-      dims.emplace_back(x.stride(d) * item, x.size(d));
-      end += dims.back().first * (x.size(d) - 1);
+    const auto sizes = x.sizes(), strides = x.strides();
+    dims.reserve(sizes.size());
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      if (sizes[d] == 1) continue;
+      dims.emplace_back(strides[d] * item, sizes[d]);
+      end += dims.back().first * (sizes[d] - 1);
     }
     std::sort(dims.rbegin(), dims.rend());
   }
@@ -62,6 +64,7 @@ struct Extent {
 // In place, two tensors that share bytes would leave whichever was written last.
 inline void check_disjoint(const char* op, const char* argument, const std::vector<Tensor>& tensors) {
   std::vector<Extent> extents;
+  extents.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].numel() == 0) continue;
     extents.emplace_back(i, tensors[i]);

@@ -7,10 +7,12 @@ where the vision tower decides about positions or goes on adding features in the
 import copy
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
-from vlm import make_batch
+from transformers import CONFIG_MAPPING, AutoConfig
+from vlm import TRANSFORMERS_5, make_batch, rope_config
 
 LAYERS, VOCABULARY, PAD, IMAGE, VIDEO = 4, 100, 0, 7, 8
 SLIDING = ["sliding_attention", "full_attention"] * 2
@@ -52,8 +54,8 @@ VISION = dict(
 )
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
 LLAMA, QWEN2, MISTRAL = {"model_type": "llama"}, {"model_type": "qwen2"}, {"model_type": "mistral"}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+MROPE = rope_config(mrope_section=[1, 1, 2])
+PARTIAL_MROPE = rope_config(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)
 QWEN_VISION = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_hidden_layers=2)
 GLM_VISION = QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16)
 DEEPSTACK = dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
@@ -112,7 +114,8 @@ RECIPES = {
     ),
     "mistral3": Recipe(MISTRAL, {"model_type": "pixtral", "head_dim": 8}),
     "aria": Recipe(
-        dict(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1), config={"projector_patch_to_query_dict": {4: 4}}
+        dict(model_type="aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+        config={"projector_patch_to_query_dict": {4: 4}},
     ),
     "janus": Recipe(
         LLAMA,
@@ -164,7 +167,7 @@ RECIPES = {
     "glm4v": Recipe(MROPE, GLM_VISION, pixels="grid"),
     "glm4v_moe": Recipe(
         dict(
-            rope_parameters=MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0},
+            **PARTIAL_MROPE,
             n_routed_experts=4,
             num_experts_per_tok=2,
             moe_intermediate_size=16,
@@ -255,7 +258,7 @@ RECIPES = {
     "paddleocr_vl": Recipe(MROPE),
     "qianfan_ocr": Recipe({"model_type": "qwen3"}),
     "qwen3_5": Recipe(
-        LINEAR | {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
+        LINEAR | PARTIAL_MROPE,
         QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, num_position_embeddings=16),
     ),
     "video_llama_3": Recipe(QWEN2),
@@ -269,9 +272,12 @@ RECIPES = {
 
 def make_config(family: str, **text):
     """``text``: settings of the decoder that replace those of the recipe."""
+    if family not in CONFIG_MAPPING and not TRANSFORMERS_5:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     recipe = copy.deepcopy(RECIPES[family])
     defaults = AutoConfig.for_model(family)
-    named = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    image_token = "image_token_index" if "image_token_index" in vars(defaults) else "image_token_id"
+    named = {image_token: IMAGE, "video_token_id": VIDEO}
     config = {name: token for name, token in named.items() if hasattr(defaults, name)} | recipe.config
     config["vision_config"] = VISION | recipe.vision
     text = TEXT | recipe.text | text
@@ -280,13 +286,20 @@ def make_config(family: str, **text):
 
 
 def make_model(family: str, **text):
-    """Raises ImportError for a model that needs a package that is not installed."""
     config = make_config(family, **text)
-    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        if type(config) in auto._model_mapping:
-            break
+    names = (
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+        "AutoModelForVision2Seq",
+        "AutoModelForCausalLM",
+    )
+    autos = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    auto = next(auto for auto in autos if type(config) in auto._model_mapping)
     torch.manual_seed(0)
-    model = auto.from_config(config)
+    try:
+        model = auto.from_config(config)
+    except ImportError as error:  # it needs a package that is not installed
+        pytest.skip(str(error).strip().splitlines()[0])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for x in model.parameters():  # the default of 0.02 leaves logits that hardly depend on anything

@@ -14,6 +14,9 @@ import torch
 from cases import plan_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import vtw_kernels as vtw
 
@@ -393,9 +396,66 @@ def test_in_place_counts_as_a_write():
         loss.backward()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_in_place_counts_as_a_write_in_every_mode(grad):
+    tensors, token_dims, batch_dims = in_place(*decoder())
+    caches, *pages = paged()
+    versions = [x._version for x in tensors + caches]
+    with torch.set_grad_enabled(grad):
+        vtw.compact_(tensors, vtw.CompactionPlan(SOURCE, None), token_dims, batch_dims)
+        vtw.compact_paged_(caches, *pages)
+    assert all(x._version > version for x, version in zip(tensors + caches, versions))
+
+
 def test_in_place_on_a_leaf_that_requires_grad():
     with pytest.raises(RuntimeError):
         vtw.compact_([normal(2, 9, 3, grad=True)], vtw.CompactionPlan(SOURCE, None), 1)
+
+
+# --- who else sees a call that needs no gradient ----------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [TorchFunctionMode, TorchDispatchMode])
+def test_modes_see_every_call(mode):
+    seen = []
+
+    class Recording(mode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+        __torch_dispatch__ = __torch_function__
+
+    with Recording():
+        tensors, token_dims, batch_dims = in_place(*decoder())
+        plan = vtw.CompactionPlan(SOURCE, None)
+        vtw.compact(tensors, plan, token_dims, batch_dims)
+        vtw.compact_(tensors, plan, token_dims, batch_dims)
+        vtw.expand([normal(2, 4, 3)], plan, 9, 1)
+        vtw.compact_paged_(*paged())
+    assert {OPS.compact.default, OPS.compact_.default, OPS.expand.default, OPS.compact_paged_.default} <= set(seen)
+
+
+def test_tensor_that_stands_for_one_with_a_gradient():
+    class Standin(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return function(*tree_map_only(Standin, lambda x: x.meant, args), **(kwargs or {}))
+
+    x = normal(2, 9, 3).as_subclass(Standin)
+    x.meant = normal(2, 9, 3, grad=True)
+    (out,) = vtw.compact([x], vtw.CompactionPlan(SOURCE, None), 1)
+    assert out.requires_grad
+
+
+def test_transforms_without_a_rule_refuse():
+    plan, x = vtw.CompactionPlan(SOURCE, None), normal(2, 9, 3)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: vtw.compact([x], plan, 1)[0].sum())(x)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.func.vmap(lambda x: vtw.compact([x], plan, 1)[0])(x[None])
+    with pytest.raises(RuntimeError, match="requires no gradient"):
+        torch.func.grad(lambda x: (vtw.compact_([x], plan, 1), x.sum())[1])(x)
 
 
 # --- the environment ------------------------------------------------------------------------------

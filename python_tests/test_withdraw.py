@@ -9,15 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import dispatch_model
 from oracle import visual_keys_hidden
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
-from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, Batch, append, make_batch, make_model
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from vlm import FAMILIES, IMAGE, LAYERS, ONE, PAD, RAGGED, TRANSFORMERS_5, Batch, append, make_batch, make_model
 
 import vtw_kernels as vtw
+from vtw_kernels.integration.cache import WithdrawnLayer
+from vtw_kernels.integration.compat import CROPS_TO_LENGTH, RECOMPUTES_HOOKS
 from vtw_kernels.integration.withdraw import LayerCompaction
 
 TOLERANCE = 1e-4
@@ -289,15 +293,22 @@ def test_label_of_a_withdrawn_row(family, model):
 
 
 def test_gradient_checkpointing(family):
-    """The backward pass may come after the context: what is recomputed keeps its compacted inputs."""
-    model, batch = make_model(family), make_batch(family, RAGGED)
+    """The backward pass may come after the context: what is recomputed keeps its compacted inputs. But not if hooks are
+    recomputed with their layers: then two forwards, and the backward passes in either order."""
+    model, batches = make_model(family), [make_batch(family, rows) for rows in (RAGGED, ONE)]
     model.train()
+
+    def loss_of(batch):
+        return model(**batch.inputs(), use_cache=False).logits[:, -1].log_softmax(-1)[:, 11].sum()
 
     def gradients():
         model.zero_grad()
         with vtw.withdraw(model, 2):
-            loss = model(**batch.inputs(), use_cache=False).logits[:, -1].log_softmax(-1)[:, 11].sum()
-        loss.backward()
+            losses = [loss_of(batch) for batch in batches]
+            if RECOMPUTES_HOOKS:
+                [loss.backward() for loss in losses]
+        if not RECOMPUTES_HOOKS:
+            [loss.backward() for loss in losses]
         return [x.grad.clone() for x in model.parameters() if x.grad is not None]
 
     wanted = gradients()
@@ -336,7 +347,7 @@ def test_a_layer_drawn_at_random(family):
 GREEDY = {}
 SAMPLING = {"do_sample": True, "num_return_sequences": 2}
 BEAMS = {"num_beams": 3, "num_return_sequences": 2}
-LOOKUP = {"prompt_lookup_num_tokens": 3}
+LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": IMAGE}  # it wants one, and this is suppressed
 
 
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
@@ -354,23 +365,47 @@ def test_generate(family, model, options, cache, rows):
     assert (generated(model, batch.inputs(), **options)[1] - wanted_logits).abs().max() > 1000 * TOLERANCE
 
 
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 cannot split the images of a prompt")
+@pytest.mark.parametrize("rows", [ONE, RAGGED, [[2, 8, 3, 8, 1], [12, 4, 3]]], ids=["one", "ragged", "two"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 50])
+def test_generate_from_chunks(family, model, size, cache, rows):
+    """They begin, end or lie within images, and may hold no text at all."""
+    batch = make_batch(family, rows)
+    options = {"cache_implementation": cache, "prefill_chunk_size": size}
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted, wanted_logits = generated(model, batch.inputs(), cache_implementation=cache)
+    with vtw.withdraw(model, 2):
+        given, given_logits = generated(model, batch.inputs(), **options)
+    assert torch.equal(given, wanted)
+    assert (given_logits - wanted_logits).abs().max() <= TOLERANCE
+    ends_visual = make_batch(family, [[3, 4, 2], [2, 4]])
+    with vtw.withdraw(model, 2), pytest.raises(ValueError, match="last token is text.* visual one in row 1"):
+        generated(model, ends_visual.inputs(), **options)
+
+
 def test_assisted_decoding(family, model):
     """Rejected tokens are cropped from caches of different lengths."""
     batch = make_batch(family, ONE)
     rejected = Counter()
     crop = DynamicCache.crop
+
+    def removed(cache, n):
+        return cache.get_seq_length() - n if CROPS_TO_LENGTH else -n
+
     with pytest.MonkeyPatch.context() as patch, vtw.withdraw(model, 2):
-        patch.setattr(DynamicCache, "crop", lambda cache, n: rejected.update([n]) or crop(cache, n))
+        patch.setattr(DynamicCache, "crop", lambda cache, n: rejected.update([removed(cache, n)]) or crop(cache, n))
         given, _ = generated(model, batch.inputs(), max_new_tokens=30, **LOOKUP)
     with vtw.withdraw(model, 2):
         wanted, _ = generated(model, batch.inputs(), max_new_tokens=30)
     assert torch.equal(given, wanted)
-    assert min(rejected) < 0
+    assert max(rejected) > 0
 
 
 def test_generate_second_turn(family, model):
     """The answer and a second question with a new image, on the cache of the first."""
-    first, question = make_batch(family, ONE), make_batch(family, [[2, 8, 4]], seed=3)
+    first = make_batch(family, ONE)
+    question = make_batch(family, [[2, 8, 4]] if TRANSFORMERS_5 else [[6]], seed=3)
 
     def turns():
         options = {"return_dict_in_generate": True, "max_new_tokens": 5, "do_sample": False}
@@ -378,9 +413,9 @@ def test_generate_second_turn(family, model):
         answer = output.sequences[:, first.ids.shape[1] :]
         batch = append(append(first, Batch(family, answer, torch.ones_like(answer))), question)
         inputs = batch.inputs()  # Qwen2-VL wants all grids, for positions, but only the features that are new
-        image = question.images[0]
-        inputs["pixel_values"] = image["pixels"]
-        if family == "qwen2_vl":
+        for image in question.images:
+            inputs["pixel_values"] = image["pixels"]
+        if family == "qwen2_vl" and question.images:
             features = model.get_image_features(inputs.pop("pixel_values"), image["grid"][None])
             inputs["mm_encoder_outputs"] = {"image": features}
         output = model.generate(**inputs, past_key_values=output.past_key_values, output_logits=True, **options)
@@ -533,7 +568,7 @@ def test_outputs_keep_their_length(family, model):
     assert {x.shape for x in output.hidden_states} == {(*batch.ids.shape, 32)}
     assert (output.hidden_states[3][batch.visual] == 0).all() and (output.hidden_states[2][batch.visual] != 0).any()
     assert (output.logits[batch.visual] == 0).all() and (output.logits[~batch.visual] != 0).any()
-    torch.testing.assert_close(last, output.logits[:, -1:])
+    torch.testing.assert_close(last[:, -1:], output.logits[:, -1:])  # Qwen2-VL of 4.57 makes all of them
 
 
 # ------------------------------------------------------------------------------------------- flex and flash attention
@@ -570,7 +605,8 @@ def on_the_cpu(monkeypatch):
     }
     functions |= {"_process_flash_kwargs_fn": lib._lazy_define_process_function(flash_varlen)}
     for name, function in functions.items():
-        monkeypatch.setattr(lib, name, function)
+        if hasattr(lib, name):
+            monkeypatch.setattr(lib, name, function)
     monkeypatch.setattr(
         transformers.integrations.flex_attention.WrappedFlexAttention, "__call__", lambda _: flex_attention
     )
@@ -608,7 +644,7 @@ def test_compiled_decode_is_one_graph(family, attention, rows):
         run(model, batch, ends[:1], cache)
         logits = []
         for begin in ends[:-1]:
-            inputs = {"input_ids": batch.ids[:, begin : begin + 1], "attention_mask": padding, "use_cache": True}
+            inputs = batch.inputs(begin, begin + 1) | {"attention_mask": padding, "use_cache": True}
             logits.append(step(**inputs, position_ids=positions[..., begin : begin + 1], past_key_values=cache).logits)
         return torch.cat(logits, dim=1)
 
@@ -769,10 +805,108 @@ def test_cache_of_another_kind(llava, kind):
         run(llava, batch, ends[1:], copy.deepcopy(withdrawn), begin=ends[0])
     with pytest.raises(ValueError, match=r"filled under withdraw\(layer=2\).*a forward without withdrawal"):
         run(llava, batch, ends[1:], withdrawn, begin=ends[0])
+    if kind == "dynamic" and not TRANSFORMERS_5:
+        return  # its reset leaves a dynamic layer as long as it was
     withdrawn.reset()  # empty again, and free to be used in any way
     assert torch.equal(run(llava, batch, ends, withdrawn), run(llava, batch, ends, make_cache(llava, kind, 30)))
     with vtw.withdraw(llava, 2), pytest.raises(ValueError, match="got one filled without withdrawal"):
         run(llava, batch, ends[1:], withdrawn, begin=ends[0])
+
+
+class OtherLayer(DynamicLayer):
+    """A kind of cache layer that holds what it wants, as quantised ones do."""
+
+
+@pytest.mark.parametrize("kind", ["other", "lazy", "fp8", "too short"])
+def test_cache_layers_of_another_kind(llava, kind):
+    """Refused before anything is cached."""
+    if kind == "fp8":
+        if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+            pytest.skip("this transformers has no quantised cache that needs no other package")
+        cache = transformers.QuantizedCache("fp8", llava.config)
+    elif kind == "lazy":
+        cache = transformers.Cache(layer_class_to_replicate=OtherLayer)
+    else:
+        cache = transformers.Cache(
+            layers=[OtherLayer() for _ in range(LAYERS)] if kind == "other" else [DynamicLayer()]
+        )
+    name = {"fp8": "Fp8QuantizedLayer at 2", "too short": "NoneType at 2"}.get(kind, "OtherLayer at 2")
+    batch = make_batch("llava", ONE)
+    with (
+        vtw.withdraw(llava, 2),
+        pytest.raises(ValueError, match=f"past_key_values: expected layers of type.*got {name}"),
+    ):
+        run(llava, batch, [batch.ids.shape[1]], cache)
+    assert cache.get_seq_length() == 0
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(family, model, cache, monkeypatch):
+    """Their layers are away, here nowhere to be found, except around their update."""
+    away = Counter()
+
+    def offload(layer):
+        away[type(layer)] += 1
+        layer.elsewhere = layer.keys, layer.values
+        layer.keys = layer.values = None
+
+    def prefetch(layer):
+        if layer.is_initialized and layer.keys is None:
+            layer.keys, layer.values = layer.elsewhere
+
+    monkeypatch.setattr(torch, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: FakeStream())
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+    batch = make_batch(family, RAGGED)
+    with visual_keys_hidden(model, 2, batch.visual):
+        wanted, wanted_logits = generated(model, batch.inputs())
+    with vtw.withdraw(model, 2):
+        given, given_logits = generated(model, batch.inputs(), cache_implementation=cache)
+    assert torch.equal(given, wanted)
+    assert (given_logits - wanted_logits).abs().max() <= TOLERANCE
+    withdrawn = sum(count for kind, count in away.items() if issubclass(kind, WithdrawnLayer))
+    assert withdrawn == away.total() / 2 > 0
+
+
+@pytest.mark.parametrize("first", ["dispatched", "withdrawn"])
+def test_layers_elsewhere(family, first, tmp_path):
+    """Accelerate brings the weights of some layers from disk when they run, by hooks of its own."""
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    ends = [batch.ids.shape[1]]
+    plain = run(model, batch, ends)
+    with vtw.withdraw(model, 2):
+        wanted = run(model, batch, ends)
+    layers = model.model.language_model.layers
+    names = {x: name for name, x in model.named_modules()}
+    places = {"": "cpu", names[layers[1]]: "disk", names[layers[2]]: "disk"}
+
+    def dispatch():
+        dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+        assert next(layers[2].parameters()).is_meta
+
+    if first == "dispatched":
+        dispatch()
+    handle = vtw.apply(model, 2)
+    if first == "withdrawn":
+        dispatch()
+    assert torch.equal(run(model, batch, ends), wanted)
+    handle.remove()
+    assert torch.equal(run(model, batch, ends), plain)
+    assert hasattr(layers[2], "_hf_hook") and all(
+        "forward" in vars(x) for x in model.modules() if hasattr(x, "_hf_hook")
+    )
 
 
 def bad_call(model, match, error=ValueError, layer=2, visual_mask=None, **inputs):
@@ -817,7 +951,7 @@ def test_errors(family, match, error, layer, visual_mask, inputs):
 def test_context_errors(llava):
     with vtw.withdraw(llava, 2), pytest.raises(ValueError, match=r"got one with withdraw\(layer=2\) in effect"):
         vtw.apply(llava, 3)
-    with vtw.withdraw(llava, 2), pytest.raises(RuntimeError, match="ran outside a forward of its model"):
+    with vtw.withdraw(llava, 2), pytest.raises(RuntimeError, match="expected decoder layer 2 to run within a forward"):
         llava.model.language_model.layers[2](torch.zeros(1, 3, 32))
     config = llava.model.language_model.config
     with vtw.withdraw(llava, 2), pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -13,7 +14,11 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-LAYERS, VOCABULARY, PAD, IMAGE = 4, 100, 0, 7
+from vtw_kernels.integration.compat import HAS_CACHE_POSITION
+
+LAYERS, VOCABULARY, PAD, IMAGE, VISION_START = 4, 100, 0, 7, 5
+# Up to 4.57, Qwen-VL finds images by the token before them, and generate hands no pixels to a forward with a past.
+TRANSFORMERS_5 = not transformers.__version__.startswith("4.")
 FAMILIES = ("llava", "qwen2_vl")
 TEXT = dict(
     hidden_size=32,
@@ -29,8 +34,17 @@ TEXT = dict(
 )
 
 
+def rope_config(**parameters) -> dict:
+    """Settings of a text model whose rotary embeddings have these parameters."""
+    parameters = {"rope_type": "default", "rope_theta": 10000.0} | parameters
+    if TRANSFORMERS_5:
+        return {"rope_parameters": parameters}
+    outside = {name: parameters.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    return outside | {"rope_scaling": parameters}
+
+
 def make_model(family: str, attention: str = "sdpa"):
-    torch.manual_seed(0)
+    torch.manual_seed(0 if TRANSFORMERS_5 else 4)  # of random models that need their images to the end
     if family == "llava":
         vision = CLIPVisionConfig(
             hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
@@ -43,17 +57,16 @@ def make_model(family: str, attention: str = "sdpa"):
         vision = dict(
             depth=2, embed_dim=16, num_heads=2, hidden_size=32, patch_size=4, spatial_merge_size=2, mlp_ratio=2
         )
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
         config = Qwen2VLConfig(
-            text_config=TEXT | {"rope_parameters": rope},
+            text_config=TEXT | rope_config(mrope_section=[1, 1, 2]),
             vision_config=vision,
             image_token_id=IMAGE,
             video_token_id=8,
-            vision_start_token_id=5,
+            vision_start_token_id=VISION_START,
             vision_end_token_id=6,
         )
         model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention)
-    model.generation_config.suppress_tokens = [IMAGE, 8]  # a random model would say them
+    model.generation_config.suppress_tokens = [VISION_START, IMAGE, 8]  # a random model would say them
     model.generation_config.pad_token_id = PAD
     return model.eval()
 
@@ -77,10 +90,13 @@ class Batch:
         end = self.ids.shape[1] if end is None else end
         images = [image for image in self.images if begin < image["end"] <= end]
         inputs = {"input_ids": self.ids[:, begin:end], "attention_mask": self.mask[:, :end]}
+        if begin and HAS_CACHE_POSITION:  # static caches would count their keys that are not 0, which padding may be
+            inputs["cache_position"] = torch.arange(begin, end)
         if images:
             inputs["pixel_values"] = torch.cat([image["pixels"] for image in images])
         if self.family == "qwen2_vl":
-            inputs["mm_token_type_ids"] = self.visual[:, begin:end].int()
+            if TRANSFORMERS_5:
+                inputs["mm_token_type_ids"] = self.visual[:, begin:end].int()
             if images:
                 inputs["image_grid_thw"] = torch.stack([image["grid"] for image in images])
         return inputs
@@ -90,20 +106,23 @@ class Batch:
         if self.family == "llava":
             return (self.mask.cumsum(-1) - 1).clamp(min=0)
         grid = torch.stack([image["grid"] for image in self.images]) if self.images else None
-        types = self.visual.int()
-        return model.model.get_rope_index(self.ids, types, image_grid_thw=grid, attention_mask=self.mask)[0]
+        types = {"mm_token_type_ids": self.visual.int()} if TRANSFORMERS_5 else {}
+        return model.model.get_rope_index(self.ids, **types, image_grid_thw=grid, attention_mask=self.mask)[0]
 
 
 def make_batch(family: str, rows: list[list[int]], pad: str = "left", seed: int = 0) -> Batch:
     """``rows``: per sequence the lengths of its segments, in turn text and images; images have 4 tokens, those of
-    Qwen2-VL as many as the number says (4 or 8)."""
+    Qwen2-VL as many as the number says (4 or 8), and up to transformers 4.57 at least one token of text before them."""
     generator = torch.Generator().manual_seed(seed)
     sequences, images = [], []
     for row in rows:
         ids = []
         for i, length in enumerate(row):
             if i % 2 == 0:
+                starts_image = family == "qwen2_vl" and not TRANSFORMERS_5 and i + 1 < len(row)
+                length = max(length, 1) if starts_image else length
                 ids += torch.randint(10, VOCABULARY, (length,), generator=generator).tolist()
+                ids[-1:] = [VISION_START] if starts_image else ids[-1:]
                 continue
             if family == "llava":
                 length, image = 4, {"pixels": torch.randn(1, 3, 8, 8, generator=generator)}

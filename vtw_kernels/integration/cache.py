@@ -6,6 +6,7 @@ sliding window holds its last slots, which reach back at least as far as the win
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+
+from vtw_kernels.integration import compat
 
 
 @dataclass
@@ -147,9 +150,7 @@ class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
         if self.slots is None:
             return super().crop(tokens_to_remove)
         if self.leads:
-            # Up to 4.57, a positive number is the length to keep.
-            kept = tokens_to_remove if tokens_to_remove > 0 else self.slots.tokens + tokens_to_remove
-            self.slots.crop(max(0, self.slots.tokens - kept))
+            self.slots.crop(compat.tokens_removed(tokens_to_remove, self.slots.tokens))
         self._keep_slots(0, self.slots.tokens - self.slots.without)
 
     def _keep_slots(self, first: int, end: int) -> None:
@@ -157,27 +158,30 @@ class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
 
 
 class WithdrawnStaticLayer(WithdrawnLayer, StaticLayer):
-    pass
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if compat.HAS_CACHE_POSITION and self.slots is not None and self.slots.open:
+            args = compat.written_at(self._next_slots(key_states.shape[-2], key_states.device), args)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _next_slots(self, rows: int, device: torch.device) -> Tensor:
+        return torch.arange(rows, device=device) + (self.slots.filled.to(device) - rows)
 
 
 class WithdrawnWindow(WithdrawnLayer):
     """Mixed into a sliding window, which counts for itself the slots that it has filled."""
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         if self.slots is None:
-            return super().get_mask_sizes(query_length)
+            return super().get_mask_sizes(query)
         capacity = self.max_cache_len if isinstance(self, StaticLayer) else 0
-        seen = self._filled() + self.slots.without
+        seen = compat.slots_filled(self) + self.slots.without
         first = self._first(seen)
-        return max(seen + query_length - first, capacity), first
+        return max(seen + compat.query_length(query) - first, capacity), first
 
     def keys_returned(self, rows: int, tokens: int) -> tuple[int, int, int]:
-        length, first = super().get_mask_sizes(rows)
-        seen = self._filled() + self.slots.without - (tokens - rows)
+        length, first = super().get_mask_sizes(compat.as_query(rows))
+        seen = compat.slots_filled(self) + self.slots.without - (tokens - rows)
         return length, first, self._first(seen)
-
-    def _filled(self) -> int:
-        return self.cumulative_length_int if isinstance(self, StaticLayer) else self.cumulative_length
 
     def _first(self, seen: int) -> int:
         """The first of the tokens, or slots, that the next one still sees."""
@@ -197,8 +201,9 @@ class WithdrawnDynamicSlidingWindowLayer(WithdrawnWindow, WithdrawnDynamicLayer,
         self.cumulative_length = end
 
 
-class WithdrawnStaticSlidingWindowLayer(WithdrawnWindow, StaticSlidingWindowLayer):
-    pass
+class WithdrawnStaticSlidingWindowLayer(WithdrawnWindow, WithdrawnStaticLayer, StaticSlidingWindowLayer):
+    def _next_slots(self, rows: int, device: torch.device) -> Tensor:
+        return torch.arange(rows, device=device) + self.cumulative_length
 
 
 KINDS = {
@@ -209,17 +214,17 @@ KINDS = {
 }
 
 
-def slots_of(cache: Cache | None, layer: int) -> Slots | None:
-    """What a cache holds for ``withdraw(layer)``, None if it is empty.
+def slots_of(cache: Cache | None, layer: int, num_layers: int) -> Slots | None:
+    """What a cache holds for ``withdraw(layer)`` in the layers before ``num_layers``, None if it is empty.
 
     Raises:
         TypeError: not a ``Cache``.
-        ValueError: it was filled without withdrawal, or with another layer.
+        ValueError: it has layers of a kind that is not supported, or was filled without withdrawal, or with another
+            layer.
     """
     if cache is None:
         return None
-    if not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
+    _check_layers(cache, layer, num_layers)
     slots = next((x.slots for x in cache.layers if isinstance(x, WithdrawnLayer) and x.slots is not None), None)
     if slots is not None and slots.layer == layer:
         return slots
@@ -235,16 +240,25 @@ def wrap_layers(cache: Cache, slots: Slots, num_layers: int) -> None:
     """Replaces the cache layers ``slots.layer..num_layers-1``; the new ones share the tensors of the ones they replace.
 
     Raises:
-        ValueError: a kind of cache layer that is not supported.
+        TypeError, ValueError: for a cache that the model has made itself, as ``slots_of``.
     """
-    while len(cache.layers) < num_layers and getattr(cache, "layer_class_to_replicate", None) is not None:
+    _check_layers(cache, slots.layer, num_layers)
+    while len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
     for i in range(slots.layer, num_layers):
-        inner = cache.layers[i] if i < len(cache.layers) else None
+        inner = cache.layers[i]
         if not isinstance(inner, WithdrawnLayer):
-            if type(inner) not in KINDS:
-                kinds = " or ".join(kind.__name__ for kind in KINDS)
-                raise ValueError(f"past_key_values: expected layers of type {kinds}, got {type(inner).__name__} at {i}")
             cache.layers[i] = KINDS[type(inner)].__new__(KINDS[type(inner)])
             cache.layers[i].__dict__.update(inner.__dict__)
         cache.layers[i].slots, cache.layers[i].leads = slots, i == slots.layer
+
+
+def _check_layers(cache: Any, first: int, end: int) -> None:
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
+    kinds = [type(x) for x in cache.layers[:end]]
+    kinds += [cache.layer_class_to_replicate or type(None)] * (end - len(kinds))
+    for i, kind in enumerate(kinds[first:], first):
+        if not issubclass(kind, WithdrawnLayer) and kind not in KINDS:
+            known = " or ".join(x.__name__ for x in KINDS)
+            raise ValueError(f"past_key_values: expected layers of type {known}, got {kind.__name__} at {i}")

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from vtw_kernels.integration import compat
+
 
 @dataclass(frozen=True)
 class Family:
@@ -144,7 +146,8 @@ def _find_decoder(module: nn.Module) -> nn.Module:
     """The first module with ``.layers``, from the whole model inwards; or where there is no way on."""
     while True:
         inner = module.get_decoder() if hasattr(module, "get_decoder") else module
-        for candidate in (inner, getattr(inner, "base_model", None), getattr(inner, "model", None)):
+        names = ("base_model", "model", "language_model", "text_model")
+        for candidate in (inner, *(getattr(inner, name, None) for name in names)):
             if isinstance(candidate, nn.Module) and candidate is not module:
                 break
         else:
@@ -174,7 +177,7 @@ def _layer_limits(config: Any, num_layers: int) -> tuple[int, int, tuple[str, ..
         kinds = ", ".join(sorted(set(odd.values())))
         limits.append(f"layers of type {kinds}, here up to {first - 1}, are not attention alone and need all tokens")
 
-    modes = getattr(text, "kv_sharing_modes", None) or []
+    modes = compat.kv_sharing_modes(text)
     if "reuse" in modes:
         num_cached, last = modes.index("reuse"), modes.index("store")
         limits.append(f"layers {num_cached}.. read keys and values of layers {last}.., and need the same tokens")

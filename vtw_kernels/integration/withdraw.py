@@ -7,7 +7,7 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, StaticLayer
 
+from vtw_kernels.integration import compat
 from vtw_kernels.integration.cache import Slots, shifted, slots_of, wrap_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.integration.masks import attended_tokens, check_mask, kind_of_masks, take_blocks, take_columns
@@ -64,8 +65,8 @@ def withdraw(
     Raises:
         TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that can't be handled,
             among them a label that is wanted of a withdrawn row, and a prompt whose last token is visual, which leaves
-            no row to predict from. Chunks of a prompt that end in an image go to ``model.base_model``, which makes no
-            logits.
+            no row to predict from. Chunks of a prompt may end in an image within ``generate(prefill_chunk_size=)``; your
+            own go to ``model.base_model``, which makes no logits.
 
     Threads may share the model: what belongs to a forward is kept per thread. A model may be compiled before, within
     or with ``torch.compile(model)`` as argument; a step of decoding with a static cache is one graph.
@@ -160,6 +161,8 @@ class LayerCompaction:
         ]
 
         kwargs = _replace(self.done, kwargs)
+        if self.plan is not None:
+            kwargs = compat.rows_left(kwargs, self.plan.source.shape[1])
         if mask is None and self.needs_mask and "attention_mask" in kwargs:
             if window not in self.causal:
                 self.causal[window] = self._causal_mask(window)
@@ -253,7 +256,8 @@ class Withdrawal:
         first = layer if isinstance(layer, int) else min(layer)
         self._forwards: dict[int, _Forward] = {}  # by thread
         self._labels: dict[int, Tensor | None] = {}  # by thread, while its forward is to make logits
-        self._rebound: list[nn.Module] = []
+        self._prompts: dict[int, int] = {}  # by thread, how many tokens it generates from
+        self._rebound: list[tuple[nn.Module, str, Callable]] = []
         self._names = {
             module: list(inspect.signature(module.forward).parameters)
             for module in (self.parts.body, self.parts.decoder, *self.parts.layers[first:])
@@ -269,9 +273,13 @@ class Withdrawal:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for module in self._rebound:
-            del module.forward
+        for module, name, method in self._rebound:
+            if vars(module).get(name) == method:  # else another library has wrapped it since
+                delattr(module, name)
         self._rebound = []
+        for module in self.parts.layers:
+            if (checkpoint := self._own_checkpoint(module)) is not None:
+                module._gradient_checkpointing_func = checkpoint.args[0]
         if getattr(self.parts.decoder, "_vtw_withdrawal", None) is self:
             del self.parts.decoder._vtw_withdrawal
             if self._config_before is not None:
@@ -282,10 +290,15 @@ class Withdrawal:
     def _register(self, model: nn.Module, first: int) -> list:
         body, decoder, layers = self.parts[:3]
         # Compiled code does not look whether hooks have changed, but whether `forward` still is that of the class.
-        self._rebound = [x for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
-        for module in self._rebound:
-            module.forward = module.forward
-        hooks = [] if model is body else [model.register_forward_pre_hook(self._enter_head, with_kwargs=True)]
+        self._rebound = [(x, "forward", x.forward) for x in {model, body, decoder, *layers} if "forward" not in vars(x)]
+        if hasattr(model, "generate") and "generate" not in vars(model):
+            self._generate = model.generate
+            self._rebound.append((model, "generate", self._generate_from_prompt))
+        for module, name, method in self._rebound:
+            setattr(module, name, method)
+        hooks = []
+        if model is not body or model.get_output_embeddings() is not None:
+            hooks.append(model.register_forward_pre_hook(self._enter_head, with_kwargs=True))
         for module in dict.fromkeys((body, decoder)):
             hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for i in range(first, len(layers)):
@@ -294,15 +307,26 @@ class Withdrawal:
             hooks.append(module.register_forward_hook(self._leave, always_call=True))
         return hooks
 
+    def _generate_from_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Remembers how long the prompt is: a forward may see but a chunk of it, and then nobody reads its logits."""
+        inputs = args[0] if args else kwargs.get("inputs")
+        known = (kwargs.get("attention_mask"), inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((x for x in known if x is not None), None)
+        self._prompts[_thread()] = 0 if prompt is None else prompt.shape[1]
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._prompts.pop(_thread(), None)
+
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._labels[_thread()] = kwargs.get("labels")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decides, before anything is computed or cached, which rows this forward drops."""
-        if _thread() in self._forwards:
+        if self._forwards.get(_thread()) is not None:
             return self._keep_all_rows(module, args, kwargs)  # the decoder, within the body
         makes_logits = _thread() in self._labels
-        labels = self._labels.pop(_thread(), kwargs.get("labels"))  # the body may be the whole model
+        labels = self._labels.pop(_thread(), None)
         inputs = dict(zip(self._names[module], args)) | kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
@@ -318,7 +342,7 @@ class Withdrawal:
 
         (batch, tokens), device = sequence.shape[:2], sequence.device
         cache = inputs.get("past_key_values")
-        slots = slots_of(cache, layer) or Slots(layer)
+        slots = slots_of(cache, layer, self.parts.num_cached) or Slots(layer)
         if masks != "dense" and cache is not None and any(isinstance(x, StaticLayer) for x in cache.layers):
             # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late, when the
             # cache has moved on: transformers' own static caches go wrong with it.
@@ -342,11 +366,12 @@ class Withdrawal:
                     "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a "
                     f"label in row {wrongly_labelled.index(1)}"
                 )
-            if makes_logits and labels is None and any(ends_visual):
+            goes_on = past + tokens < self._prompts.get(_thread(), 0)
+            if makes_logits and labels is None and any(ends_visual) and not goes_on:
                 raise ValueError(
                     "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a "
-                    f"visual one in row {ends_visual.index(1)}; chunks of a prompt that end in an image go to "
-                    "model.base_model"
+                    f"visual one in row {ends_visual.index(1)}; for chunks of a prompt that end in an image, there are "
+                    "generate(prefill_chunk_size=) and model.base_model, which makes no logits"
                 )
             if any(withdrawn):
                 self.parts.check_tokens(past + tokens)
@@ -354,6 +379,10 @@ class Withdrawal:
                 plan = plan_compaction(keep, length, pad="left")
                 padded = min(kept) < length
         self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
+        if compat.RECOMPUTES_HOOKS and module.training:
+            for x in self.parts.layers[layer:]:
+                if getattr(x, "_gradient_checkpointing_func", None) and self._own_checkpoint(x) is None:
+                    x._gradient_checkpointing_func = partial(self._checkpoint, x._gradient_checkpointing_func)
         return self._keep_all_rows(module, args, kwargs)
 
     def _draw(self, module: nn.Module) -> int:
@@ -392,12 +421,28 @@ class Withdrawal:
             return None
         return F.pad(visual, (0, tokens - visual.shape[1])).repeat_interleave(batch // len(visual), dim=0)
 
+    def _own_checkpoint(self, module: nn.Module) -> partial | None:
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        return checkpoint if getattr(checkpoint, "func", None) == self._checkpoint else None
+
+    def _checkpoint(self, checkpoint: Callable, run: Callable, *args: Any) -> Any:
+        """Where a layer is recomputed with its hooks: by whatever thread, long after its forward, and again within it."""
+        forward = self._forwards.get(_thread())
+
+        def run_within_forward(*args):
+            before, self._forwards[_thread()] = self._forwards.get(_thread()), forward
+            try:
+                return run(*args)
+            finally:
+                self._forwards[_thread()] = before
+
+        return checkpoint(run_within_forward, *args)
+
     def _enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         forward = self._forwards.get(_thread())
         if forward is None:
             raise RuntimeError(
-                f"withdraw: decoder layer {index} ran outside a forward of its model; is it recomputed for gradient "
-                "checkpointing? That needs transformers 5"
+                f"withdraw: expected decoder layer {index} to run within a forward of its model, got a call of its own"
             )
         args, kwargs = args[:1], dict(zip(self._names[module][1:], args[1:])) | kwargs
         if index < forward.slots.layer:
@@ -411,7 +456,8 @@ class Withdrawal:
                     f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
                     f"them, visual ones included, got {tokens}"
                 )
-            self._start(forward, cache)
+            if forward.compaction is None:  # else it is recomputed
+                self._start(forward, cache)
         kind = self.parts.layer_types[index]  # layers that share keys have those of the last one of their type
         if cache is not None and index < self.parts.num_cached:
             forward.windows[kind] = cache.layers[index].keys_returned(forward.rows, tokens)

@@ -1,6 +1,26 @@
 """What a prefill costs when the visual tokens are withdrawn before each layer."""
 
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Cache, DynamicCache
+
+from vtw_kernels.integration.families import Parts, find_parts
+from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.integration.withdraw import unwrapped, withdraw
+from vtw_kernels.layer_search.attention import in_eval_mode, observed_attention, prepare
+
+TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
 
 
 @dataclass(frozen=True)
@@ -9,7 +29,8 @@ class LayerCosts:
     the model's number of layers: nothing is withdrawn.
 
     tokens, visual_tokens: of the sample. flops: floating point operations of the decoder layers. kv_bytes: of the cache.
-    prefill_seconds: the whole model's, as measured on ``device``.
+    prefill_seconds: the whole model's, as measured on ``device`` for ``timed_layers``, and between these by linear
+    interpolation.
     """
 
     layers: list[int]
@@ -18,4 +39,164 @@ class LayerCosts:
     flops: list[int]
     kv_bytes: list[int]
     prefill_seconds: list[float]
+    timed_layers: list[int]
     device: str
+
+
+def measure_costs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    candidates: Sequence[int],
+    *,
+    visual_mask: Tensor | None = None,
+    decoder: nn.Module | None = None,
+    repeats: int = 3,
+) -> LayerCosts:
+    """What one prefill costs if the visual tokens are withdrawn before each candidate, and if they are not.
+
+    Floating point operations (a multiplication and an addition are two) are those of matrix multiplications in the
+    decoder layers; attention counts every key of every query, hidden or not, whatever computes it. They and the bytes of
+    the cache come from two forwards: layers add up, so that before layer ``k`` they are those of the full prefill, and
+    from there on those of the prefill withdrawn before the first candidate. With tensor parallelism, those of this rank.
+
+    Seconds are measured, vision tower and logits included, at up to five layers: the first and the last candidate, evenly
+    spread ones between them, and no withdrawal. Each is the median of ``repeats`` runs, which take turns, after one to
+    warm up; the other layers' are linear interpolations, as all layers cost about the same.
+
+    Args:
+        model, decoder: as for ``withdraw``.
+        inputs: keyword arguments of the model's forward for one sample, which has visual tokens and ends in text.
+        candidates: layers.
+        visual_mask: bool ``[1, S]``, as for ``withdraw``; by default that in ``inputs``, or the placeholder tokens.
+
+    Raises:
+        TypeError, ValueError: an unsupported model, a candidate out of range or none, more than one sample or one
+            without visual tokens, no repeats.
+    """
+    model = unwrapped(model)
+    parts = find_parts(model, decoder)
+    last = len(parts.layers)
+    candidates = sorted(set(candidates) - {last})
+    if not candidates:
+        raise ValueError(f"candidates: expected layers before which something is withdrawn, {parts.allowed}, got none")
+    for layer in candidates:
+        parts.check_layer(layer)
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    if visual_mask is None:
+        visual_mask = inputs.get("visual_mask")
+    inputs, visual = prepare(model, parts, inputs, visual_mask)
+    attended = attended_tokens(inputs.get("attention_mask"), visual)
+    if len(visual) != 1:
+        raise ValueError(f"inputs: expected one sample, got {len(visual)}")
+    if not (attended & visual).any():
+        raise ValueError("inputs: expected a sample with visual tokens, got none")
+
+    def withdrawn_before(layer: int):
+        return withdraw(model, layer, visual_mask=visual_mask, decoder=decoder) if layer < last else nullcontext()
+
+    def prefill() -> Cache:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    timed = sorted({candidates[round(i)] for i in np.linspace(0, len(candidates) - 1, TIMED - 1)}) + [last]
+    devices = {x.device for x in model.parameters()}
+    seconds: dict[int, list[float]] = {layer: [] for layer in timed}
+    with in_eval_mode(model), torch.inference_mode():
+        counts = []
+        for layer in (last, candidates[0]):
+            with withdrawn_before(layer):
+                counts.append(_count(parts, prefill))
+        for _ in range(1 + repeats):
+            for layer in timed:
+                with withdrawn_before(layer):
+                    seconds[layer].append(_seconds(prefill, devices))
+    medians = [statistics.median(seconds[layer][1:]) for layer in timed]
+    layers = [*candidates, last]
+    flops, kv_bytes = ([_joined(*pair, layer) for layer in layers] for pair in zip(*counts))
+    return LayerCosts(
+        layers,
+        tokens=int(attended.sum()),
+        visual_tokens=int((attended & visual).sum()),
+        flops=flops,
+        kv_bytes=kv_bytes,
+        prefill_seconds=np.interp(layers, timed, medians).tolist(),
+        timed_layers=timed,
+        device=_name_of(model.device),
+    )
+
+
+def _joined(full: list[int], withdrawn: list[int], layer: int) -> int:
+    return sum(full[:layer]) + sum(withdrawn[layer:])
+
+
+def _count(parts: Parts, prefill: Callable[[], Cache]) -> tuple[list[int], list[int]]:
+    """Floating point operations and bytes of the cache, by layer."""
+    flops, attention = [0] * len(parts.layers), [0] * len(parts.layers)
+    grouped = {torch.ops.aten._grouped_mm: _grouped_flops}  # of experts, which the counter does not know
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        grouped[torch.ops.transformers.grouped_mm_fallback] = _grouped_flops
+    counter = FlopCounterMode(display=False, custom_mapping=grouped)
+
+    def enter(layer: int, *_) -> None:
+        counting.enter_context(counter)
+
+    def leave(layer: int, *_) -> None:
+        flops[layer] += counter.get_total_flops()
+        counting.close()
+
+    def observe(layer: int, attend: Callable, query: Tensor, key: Tensor, mask: Any, options: dict) -> Any:
+        # The counter knows few kernels of attention, and compiled ones don't run under it.
+        leave(layer)
+        result = attend()
+        enter(layer)
+        attention[layer] += 2 * query[..., 0].numel() * key.shape[2] * (query.shape[3] + options["value"].shape[3])
+        return result
+
+    hooks = []
+    try:
+        for i, layer in enumerate(parts.layers):
+            hooks.append(layer.register_forward_pre_hook(partial(enter, i)))
+            hooks.append(layer.register_forward_hook(partial(leave, i)))
+        with observed_attention(parts, observe), ExitStack() as counting:
+            cache = prefill()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if 0 in flops:
+        warnings.warn(
+            f"flops: expected matrix multiplications that torch's FlopCounterMode knows, got none in layer "
+            f"{flops.index(0)}: the numbers are too low",
+            stacklevel=3,
+        )
+    states = [[x for x in vars(layer).values() if isinstance(x, Tensor) and x.ndim > 1] for layer in cache.layers]
+    kv_bytes = [sum(x.nbytes for x in layer) for layer in states]
+    kv_bytes += [0] * (len(flops) - len(kv_bytes))  # layers that read those of others
+    return [a + b for a, b in zip(flops, attention)], kv_bytes
+
+
+def _grouped_flops(rows: Sequence[int], weights: Sequence[int], *args, **kwargs) -> int:
+    """Of ``[rows, in]`` and ``[experts, in, out]``, each row with one of the experts."""
+    return 2 * rows[0] * weights[-2] * weights[-1]
+
+
+def _seconds(prefill: Callable[[], Cache], devices: Iterable[torch.device]) -> float:
+    _synchronize(devices)
+    begin = time.perf_counter()
+    prefill()
+    _synchronize(devices)
+    return time.perf_counter() - begin
+
+
+def _synchronize(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type

@@ -23,7 +23,6 @@ METRICS = {
 }
 STATISTICS = {"mean": "mean", "worst_decile": "mean of the worst tenth", "max": "maximum"}
 RESAMPLES = 1999
-FLOOR = 1e-7  # on a log axis, what is exactly 0 is drawn here
 
 
 @dataclass(frozen=True)
@@ -155,23 +154,33 @@ class LayerSearch:
     def __str__(self) -> str:
         return self.table()
 
-    def table(self) -> str:
-        """One line per candidate and which one was chosen; Markdown."""
-        low, high = self.interval()
-        columns = {
-            "layer": self.candidates,
-            "mean KL (nats)": self.kl.tolist(),
-            "worst tenth": self.values("kl", "worst_decile").tolist(),
-            "largest": self.values("kl", "max").tolist(),
-            "mean reverse KL": self.values("reverse_kl", "mean").tolist(),
+    def columns(self) -> dict[str, list[str]]:
+        """The numbers of all candidates for people to read, by headings; the first is that of the choice."""
+        interval = zip(*(x.tolist() for x in self.interval()))
+        further = {
+            "mean KL (nats)": ("kl", "mean"),
+            "worst tenth": ("kl", "worst_decile"),
+            "largest": ("kl", "max"),
+            "mean reverse KL": ("reverse_kl", "mean"),
+        }
+        return {
+            "layer": [str(layer) for layer in self.candidates],
+            self.criterion: [f"{x:.3g}" for x in self.values().tolist()],
+            "95 % interval": [f"{low:.3g} to {high:.3g}" for low, high in interval],
+            **{
+                name: [f"{x:.3g}" for x in self.values(*which).tolist()]
+                for name, which in further.items()
+                if which != (self.metric, self.statistic)
+            },
             "other top token": [f"{x:.1%}" for x in self.values("disagreement", "mean").tolist()],
             "rows saved": [f"{x:.0%}" for x in self.saving.tolist()],
-            f"95 % interval of {self.criterion}": [f"{a:.3g} to {b:.3g}" for a, b in zip(low.tolist(), high.tolist())],
-            "": ["chosen" if layer == self.layer else "" for layer in self.candidates],
         }
+
+    def table(self) -> str:
+        """One line per candidate and which one was chosen; Markdown."""
+        columns = self.columns() | {"": ["chosen" if layer == self.layer else "" for layer in self.candidates]}
         lines = [" | ".join(columns), " | ".join(["--:"] * (len(columns) - 1) + [":--"])]
-        for row in zip(*columns.values()):
-            lines.append(" | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+        lines += [" | ".join(row) for row in zip(*columns.values())]
         return "\n".join(f"| {line} |" for line in lines) + "\n\n" + self.verdict()
 
     @property
@@ -181,7 +190,8 @@ class LayerSearch:
 
     def verdict(self) -> str:
         """The result, and how much the samples tell, in a few sentences."""
-        samples = f"{len(self.per_sample)} samples, threshold {self.threshold:g} on the {self.criterion}"
+        count = len(self.per_sample)
+        samples = f"{count} sample{'s' if count > 1 else ''}, threshold {self.threshold:g} on the {self.criterion}"
         if self.layer is None:
             lowest = self.values().min().item()
             said = (
@@ -206,23 +216,10 @@ class LayerSearch:
     def plot(self, path: str | Path) -> None:
         """Writes the value per layer with its interval, the spread over samples, the threshold and the chosen layer, as
         PNG, SVG or PDF."""
-        from matplotlib.figure import Figure
+        from vtw_kernels.layer_search.plots import draw_values, new_figure
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        samples, (low, high) = self.by_sample().clamp(min=FLOOR), self.interval()
-        spread = samples.quantile(0.1, dim=0), samples.quantile(0.9, dim=0)
-        axes.fill_between(self.candidates, *spread, alpha=0.15, color="tab:grey", label="10 % to 90 % of samples")
-        axes.fill_between(
-            self.candidates, low.clamp(min=FLOOR), high.clamp(FLOOR, samples.max()), alpha=0.3, label="95 % interval"
-        )
-        axes.plot(self.candidates, self.values().clamp(min=FLOOR), marker="o", label=STATISTICS[self.statistic])
-        axes.axhline(self.threshold, color="tab:red", linestyle="--", label=f"threshold {self.threshold:g}")
-        if self.layer is not None:
-            axes.axvline(self.layer, color="tab:green", linestyle=":", label=f"chosen: layer {self.layer}")
-        axes.set(xlabel="visual tokens withdrawn before layer", ylabel=METRICS[self.metric], yscale="log")
-        axes.set_xticks(self.candidates[:: max(1, len(self.candidates) // 16)])
-        axes.legend()
+        figure, axes = new_figure()
+        draw_values(axes, self)
         figure.savefig(path, dpi=150)
 
     def save(self, path: str | Path) -> None:

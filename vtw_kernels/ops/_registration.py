@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
+from torch.overrides import has_torch_function
 
 from vtw_kernels import _C
 
@@ -96,6 +98,24 @@ def register_mutation(name: str) -> None:
             return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args)
 
     _library.impl(name, record, "ADInplaceOrView", with_keyset=True)
+
+
+def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_place: bool = False) -> Any:
+    """``op(tensors, *args)``, past the kernels of autograd where nothing is to be differentiated: they are Python, and
+    take longer than a small compaction. Whoever else may want to see the call (a compiler, torch.func,
+    ``__torch_function__``) sees it as ever."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or has_torch_function((*tensors, *args))
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(tensors))
+    ):
+        return op(tensors, *args)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = op(tensors, *args)
+    if in_place:
+        torch.autograd.graph.increment_version(tensors)
+    return result
 
 
 def register_autograd_kernel(name: str, function: Callable) -> None:

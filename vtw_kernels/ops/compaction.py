@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import register, register_mutation
+from vtw_kernels.ops._registration import call_on_list, register, register_mutation
 from vtw_kernels.ops.checks import check_keep, check_paged, check_tensors, require
 
 
@@ -78,7 +78,7 @@ def compact(
     op = "compact"
     tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return _OPS.compact.default(tensors, token_dims, batch_dims, plan.source)
+    return call_on_list(_OPS.compact.default, tensors, token_dims, batch_dims, plan.source)
 
 
 def compact_(
@@ -99,7 +99,7 @@ def compact_(
     """
     tensors = _as_list("compact_", tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    _OPS.compact_.default(tensors, token_dims, batch_dims, plan.source)
+    call_on_list(_OPS.compact_.default, tensors, token_dims, batch_dims, plan.source, in_place=True)
 
 
 def expand(
@@ -126,7 +126,7 @@ def expand(
     """
     tensors = _as_list("expand", tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return _OPS.expand.default(tensors, token_dims, batch_dims, plan.source, length)
+    return call_on_list(_OPS.expand.default, tensors, token_dims, batch_dims, plan.source, length)
 
 
 def compact_paged_(
@@ -162,7 +162,7 @@ def compact_paged_(
     """
     if isinstance(caches, Tensor):
         raise TypeError("compact_paged_: caches: expected a list of tensors, got one tensor; write [cache]")
-    return _OPS.compact_paged_.default(list(caches), block_table, seq_lens, keep, layout)
+    return call_on_list(_OPS.compact_paged_.default, list(caches), block_table, seq_lens, keep, layout, in_place=True)
 
 
 def _as_list(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
