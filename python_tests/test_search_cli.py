@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from vlm import IMAGE, LAYERS, VOCABULARY, make_model
 
 import vtw_kernels as vtw
@@ -23,6 +23,11 @@ from vtw_kernels.cli import main
 from vtw_kernels.layer_search import run, state
 from vtw_kernels.layer_search.records import Encoder, load_records
 from vtw_kernels.layer_search.scorer import Scorer
+
+try:
+    from transformers import CLIPImageProcessorPil  # needs no torchvision
+except ImportError:  # transformers 4.57
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 RECORDS = 12
 SECONDS = 120

@@ -168,11 +168,10 @@ def make_record(name: str, fields: Any, folder: Path) -> Record:
     for field in ("image", "images"):
         given = fields.get(field)
         images += [find(field, x) for x in (given if isinstance(given, list) else [given] if given is not None else [])]
-    if fields.get("video") is not None:
-        video = fields["video"]
+    if video := fields.get("video"):
         videos.append([find("video", x) for x in video] if isinstance(video, list) else find("video", video))
     if not images and not videos:
-        raise BadRecord(f"{name}: expected image, images or video, got {', '.join(fields)}")
+        raise BadRecord(f"{name}: expected image, images or video, got {', '.join(fields) or 'no field'}")
     return Record(name, text("question"), images, videos, None if fields.get("answer") is None else text("answer"))
 
 
