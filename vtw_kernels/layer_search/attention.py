@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import AttentionInterface
 
-from vtw_kernels.integration.families import ATTENTION_LAYERS, Parts, find_parts, find_visual_tokens
+from vtw_kernels.integration.families import ATTENTION_LAYERS, Parts, find_parts
 from vtw_kernels.integration.masks import attended_tokens, check_mask
 from vtw_kernels.integration.withdraw import unwrapped
+from vtw_kernels.layer_search.inputs import in_eval_mode, prepare
 
 _INTERFACE = Lock()  # one observer at a time may have the library's interface
 
@@ -145,35 +146,3 @@ def _last_row(query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], la
         sinks = sinks.float().view(1, -1, 1).expand(len(last), -1, -1)
         return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
     return scores.softmax(-1)
-
-
-def prepare(
-    model: nn.Module, parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None
-) -> tuple[dict[str, Any], Tensor]:
-    """Inputs as ``find_layer`` takes them, on the model's device and without what is not for its forward; and which of
-    their tokens are visual, bool ``[B, S]``."""
-    inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    for name in ("labels", "use_cache", "logits_to_keep"):
-        inputs.pop(name, None)
-    given = inputs.pop("visual_mask", None)
-    if visual_mask is None and given is None:
-        return inputs, find_visual_tokens(parts, inputs)
-    visual = (given if visual_mask is None else visual_mask).to(model.device)
-    sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    if visual.dtype != torch.bool or visual.shape != sequence.shape[:2]:
-        raise ValueError(
-            f"visual_mask: expected bool of shape {list(sequence.shape[:2])}, got {visual.dtype} of shape "
-            f"{list(visual.shape)}"
-        )
-    return inputs, visual
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

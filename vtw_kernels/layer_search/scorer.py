@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from vtw_kernels.integration.families import Parts, find_parts, find_visual_tokens
+from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
 from vtw_kernels.integration.withdraw import LayerCompaction, unwrapped
+from vtw_kernels.layer_search.inputs import in_eval_mode, prepare
 from vtw_kernels.ops import compact, kl_divergence, plan_compaction
 
 # What all candidates of a group may take, as a share of the device's memory: beside them are weights and the full run.
@@ -77,32 +78,17 @@ class Scorer:
 
     def score(self, batch: Mapping[str, Any]) -> Scores:
         """One batch; see ``find_layer`` for what is in it, and what it raises."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                return self._score(batch)
-        finally:
-            self.model.train(was_training)
+        with in_eval_mode(self.model), torch.inference_mode():
+            return self._score(batch)
 
     def _score(self, batch: Mapping[str, Any]) -> Scores:
-        device = self.model.device
-        inputs = {
-            name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items() if name != "use_cache"
-        }
-        labels, visual = inputs.pop("labels", None), inputs.pop("visual_mask", None)
-        if visual is None:
-            visual = find_visual_tokens(self.parts, inputs)
-        elif visual.dtype != torch.bool or visual.shape != inputs["input_ids"].shape:
-            raise ValueError(
-                f"visual_mask: expected bool of shape {list(inputs['input_ids'].shape)}, got {visual.dtype} of shape "
-                f"{list(visual.shape)}"
-            )
+        inputs, visual = prepare(self.model, self.parts, batch, None)
         prompt = visual.shape[1]
         if isinstance(self.positions, int):
             inputs, visual, predicting = self._with_answers(inputs, visual)
         else:
-            predicting = _predicting(labels, attended_tokens(inputs.get("attention_mask"), visual), self.positions)
+            attended = attended_tokens(inputs.get("attention_mask"), visual)
+            predicting = _predicting(batch.get("labels"), attended, self.positions)
         samples = _Samples(self.parts, inputs, visual, predicting, prompt)
         in_flight = self.max_in_flight or self._that_fit(samples)
         groups = [self.candidates[i : i + in_flight] for i in range(0, len(self.candidates), in_flight)]
@@ -177,7 +163,7 @@ def _predicting(labels: Tensor | None, attended: Tensor, positions: str) -> Tens
             f"labels: expected {list(attended.shape)}, -100 but for the tokens of the answer, with positions='answer', "
             f"got {given}"
         )
-    predicting = F.pad(labels[:, 1:] != -100, (0, 1)) & attended
+    predicting = F.pad(labels[:, 1:] != -100, (0, 1)).to(attended.device) & attended
     if not predicting.any(1).all():
         row = (~predicting.any(1)).nonzero()[0].item()
         raise ValueError(f"labels: expected at least one that is not -100 in each sample, got none in row {row}")
