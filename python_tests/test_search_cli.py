@@ -47,6 +47,7 @@ def make_processor():
         tokenizer_object=words,
         **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return LlavaProcessor(
