@@ -128,7 +128,8 @@ def test_committed_results_can_be_read():
 
 def test_every_op_has_benchmarks(tmp_path):
     """Of every model and in every dtype: what a run would do, done without a call."""
-    chosen = [x for name in bench.MODELS for x in ("--model-shape", name)]
+    chosen = [x for name in bench.OPS for x in ("--op", name)]
+    chosen += [x for name in bench.MODELS for x in ("--model-shape", name)]
     chosen += [x for name in bench.DTYPES for x in ("--dtype", name)]
     code = (
         "import json, sys, pytest; from vtw_kernels import bench\n"
