@@ -17,7 +17,7 @@ case $PYTHON in /*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
 LIMIT=${LIMIT:-600} BUILD=${BUILD:-1} JOBS=${JOBS:-4}
 OUT=${1:-$ROOT/build/gpu-check}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && cd "$OUT" || exit 2 # not in the checkout: its package may have no binary
-rm -f -- *.log *.json *.md *.png *.xml *.csv steps.tsv
+rm -f -- steps.tsv tests.xml bench.json bench-compaction.json bench-kl.json bench-withdraw.json # of an earlier run
 
 # step NAME SECONDS COMMAND...: runs it under a time limit, with its output in NAME.log, and notes how it ended.
 step() {

@@ -81,7 +81,10 @@ def read_tests(path: Path) -> dict | None:
 def read_benchmarks(folder: Path) -> dict:
     """All runs as one, without the time of every round."""
     whole = {"machine_info": {}, "benchmarks": []}
-    for path in sorted(folder.glob("bench*.json")):
+    for name in ("bench", "bench-compaction", "bench-kl", "bench-withdraw"):
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
         run = json.loads(path.read_text())
         whole["machine_info"] = run["machine_info"] | whole["machine_info"]
         for bench in run["benchmarks"]:
