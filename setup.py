@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 # The oldest torch that the binary runs under; see the LibTorch stable ABI.
@@ -22,6 +23,8 @@ def stop(message: str) -> None:
     sys.exit(f"vtw_kernels: {message}")
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    stop(f"setuptools 77 or newer is needed, found {setuptools.__version__}; run: pip install -U setuptools")
 try:
     import pybind11
     import torch
@@ -102,7 +105,7 @@ stable_abi = (
 defines = [stable_abi, f'-DVTW_BUILT_WITH_TORCH="{torch.__version__}"']
 link = {"libraries": ["torch_cpu", "c10"], "library_dirs": cpp_extension.library_paths()}
 if cuda_home:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(cuda_home))
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(cuda_home)
     cpp_extension.CUDA_HOME = str(cuda_home)  # torch leaves it None when it has no CUDA itself
     sources += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cu"))
     defines += ["-DVTW_WITH_CUDA", "-DUSE_CUDA"]
@@ -112,6 +115,9 @@ if cuda_home:
 print(f"vtw_kernels: torch {torch.__version__}, CUDA {cuda_home or 'not built'}", file=sys.stderr)
 
 setup(
+    # The benchmarks come along, for `vtw-kernels bench`.
+    packages=[*find_packages(include=["vtw_kernels*"]), "vtw_kernels.benchmarks"],
+    package_dir={"vtw_kernels.benchmarks": "benchmarks"},
     ext_modules=[
         Extension(
             "vtw_kernels._C",

@@ -10,32 +10,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness import OURS, Case, cases, memory_budget, traits
+from harness import OURS, Case, Choice, cases, memory_budget, name_of, traits
 from torch import Tensor
 
 import vtw_kernels as vtw
-
-BF16 = torch.bfloat16
+from vtw_kernels.bench import MODELS, Model
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model, and its prompt: text tokens before the visual ones, those, and text tokens after them."""
+class Shape(Model):
+    """A model and its prompt: how many of them, in which dtype, and which tokens are kept."""
 
-    name: str
-    layers: int
-    kv_heads: int
-    hidden: int
-    before: int
-    visual: int
-    after: int
     batch: int = 1
-    head_dim: int = 128
     half: bool = False  # whether a random half of the visual tokens is kept
-
-    @property
-    def tokens(self) -> int:
-        return self.before + self.visual + self.after
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def kept(self) -> int:
@@ -43,18 +31,26 @@ class Shape:
 
     def __str__(self) -> str:
         batch = f" x {self.batch}" if self.batch > 1 else ""
-        return f"{self.name}{batch}, {self.tokens} to {self.kept}{' at random' if self.half else ''}"
+        dtype = "" if self.dtype == torch.bfloat16 else f", {name_of(self.dtype)}"
+        return f"{self.name}{batch}, {self.tokens} to {self.kept}{' at random' if self.half else ''}{dtype}"
 
 
-LLAVA = Shape("llava-1.5-7b", 32, 32, 4096, 35, 576, 50)
+LLAVA = Shape(**vars(MODELS["llava-1.5-7b"]))
 LLAVA_8 = replace(LLAVA, batch=8)
-QWEN = Shape("qwen2.5-vl-7b", 28, 4, 3584, 16, 1904, 128)
+QWEN = Shape(**vars(MODELS["qwen2.5-vl-7b"]))
 QWEN_8 = replace(QWEN, batch=8)
-VIDEO = replace(QWEN, name="long video", before=16, visual=31_104, after=880)
+VIDEO = Shape(**vars(MODELS["long-video"]) | {"name": "long video"})
 
 
 def halved(shape: Shape) -> Shape:
     return replace(shape, half=True)
+
+
+def shapes_of(choice: Choice, *usual: Shape) -> list[Shape]:
+    """Those of the models that were asked for, or the usual ones; in every dtype."""
+    full = [Shape(**vars(model)) for model in choice.models]
+    chosen = [*full, *map(halved, full)]
+    return [replace(shape, dtype=dtype) for dtype in choice.dtypes or (torch.bfloat16,) for shape in chosen or usual]
 
 
 class Rows(NamedTuple):
@@ -82,7 +78,7 @@ def rows_of(shape: Shape, device: str) -> Rows:
 class Spec(NamedTuple):
     size: tuple[int, ...]
     token_dim: int
-    dtype: torch.dtype = BF16
+    dtype: torch.dtype
 
     def make(self, device: str) -> Tensor:
         x = torch.empty(self.size, dtype=self.dtype, device=device)
@@ -93,17 +89,17 @@ class Spec(NamedTuple):
 
 
 def hidden_spec(shape: Shape) -> Spec:
-    return Spec((shape.batch, shape.tokens, shape.hidden), 1)
+    return Spec((shape.batch, shape.tokens, shape.hidden), 1, shape.dtype)
 
 
 def layer_specs(shape: Shape) -> list[Spec]:
     per_token = (shape.batch, shape.tokens)
-    rotary, integers = Spec((*per_token, shape.head_dim), 1), Spec(per_token, 1, torch.int64)
+    rotary, integers = Spec((*per_token, shape.head_dim), 1, shape.dtype), Spec(per_token, 1, torch.int64)
     return [hidden_spec(shape), integers, rotary, rotary, integers]
 
 
 def kv_specs(shape: Shape, count: int) -> list[Spec]:
-    return [Spec((shape.batch, shape.kv_heads, shape.tokens, shape.head_dim), 2)] * count
+    return [Spec((shape.batch, shape.kv_heads, shape.tokens, shape.head_dim), 2, shape.dtype)] * count
 
 
 # Out of place: every peer is written for one tensor, and applied to each of the list.
@@ -215,34 +211,38 @@ def compaction_case(title: str, shape: Shape, specs: list[Spec], in_place: bool 
     return Case(f"{title}, {shape}", peers, make, moved, result=fronts if in_place else lambda args, returned: returned)
 
 
-def hidden_states(device: str) -> Iterator[Case]:
-    for shape in (LLAVA, QWEN_8, VIDEO, halved(LLAVA), halved(QWEN_8), halved(VIDEO)):
+def hidden_states(choice: Choice) -> Iterator[Case]:
+    for shape in shapes_of(choice, LLAVA, QWEN_8, VIDEO, halved(LLAVA), halved(QWEN_8), halved(VIDEO)):
         yield compaction_case("hidden", shape, [hidden_spec(shape)])
 
 
-def layer_inputs(device: str) -> Iterator[Case]:
-    for shape in (LLAVA, LLAVA_8, QWEN, VIDEO, halved(LLAVA_8)):
+def layer_inputs(choice: Choice) -> Iterator[Case]:
+    for shape in shapes_of(choice, LLAVA, LLAVA_8, QWEN, VIDEO, halved(LLAVA_8)):
         yield compaction_case("hidden, positions, cos, sin, mask", shape, layer_specs(shape))
 
 
-def kv_lists(device: str) -> Iterator[tuple[Shape, int, str]]:
+def kv_lists(choice: Choice) -> Iterator[tuple[Shape, int, str]]:
     """Shapes, and how many key and value tensors: of all layers, of some, or as many as this device has memory for."""
     lists = [(LLAVA, 28), (LLAVA, 56), (LLAVA, 64), (LLAVA_8, 64), (QWEN, 56), (VIDEO, 56)]
     lists += [(halved(LLAVA), 64), (halved(QWEN_8), 56), (halved(VIDEO), 56)]
+    if choice.models or choice.dtypes:
+        lists = [(shape, 2 * shape.layers) for shape in shapes_of(choice, *dict.fromkeys(shape for shape, _ in lists))]
     for shape, wanted in lists:
         [spec] = kv_specs(shape, 1)
         each_bytes = spec.row_bytes(shape) * shape.batch * shape.tokens
-        count = min(wanted, int(memory_budget(device) / (4 * each_bytes)))  # the check holds the list about four times
+        count = min(
+            wanted, int(memory_budget(choice.device) / (4 * each_bytes))
+        )  # the check holds the list about four times
         yield shape, count, f"{count} KV tensors" if count == wanted else f"{count} (not {wanted}) KV tensors"
 
 
-def kv_out_of_place(device: str) -> Iterator[Case]:
-    for shape, count, title in kv_lists(device):
+def kv_out_of_place(choice: Choice) -> Iterator[Case]:
+    for shape, count, title in kv_lists(choice):
         yield compaction_case(title, shape, kv_specs(shape, count))
 
 
-def kv_in_place(device: str) -> Iterator[Case]:
-    for shape, count, title in kv_lists(device):
+def kv_in_place(choice: Choice) -> Iterator[Case]:
+    for shape, count, title in kv_lists(choice):
         yield compaction_case(f"{title} in place", shape, kv_specs(shape, count), in_place=True)
 
 
@@ -292,44 +292,135 @@ def paged_case(title: str, shape: Shape, count: int) -> Case:
         moving = slot.gather(1, rows.index)[:, rows.unmoved :]
         slots = Slots(moving.flatten(), kept[:, rows.unmoved :].flatten(), kept)
         size = (2, blocks, BLOCK, shape.kv_heads, shape.head_dim)
-        layers = [torch.empty(size, dtype=BF16, device=device).uniform_(-1, 1) for _ in range(count // 2)]
+        layers = [torch.empty(size, dtype=shape.dtype, device=device).uniform_(-1, 1) for _ in range(count // 2)]
         lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device)
         caches = [cache for layer in layers for cache in layer.unbind()]
         return caches, block_table.int(), lengths, rows.keep, slots
 
-    row = shape.kv_heads * shape.head_dim * BF16.itemsize
+    row = shape.kv_heads * shape.head_dim * shape.dtype.itemsize
     moved = 2 * shape.batch * (shape.kept - shape.before) * row * (count // 2 * 2)
     peers = {OURS: vtw_paged, "indexing": indexing, "index_select + index_copy_": index_copy}
     return Case(f"{title} paged, {shape}", peers, make, moved, result=paged_result)
 
 
-def paged(device: str) -> Iterator[Case]:
-    for shape, count, title in kv_lists(device):
+def paged(choice: Choice) -> Iterator[Case]:
+    for shape, count, title in kv_lists(choice):
         yield paged_case(title, shape, count)
 
 
+# Expansion, which is also the backward of compaction.
+
+
+def vtw_expand(x: Tensor, rows: Rows, tokens: int) -> Tensor:
+    return vtw.expand([x], rows.plan, tokens, 1)[0]
+
+
+def scatter(x: Tensor, rows: Rows, tokens: int) -> Tensor:
+    index = rows.index.unsqueeze(-1).expand_as(x)
+    return x.new_zeros(x.shape[0], tokens, x.shape[2]).scatter_(1, index, x)
+
+
+def zeros_and_index_copy(x: Tensor, rows: Rows, tokens: int) -> Tensor:
+    return x.new_zeros(x.shape[0], tokens, x.shape[2]).index_copy_(1, rows.index[0], x)
+
+
+def zeros_and_slices(x: Tensor, rows: Rows, tokens: int) -> Tensor:
+    out, first = x.new_zeros(x.shape[0], tokens, x.shape[2]), 0
+    for start, stop in rows.segments:
+        out[:, start:stop] = x[:, first : (first := first + stop - start)]
+    return out
+
+
+def expansions(choice: Choice) -> Iterator[Case]:
+    for shape in shapes_of(choice, LLAVA, QWEN_8, VIDEO, halved(LLAVA), halved(QWEN_8)):
+
+        def make(device: str, shape=shape) -> tuple:
+            kept = Spec((shape.batch, shape.kept, shape.hidden), 1, shape.dtype).make(device)
+            return kept, rows_of(shape, device), shape.tokens
+
+        peers = {OURS: vtw_expand, "zeros + scatter": scatter}
+        if not shape.half:
+            peers["zeros + slices"] = zeros_and_slices
+        if not shape.half or shape.batch == 1:
+            peers["zeros + index_copy_"] = zeros_and_index_copy
+        moved = shape.batch * (shape.kept + shape.tokens) * shape.hidden * shape.dtype.itemsize
+        yield Case(f"hidden expanded, {shape}", peers, make, moved)
+
+
+# Plans: from the mask to the rows that are kept.
+
+
+def vtw_plan(keep: Tensor, kept: int) -> Tensor:
+    return vtw.plan_compaction(keep, length=kept).source
+
+
+def argsort(keep: Tensor, kept: int) -> Tensor:
+    return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
+
+
+def cumsum_and_scatter(keep: Tensor, kept: int) -> Tensor:
+    """Dropped tokens all go to a column behind the plan."""
+    slot = torch.where(keep, keep.cumsum(dim=1) - 1, kept)
+    tokens = torch.arange(keep.shape[1], device=keep.device).expand_as(slot)
+    return slot.new_empty(keep.shape[0], kept + 1).scatter_(1, slot, tokens)[:, :kept]
+
+
+@traits(syncs=True)
+def nonzero(keep: Tensor, kept: int) -> Tensor:
+    return keep.nonzero()[:, 1].view(-1, kept)
+
+
+def plans(choice: Choice) -> Iterator[Case]:
+    shapes = shapes_of(choice._replace(dtypes=()), LLAVA, LLAVA_8, VIDEO, halved(LLAVA_8), halved(VIDEO))
+    peers = {OURS: vtw_plan, "argsort": argsort, "cumsum + scatter": cumsum_and_scatter, "nonzero": nonzero}
+    for shape in shapes:
+
+        def make(device: str, shape=shape) -> tuple:
+            return rows_of(shape, device).keep, shape.kept
+
+        moved = shape.batch * (shape.tokens + 4 * shape.kept + 4)
+        yield Case(f"plan, {shape}", peers, make, moved, result=lambda args, returned: returned.int())
+
+
+@pytest.mark.op("compact")
 @cases(hidden_states)
 def test_hidden_states(measure, case, peer):
     measure(case, peer)
 
 
+@pytest.mark.op("compact")
 @cases(layer_inputs)
 def test_layer_inputs(measure, case, peer):
     """What one forward compacts at the withdrawal layer."""
     measure(case, peer)
 
 
+@pytest.mark.op("compact")
 @cases(kv_out_of_place)
 def test_kv_out_of_place(measure, case, peer):
     measure(case, peer)
 
 
+@pytest.mark.op("compact_")
 @cases(kv_in_place)
 def test_kv_in_place(measure, case, peer):
     measure(case, peer)
 
 
 @pytest.mark.skipif(not hasattr(vtw, "compact_paged_"), reason="this vtw_kernels has no compact_paged_")
+@pytest.mark.op("compact_paged_")
 @cases(paged)
 def test_paged(measure, case, peer):
+    measure(case, peer)
+
+
+@pytest.mark.op("expand")
+@cases(expansions)
+def test_expand(measure, case, peer):
+    measure(case, peer)
+
+
+@pytest.mark.op("plan_compaction")
+@cases(plans)
+def test_plan(measure, case, peer):
     measure(case, peer)

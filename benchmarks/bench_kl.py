@@ -6,12 +6,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import OURS, Case, cases, memory_budget, traits
+from harness import OURS, Case, Choice, cases, memory_budget, name_of, traits
 from torch import Tensor
 
 import vtw_kernels as vtw
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = [(1, 151_936), (32, 151_936), (128, 151_936), *((4096, 2**n) for n in range(12, 18))]
 ON_CUDA = [(8192, 151_936)]
 
@@ -23,7 +22,7 @@ def eager(p: Tensor, q: Tensor) -> Tensor:
 
 
 @traits(rtol=0.1)
-def eager_in_bf16(p: Tensor, q: Tensor) -> Tensor:
+def eager_as_given(p: Tensor, q: Tensor) -> Tensor:
     log_p, log_q = F.log_softmax(p, dim=-1), F.log_softmax(q, dim=-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
 
@@ -57,7 +56,8 @@ def with_backward(function: Callable) -> Callable:
 def peers_of(device: str, dtype: torch.dtype) -> dict[str, Callable]:
     peers = {OURS: vtw.kl_divergence, "eager": eager, "compiled eager": torch.compile(eager, dynamic=False)}
     if dtype != torch.float32:
-        peers |= {"eager in bf16": eager_in_bf16, "compiled in bf16": torch.compile(eager_in_bf16, dynamic=False)}
+        name, compiled = name_of(dtype), torch.compile(eager_as_given, dynamic=False)
+        peers |= {f"eager in {name}": eager_as_given, f"compiled in {name}": compiled}
     if device == "cuda" and find_spec("liger_kernel"):
         peers["liger + log_softmax"] = liger
     return peers
@@ -74,8 +74,19 @@ def logits(rows: int, q_rows: int, vocab: int, dtype: torch.dtype, grad: bool) -
     return make
 
 
-def shapes(device: str, on_any: list[tuple[int, int]] = SHAPES) -> Iterator[tuple[int, int, str]]:
-    for rows, vocab in on_any + (ON_CUDA if device == "cuda" else []):
+def dtypes_of(choice: Choice) -> tuple[torch.dtype, ...]:
+    return choice.dtypes or (torch.float32, torch.bfloat16)
+
+
+def vocabularies(choice: Choice) -> list[int]:
+    """Those of the models that were asked for, each once."""
+    return list(dict.fromkeys(model.vocabulary for model in choice.models))
+
+
+def shapes(choice: Choice, usual: list[tuple[int, int]] = SHAPES) -> Iterator[tuple[int, int, str]]:
+    device = choice.device
+    chosen = [(rows, vocab) for vocab in vocabularies(choice) for rows in (1, 128, 1024)]
+    for rows, vocab in chosen or usual + (ON_CUDA if device == "cuda" else []):
         # Both logits, their clones, and what eager keeps for its backward: 48 bytes for each pair of logits.
         fitting = int(memory_budget(device) / (48 * vocab))
         cut = f" (not {rows})" if fitting < rows else ""
@@ -83,23 +94,32 @@ def shapes(device: str, on_any: list[tuple[int, int]] = SHAPES) -> Iterator[tupl
         yield rows, vocab, f"{rows}{cut} x {vocab}"
 
 
-def forward(device: str) -> Iterator[Case]:
-    for name, dtype in DTYPES.items():
-        peers = peers_of(device, dtype)
+def searches(choice: Choice) -> list[tuple[int, int]]:
+    """Candidates of a layer search, and the vocabulary."""
+    return list(dict.fromkeys((model.layers - 1, model.vocabulary) for model in choice.models)) or [(27, 32_000)]
+
+
+def forward(choice: Choice) -> Iterator[Case]:
+    for dtype in dtypes_of(choice):
+        name = name_of(dtype)
+        peers = peers_of(choice.device, dtype)
         few = peers | {"loop with item": loop_with_item}
-        moved, make = (27 + 1) * 32_000 * dtype.itemsize + 27 * 4, logits(27, 1, 32_000, dtype, grad=False)
-        yield Case(f"kl, 27 x 32000 against one row, {name}", few, make, moved, rtol=1e-3)
-        for rows, vocab, title in shapes(device):
+        for rows, vocab in searches(choice):
+            moved, make = (rows + 1) * vocab * dtype.itemsize + rows * 4, logits(rows, 1, vocab, dtype, grad=False)
+            title = f"kl, {rows} x {vocab} against one row, {name}"
+            yield Case(title, few, make, moved, rtol=1e-3, reads=True)
+        for rows, vocab, title in shapes(choice):
             moved = 2 * rows * vocab * dtype.itemsize + 4 * rows
             make = logits(rows, rows, vocab, dtype, grad=False)
-            yield Case(f"kl, {title}, {name}", few if rows <= 32 else peers, make, moved, rtol=1e-3)
+            yield Case(f"kl, {title}, {name}", few if rows <= 32 else peers, make, moved, rtol=1e-3, reads=True)
 
 
-def forward_and_backward(device: str) -> Iterator[Case]:
-    for name, dtype in DTYPES.items():
-        peers = {peer: with_backward(function) for peer, function in peers_of(device, dtype).items()}
+def forward_and_backward(choice: Choice) -> Iterator[Case]:
+    for dtype in dtypes_of(choice):
+        name = name_of(dtype)
+        peers = {peer: with_backward(function) for peer, function in peers_of(choice.device, dtype).items()}
         rtol = 1e-3 if dtype == torch.float32 else 2e-2  # gradients are rounded to bf16
-        for rows, vocab, title in shapes(device):
+        for rows, vocab, title in shapes(choice):
             moved, make = 3 * rows * vocab * dtype.itemsize, logits(rows, rows, vocab, dtype, grad=True)
             yield Case(f"kl and gradient of q, {title}, {name}", peers, make, moved, rtol=rtol, grad=True)
 
@@ -121,7 +141,7 @@ def step_of(loss: Callable) -> Callable:
     return step
 
 
-def training(device: str) -> Iterator[Case]:
+def training(choice: Choice) -> Iterator[Case]:
     losses = {
         OURS: vtw.kl_divergence_loss,
         f"{OURS}, two reads": mean_of(vtw.kl_divergence),
@@ -129,9 +149,10 @@ def training(device: str) -> Iterator[Case]:
         "compiled eager": torch.compile(mean_of(eager), dynamic=False),
     }
     peers = {peer: step_of(loss) for peer, loss in losses.items()}
-    for name, dtype in DTYPES.items():
+    for dtype in dtypes_of(choice):
+        name = name_of(dtype)
         rtol = 1e-3 if dtype == torch.float32 else 2e-2  # gradients are rounded to bf16
-        for rows, vocab, title in shapes(device, [(128, 151_936), (4096, 32_000)]):
+        for rows, vocab, title in shapes(choice, [(128, 151_936), (4096, 32_000)]):
             moved, make = 3 * rows * vocab * dtype.itemsize, logits(rows, rows, vocab, dtype, grad=True)
             yield Case(f"kl loss and gradient of q, {title}, {name}", peers, make, moved, rtol=rtol, grad=True)
 
@@ -155,21 +176,30 @@ def project_then(divergence: Callable) -> Callable:
     return peer
 
 
-def linear(device: str) -> Iterator[Case]:
+def linear_sizes(choice: Choice, dtype: torch.dtype) -> Iterator[tuple[int, int, int, str]]:
     """The layer search of LLaVA-1.5-7B, and distillation at the vocabulary of Llama 3; smaller on the CPU."""
-    sizes = [(27, 1024, 32_000), (512, 1024, 32_000)]
-    if device == "cuda":
-        sizes = [(27, 4096, 32_000), (8192, 4096, 128_256)]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    usual = [(27, 1024, 32_000), (512, 1024, 32_000)]
+    if choice.device == "cuda":
+        usual = [(27, 4096, 32_000), (8192, 4096, 128_256)]
+    chosen = [(rows, m.hidden, m.vocabulary) for m in choice.models for rows in (m.layers - 1, 512)]
+    for rows, wanted, vocab in dict.fromkeys(chosen) or usual:
+        # Both weights, and their clones for the two peers that are compared.
+        hidden = min(wanted, int(memory_budget(choice.device) / (6 * vocab * dtype.itemsize)))
+        yield rows, hidden, vocab, f"{rows} x {hidden}{'' if hidden == wanted else f' (not {wanted})'} x {vocab}"
+
+
+def linear(choice: Choice) -> Iterator[Case]:
     peers = {
         OURS: linear_ours,
         "project, eager": project_then(eager),
         f"{OURS}, unfused": project_then(vtw.kl_divergence),
     }
     peers["compiled project, eager"] = torch.compile(project_then(eager), dynamic=False)
-    for rows, hidden, vocab in sizes:
+    usual = torch.float32 if choice.device == "cpu" else torch.bfloat16
+    chosen = [(*size, dtype) for dtype in choice.dtypes or (usual,) for size in linear_sizes(choice, dtype)]
+    for rows, hidden, vocab, size, dtype in chosen:
 
-        def make(device: str, rows=rows, hidden=hidden, vocab=vocab) -> tuple:
+        def make(device: str, rows=rows, hidden=hidden, vocab=vocab, dtype=dtype) -> tuple:
             def side() -> tuple[Tensor, Tensor]:
                 states, weight = (torch.randn(n, hidden, dtype=dtype, device=device) for n in (rows, vocab))
                 return states, weight.mul_(hidden**-0.5)
@@ -177,26 +207,34 @@ def linear(device: str) -> Iterator[Case]:
             return *side(), *side()
 
         moved = 2 * (rows + vocab) * hidden * dtype.itemsize + 4 * rows
-        title = f"linear kl, {rows} x {hidden} x {vocab}, {str(dtype).removeprefix('torch.')}"
-        yield Case(title, peers, make, moved, rtol=1e-3 if device == "cpu" else 0.02, roof=products)
+        title, rtol = (
+            f"linear kl, {size}, {str(dtype).removeprefix('torch.')}",
+            1e-3 if dtype == torch.float32 else 0.02,
+        )
+        flops = 4 * rows * hidden * vocab
+        yield Case(title, peers, make, moved, rtol, roof=products, reads=True, flops=flops, flops_dtype=dtype)
 
 
+@pytest.mark.op("kl_divergence")
 @cases(forward)
 def test_forward(measure, case, peer):
     measure(case, peer)
 
 
+@pytest.mark.op("kl_divergence")
 @cases(forward_and_backward)
 def test_forward_and_backward(measure, case, peer):
     measure(case, peer)
 
 
+@pytest.mark.op("kl_divergence_loss")
 @cases(training)
 def test_training(measure, case, peer):
     measure(case, peer)
 
 
 @pytest.mark.skipif(not hasattr(vtw, "linear_kl_divergence"), reason="this vtw_kernels has no linear_kl_divergence")
+@pytest.mark.op("linear_kl_divergence")
 @cases(linear)
 def test_linear(measure, case, peer):
     """Bound by arithmetic at many rows: the ratio to the roof counts, not the GB/s."""

@@ -3,48 +3,62 @@ rows and the others on the text alone, with nothing between them."""
 
 import copy
 import time
+from collections.abc import Callable
 from statistics import median
 
 import pytest
 import torch
+from harness import memory_budget, observe, size_in_bytes, skip_if_too_long
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import vtw_kernels as vtw
 
-BEFORE, VISUAL, AFTER = 35, 576, 50  # LLaVA-1.5's prompt
+pytestmark = pytest.mark.op("withdraw")
 ROUNDS = 20
 
 
 @pytest.fixture(scope="module")
-def decoder(device) -> LlamaModel:
-    """LLaVA-1.5-7B's decoder with random weights; on the CPU with 12 layers and a hidden size of 512."""
+def decoder(device, model_shape, dtype) -> LlamaModel:
+    """The model's decoder with random weights; on the CPU with 12 layers and a hidden size of 512."""
+    skip_if_too_long(model_shape, device)
     torch.manual_seed(0)
+    m = model_shape
     size = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8)
+    size["num_key_value_heads"] = max(1, 8 * m.kv_heads // m.heads)
     if device == "cuda":
-        size = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        size = dict(hidden_size=m.hidden, intermediate_size=m.intermediate, num_hidden_layers=m.layers)
+        size |= dict(num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, head_dim=m.head_dim)
+    config = LlamaConfig(**size, vocab_size=32, dtype=dtype)
+    with torch.device("meta"):
+        needed = 2 * size_in_bytes(list(LlamaModel._from_config(config).parameters()))
+    if needed > memory_budget(device):
+        pytest.skip(
+            f"{m.name} takes {needed / 1e9:.0f} GB, of which this device gives {memory_budget(device) / 1e9:.0f}"
+        )
     with torch.device(device):
-        return LlamaModel(LlamaConfig(**size, vocab_size=32)).eval().to(dtype)
+        return LlamaModel._from_config(config).eval()
 
 
 @pytest.fixture(scope="module")
-def embeds(decoder) -> Tensor:
+def embeds(decoder, model_shape) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    rows = BEFORE + VISUAL + AFTER
-    return torch.randn(1, rows, decoder.config.hidden_size, generator=generator).to(decoder.device, decoder.dtype)
+    size = (1, model_shape.tokens, decoder.config.hidden_size)
+    return torch.randn(size, generator=generator).to(decoder.device, decoder.dtype)
 
 
 @pytest.fixture(scope="module")
-def visual(embeds) -> Tensor:
+def visual(embeds, model_shape) -> Tensor:
     mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    mask[:, BEFORE : BEFORE + VISUAL] = True
+    mask[:, model_shape.before : model_shape.before + model_shape.visual] = True
     return mask
 
 
-def text_of(x: Tensor) -> Tensor:
-    """The rows of the text, dimension -2."""
-    return torch.cat((x[..., :BEFORE, :], x[..., BEFORE + VISUAL :, :]), dim=-2)
+@pytest.fixture(scope="module")
+def text_of(model_shape) -> Callable[[Tensor], Tensor]:
+    """From all rows, dimension -2, to those of the text."""
+    before, end = model_shape.before, model_shape.before + model_shape.visual
+    return lambda x: torch.cat((x[..., :before, :], x[..., end:, :]), dim=-2)
 
 
 def layers_alone(decoder: nn.Module, layers: range, hidden: Tensor, rope: tuple, cache: DynamicCache) -> Tensor:
@@ -53,7 +67,7 @@ def layers_alone(decoder: nn.Module, layers: range, hidden: Tensor, rope: tuple,
     return hidden
 
 
-def prepared(decoder: nn.Module, embeds: Tensor, first: int) -> tuple[tuple, tuple, Tensor]:
+def prepared(decoder: nn.Module, embeds: Tensor, first: int, text_of: Callable) -> tuple[tuple, tuple, Tensor]:
     """Rotary tables of all rows and of the text, and rows of text to go on with: what the ideal need not compute."""
     rope = decoder.rotary_emb(embeds, torch.arange(first, first + embeds.shape[1], device=embeds.device)[None])
     if first:
@@ -61,19 +75,19 @@ def prepared(decoder: nn.Module, embeds: Tensor, first: int) -> tuple[tuple, tup
     return rope, tuple(map(text_of, rope)), text_of(embeds)
 
 
-def run_ideal(decoder, embeds, layer, rope, rope_of_text, text, cache) -> None:
+def run_ideal(decoder, embeds, layer, text_of, rope, rope_of_text, text, cache) -> None:
     layers_alone(decoder, range(layer), embeds, rope, cache)
     decoder.norm(layers_alone(decoder, range(layer, len(decoder.layers)), text, rope_of_text, cache))
 
 
-def run_by_hand(decoder, embeds, layer, rope, rope_of_text, text, cache) -> None:
+def run_by_hand(decoder, embeds, layer, text_of, rope, rope_of_text, text, cache) -> None:
     """As VTW's authors do: one torch.cat of slices per tensor."""
     hidden = layers_alone(decoder, range(layer), embeds, rope, cache)
     rope = tuple(map(text_of, rope))
     decoder.norm(layers_alone(decoder, range(layer, len(decoder.layers)), text_of(hidden), rope, cache))
 
 
-def run_model(decoder, embeds, layer, rope, rope_of_text, text, cache) -> None:
+def run_model(decoder, embeds, layer, text_of, rope, rope_of_text, text, cache) -> None:
     decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
 
 
@@ -91,11 +105,12 @@ def bytes_of(cache: DynamicCache) -> int:
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("part", ["quarter", "half", "three quarters"])
 @torch.inference_mode()
-def test_prefill(benchmark, decoder, embeds, part, peer, visual):
+def test_prefill(benchmark, decoder, embeds, part, peer, visual, device, model_shape, text_of, title):
     """Rounds of vtw_kernels take turns with the ideal, as a machine's speed drifts by more than they differ."""
     layer = layer_of(decoder, part)
-    benchmark.group = f"prefill of {VISUAL} visual and {BEFORE + AFTER} text tokens, withdrawn before layer {layer}"
-    arguments = (decoder, embeds, layer, *prepared(decoder, embeds, 0))
+    tokens = f"{model_shape.visual} visual and {model_shape.text} text tokens"
+    benchmark.group = f"prefill of {tokens}, withdrawn before layer {layer}{title}"
+    arguments = (decoder, embeds, layer, text_of, *prepared(decoder, embeds, 0, text_of))
     handles, caches, ideal = [], [], []
 
     def setup():
@@ -113,6 +128,8 @@ def test_prefill(benchmark, decoder, embeds, part, peer, visual):
 
     try:
         benchmark.pedantic(target, setup=setup, rounds=ROUNDS, warmup_rounds=2)
+        if benchmark.enabled:
+            benchmark.extra_info |= observe(PEERS[peer], (*arguments, DynamicCache()), device)
     finally:
         for handle in handles:
             handle.remove()
@@ -136,23 +153,25 @@ def wait_for(device: torch.device) -> None:
 
 @pytest.mark.parametrize("peer", [name for name in PEERS if name != "slices by hand"])
 @torch.inference_mode()
-def test_decode(benchmark, decoder, embeds, visual, peer):
+def test_decode(benchmark, decoder, embeds, visual, peer, device, text_of, title):
     layer = layer_of(decoder, "half")
-    benchmark.group = f"one token more, withdrawn before layer {layer}"
+    benchmark.group = f"one token more, withdrawn before layer {layer}{title}"
     token = embeds[:, :1]
 
     def target(*args):
         PEERS[peer](*args)
         wait_for(embeds.device)
 
-    arguments = (decoder, token, layer, *prepared(decoder, token, embeds.shape[1]))
+    arguments = (decoder, token, layer, text_of, *prepared(decoder, token, embeds.shape[1], text_of))
     handle = vtw.apply(decoder, layer, visual_mask=visual) if peer == "vtw_kernels" else None
     try:
         filled = DynamicCache()
         filling = run_ideal if peer == "ideal" else run_model
-        filling(decoder, embeds, layer, *prepared(decoder, embeds, 0), filled)
+        filling(decoder, embeds, layer, text_of, *prepared(decoder, embeds, 0, text_of), filled)
         setup = lambda: ((*arguments, copy.deepcopy(filled)), {})  # noqa: E731
         benchmark.pedantic(target, setup=setup, rounds=ROUNDS, warmup_rounds=2)
+        if benchmark.enabled:
+            benchmark.extra_info |= observe(PEERS[peer], setup()[0], device)
     finally:
         if handle is not None:
             handle.remove()

@@ -1,35 +1,67 @@
-"""`--device`, the fixture that measures a case, and the summary: every peer beside vtw_kernels and the roof."""
+"""The options, the fixture that measures a case, and the report: every peer beside vtw_kernels and the roof.
+
+With --benchmark-json=RUN.json the report is also written to RUN.md, with plots in RUN-roofline.png and RUN-ratio.png.
+"""
 
 import subprocess
-from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import PurePath
+from pathlib import Path
 
 import pytest
 import torch
-from harness import OURS, ROOF, Bandwidth, Case, check, clone, device_clock, measure_bandwidth, time_on_cuda
+from harness import Case, Choice, Speed, check, clone, device_clock, name_of, observe, time_on_cuda
 
 import vtw_kernels
+from vtw_kernels.bench import DTYPES, MODELS, OPS, OURS, ROOF, Model, plot, report
 
-bandwidths: dict[str, Bandwidth] = {}
+speeds: dict[str, Speed] = {}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the benchmarks run")
+    group = parser.getgroup("vtw_kernels")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the benchmarks run")
+    several = {"action": "append", "default": []}
+    group.addoption("--op", choices=OPS, help="these ops only; may be given several times", **several)
+    group.addoption(
+        "--model-shape", choices=list(MODELS), help="shapes of these models instead of the usual ones", **several
+    )
+    group.addoption("--dtype", choices=list(DTYPES), help="these dtypes instead of the usual ones", **several)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cases(function): a test for every peer of every case that it yields")
+    config.addinivalue_line("markers", "op(name): what --op selects it by")
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device; leave it out for cpu")
 
 
+def choice_of(config) -> Choice:
+    option = config.getoption
+    models = tuple(MODELS[name] for name in option("model_shape"))
+    return Choice(option("device"), models, tuple(DTYPES[name] for name in option("dtype")))
+
+
 def pytest_generate_tests(metafunc):
     """The peers of a case follow each other, so that they share its arguments and the state of the machine."""
+    choice = choice_of(metafunc.config)
     if marker := metafunc.definition.get_closest_marker("cases"):
-        cases = list(marker.args[0](metafunc.config.getoption("device")))
+        cases = marker.args[0](choice) if is_wanted(metafunc.definition) else ()  # making them takes seconds
         rows = [pytest.param(case, peer, id=f"{case.name}-{peer}") for case in cases for peer in case.names()]
         metafunc.parametrize("case, peer", rows)
+    # What was not asked for keeps its name, so that saved runs can be compared.
+    if "model_shape" in metafunc.fixturenames:
+        rows = [pytest.param(model, id=model.name) for model in choice.models]
+        usual = pytest.param(MODELS["llava-1.5-7b"], id=pytest.HIDDEN_PARAM)
+        metafunc.parametrize("model_shape", rows or [usual], scope="module")
+    if "dtype" in metafunc.fixturenames:
+        rows = [pytest.param(dtype, id=name_of(dtype)) for dtype in choice.dtypes]
+        usual = torch.float32 if choice.device == "cpu" else torch.bfloat16
+        metafunc.parametrize("dtype", rows or [pytest.param(usual, id=pytest.HIDDEN_PARAM)], scope="module")
+
+
+def is_wanted(item) -> bool:
+    wanted = item.config.getoption("op")
+    return not wanted or any(mark.args[0] in wanted for mark in item.iter_markers("op"))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,6 +69,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "measure" in item.fixturenames:
                 item.add_marker(pytest.mark.benchmark(timer=device_clock.now))
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = filter(is_wanted, items)
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +78,18 @@ def device(request) -> str:
     return request.config.getoption("device")
 
 
+@pytest.fixture(scope="module")
+def title(request, model_shape: Model, dtype: torch.dtype) -> str:
+    """What a group's name ends with: the model and dtype, if they were asked for."""
+    choice = choice_of(request.config)
+    parts = [model_shape.name] * bool(choice.models) + [name_of(dtype)] * bool(choice.dtypes)
+    return "".join(f", {part}" for part in parts)
+
+
 @pytest.fixture(scope="session")
-def bandwidth(device) -> Bandwidth:
-    bandwidths[device] = measure_bandwidth(device)
-    return bandwidths[device]
+def speed(device) -> Speed:
+    speeds[device] = Speed(device)
+    return speeds[device]
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +110,7 @@ def arguments(device):
 
 
 @pytest.fixture
-def measure(request, benchmark, device, bandwidth, arguments):
+def measure(request, benchmark, device, speed, arguments):
     """`measure(case, peer)` checks the peer's result, times it, and relates the time to the bytes of the case."""
     option = request.config.getoption
 
@@ -86,11 +128,14 @@ def measure(request, benchmark, device, bandwidth, arguments):
             else:
                 limits = float(option("benchmark_max_time")), option("benchmark_min_rounds")
                 info.update(time_on_cuda(benchmark, function, args, case.moved, *limits))
+            if benchmark.enabled:
+                info.update(observe(function, clone(args), device))
         if benchmark.enabled:
-            speed = case.moved / benchmark.stats.stats.median
-            info["bytes"], info["gb_per_second"] = case.moved, speed / 1e9
-            info["percent_of_copy"] = 100 * speed / bandwidth.copy
-            info["percent_of_read"] = 100 * speed / bandwidth.read
+            time = benchmark.stats.stats.median
+            info |= {"bytes": case.moved, "gb_per_second": case.moved / time / 1e9}
+            info["percent_of_roof"] = 100 * case.ideal_seconds(speed) / time
+            if case.flops:
+                info["flops"] = case.flops
 
     return run
 
@@ -121,70 +166,40 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         machine_info[package] = version_of(package)
     if device == "cuda":
         machine_info |= {"gpu": torch.cuda.get_device_name(), "driver": driver(), "cuda": torch.version.cuda}
-    if device in bandwidths:
-        machine_info["bandwidth_gb_per_second"] = {k: v / 1e9 for k, v in bandwidths[device]._asdict().items()}
+    machine_info |= measured_speeds(device)
 
 
-def seconds(t: float) -> str:
-    return f"{t * 1e6:.1f} us" if t < 1e-3 else f"{t * 1e3:.2f} ms"
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """An interrupted run is saved as far as it got: without the benchmark that was cut off before its first round."""
+    if run := getattr(session.config, "_benchmarksession", None):
+        run.benchmarks[:] = [bench for bench in run.benchmarks if bench.stats.data]
+    return (yield)
 
 
-def row(bench, ours: float) -> list[str]:
-    """Peer, median, spread, ratio, and what is known of its bytes; on CUDA also its latency outside a graph, what it
-    allocates, and whether its median was taken in a graph."""
-    info, t = bench.extra_info, bench.stats.median
-    cells = [bench.params["peer"], seconds(t), seconds(bench.stats.iqr), f"{t / ours:.2f}x"]
-    if "bytes" in info:
-        cells += [
-            f"{info['gb_per_second']:.1f}",
-            f"{info['percent_of_copy']:.0f} %",
-            f"{info['percent_of_read']:.0f} %",
-        ]
-    if "mode" in info:
-        cells += [seconds(info["eager_seconds"]), f"{info['peak_extra_bytes'] / 1e6:.1f} MB", info["mode"]]
-    return cells
-
-
-HEADER = ["", "median", "IQR", "ratio", "GB/s", "of copy", "of read", "eager", "extra", "mode"]
-
-
-def is_peer(name: str) -> bool:
-    return name != ROOF and not name.startswith(OURS)
-
-
-def lines(rows: list[list[str]]) -> list[str]:
-    table = [HEADER[: max(map(len, rows))], *rows]
-    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[0]))]
-    return [row[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(row[1:], widths[1:])) for row in table]
-
-
-def groups_of(session) -> dict[tuple[str, str], dict]:
-    """By test and case: the benchmark of each peer."""
-    groups = defaultdict(dict)
-    for bench in session.benchmarks if session else ():
-        if bench and bench.group and not bench.has_error:
-            test = PurePath(bench.fullname.partition("[")[0]).name
-            groups[test, bench.group][bench.params["peer"]] = bench
-    return {group: peers for group, peers in groups.items() if OURS in peers}
+def measured_speeds(device: str) -> dict:
+    if device not in speeds:
+        return {}
+    speed = speeds[device]
+    products = {name_of(dtype): x / 1e12 for dtype, x in speed.products.items()}
+    moving = {"copy": speed.copy / 1e9, "read": speed.read / 1e9}
+    return {"bandwidth_gb_per_second": moving, "matmul_tflop_per_second": products}
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    ratios = defaultdict(list)
-    for (test, group), peers in groups_of(getattr(config, "_benchmarksession", None)).items():
-        ours = peers[OURS].stats.median
-        terminalreporter.section(group, sep="-")
-        for line in lines([row(bench, ours) for bench in peers.values()]):
-            terminalreporter.write_line(line)
-        others = [(bench.stats.median / ours, peer) for peer, bench in peers.items() if is_peer(peer)]
-        if others:
-            for key in (test.partition("::")[0], test):
-                ratios[key].append((*min(others), group))
-    if ratios:
-        terminalreporter.section(f"time of the best peer, divided by that of {OURS}")
-    for key in sorted(ratios):
-        worst, peer, group = min(ratios[key])
-        best = max(ratios[key])[0]
-        terminalreporter.write_line(f"{key}: worst {worst:.2f}x ({peer}; {group}), best {best:.2f}x")
-    for device, speed in bandwidths.items():
-        measured = f"{speed.copy / 1e9:.1f} GB/s copied (read + written), {speed.read / 1e9:.1f} GB/s read"
-        terminalreporter.write_line(f"{device}: {measured}; above 100 % of it, the data was in a cache")
+    session = getattr(config, "_benchmarksession", None)
+    measured = [bench for bench in session.benchmarks if bench and not bench.has_error] if session else []
+    if not measured:
+        return
+    device = config.getoption("device")
+    machine = {"torch": torch.__version__, **measured_speeds(device)}
+    machine["gpu"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    run = {"machine_info": machine, "benchmarks": [bench.as_dict(include_data=False) for bench in measured]}
+    text = report(run)
+    terminalreporter.section("report", sep="-")
+    terminalreporter.write_line(text)
+    if session.json:
+        stem = Path(session.json).with_suffix("")
+        Path(f"{stem}.md").write_text(text)
+        for path in (f"{stem}.md", *plot(run, stem)):
+            terminalreporter.write_line(f"wrote {path}")

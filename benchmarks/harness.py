@@ -9,19 +9,35 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-OURS, ROOF = "vtw_kernels", "roof"
+from vtw_kernels.bench import DTYPES, OURS, ROOF, Model
+
 COLD = 4  # times the size of L2 that other calls touch before a call meets the same copy again
 ROUND_SECONDS = 5e-3  # a timed round is about this long in eager calls, so that its events and its launch do not count
 SPIN_CYCLES = 1_000_000  # about 0.5 ms
 MAX_COPIES, MAX_ROUNDS = 512, 50
+LONG = 8192  # tokens
+
+
+class Choice(NamedTuple):
+    """What a run was asked for: where, and models and dtypes, or none for the usual ones."""
+
+    device: str
+    models: tuple[Model, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +53,8 @@ class Case:
         result: from the arguments and what a peer returned to the tensors that are compared.
         grad: whether the peers need autograd.
         roof: what no peer can beat, if it isn't a copy of as many bytes.
+        reads: whether hardly any of `moved` is written, so that the speed of reading is its bound.
+        flops: floating point operations of its matrix products, and in which dtype.
     """
 
     name: str
@@ -47,6 +65,9 @@ class Case:
     result: Callable[[tuple, Any], Any] = lambda args, returned: returned
     grad: bool = False
     roof: Callable | None = None
+    reads: bool = False
+    flops: int = 0
+    flops_dtype: torch.dtype = torch.float32
 
     def names(self) -> list[str]:
         return [*self.peers, ROOF]
@@ -59,8 +80,13 @@ class Case:
             return self.roof, args
         return torch.Tensor.copy_, tuple(torch.rand(2, max(1, self.moved // 8), device=device).unbind())
 
+    def ideal_seconds(self, speed: "Speed") -> float:
+        """What the speeds of this machine allow at best, where data come from memory."""
+        moving = self.moved / (speed.read if self.reads else speed.copy)
+        return max(moving, self.flops / speed.matmul(self.flops_dtype)) if self.flops else moving
 
-cases = pytest.mark.cases.with_args  # decorates a test with the function that yields its cases, for a device
+
+cases = pytest.mark.cases.with_args  # decorates a test with the function that yields its cases, for a `Choice`
 
 
 def traits(*, syncs: bool = False, rtol: float | None = None) -> Callable:
@@ -84,6 +110,12 @@ def size_in_bytes(args: Any) -> int:
 def memory_budget(device: str) -> float:
     """Bytes that a case may take, with everything that its hungriest peer allocates."""
     return 2e9 if device == "cpu" else 0.6 * torch.cuda.get_device_properties(device).total_memory
+
+
+def skip_if_too_long(model: Model, device: str) -> None:
+    """For what runs a whole decoder."""
+    if device == "cpu" and model.tokens > LONG:
+        pytest.skip(f"{model.name}: {model.tokens} tokens take minutes a round on the CPU; use --device cuda")
 
 
 def check(case: Case, peer: str, args: tuple) -> None:
@@ -172,13 +204,33 @@ def side_stream():
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def peak_extra_bytes(function: Callable, args: tuple) -> int:
-    """What a call allocates at most, its results included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function(*args)
-    return torch.cuda.max_memory_allocated() - before
+def observe(function: Callable, args: tuple, device: str) -> dict[str, int]:
+    """What one call launches and allocates.
+
+    launches: on CUDA what the profiler sees the device do, kernels, copies and fills; on the CPU the operators that it
+    sees, nested ones too. peak_extra_bytes: what torch's allocator gives out at most, results included; scratch
+    memory that a kernel takes elsewhere is not in it.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device != "cpu":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with profile(activities=activities, profile_memory=device == "cpu", acc_events=True) as trace:
+        result = function(*args)  # alive until the end, so that it counts
+        if device != "cpu":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+    del result
+    events = [event for event in trace.profiler.kineto_results.events() if not event.is_user_annotation()]
+    if device == "cpu":
+        memory = [event for event in events if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+        peak = max(accumulate(changes, initial=0))
+        return {"launches": len(events) - len(memory), "peak_extra_bytes": peak}
+    on_device = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+    return {"launches": len(on_device), "peak_extra_bytes": peak}
 
 
 def time_on_cuda(benchmark, function: Callable, args: tuple, moved: int, max_time: float, min_rounds: int) -> dict:
@@ -187,7 +239,6 @@ def time_on_cuda(benchmark, function: Callable, args: tuple, moved: int, max_tim
     with side_stream():
         for _ in range(3):
             function(*copies[0])
-    extra = peak_extra_bytes(function, copies[0])
     eager = median(eager_round(function, copies, max(10, len(copies))) for _ in range(3))
     calls = max(len(copies), math.ceil(ROUND_SECONDS / eager))
     if getattr(function, "syncs", False):
@@ -203,23 +254,32 @@ def time_on_cuda(benchmark, function: Callable, args: tuple, moved: int, max_tim
         "eager_seconds": eager,
         "calls_per_round": calls,
         "cold_copies": len(copies),
-        "peak_extra_bytes": extra,
     }
 
 
-class Bandwidth(NamedTuple):
-    """Bytes per second: of a copy, read and written; of a sum, read."""
+class Speed:
+    """What this machine reaches.
 
-    copy: float
-    read: float
+    Attributes:
+        copy, read: bytes per second, of a copy, read and written, and of a sum.
+        products: FLOP per second of a large matrix product, by dtype: of those that were asked for.
+    """
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+        size = 2**29 if device == "cpu" else 2**30  # far beyond any cache
+        source, target = torch.rand(2, size // 4, device=device).unbind()
+        self.copy = 2 * size / median(seconds_of(lambda: target.copy_(source), device))
+        self.read = size / median(seconds_of(source.sum, device))
+        self.products: dict[torch.dtype, float] = {}
+        self.matmul(torch.float32 if device == "cpu" else torch.bfloat16)
 
-def measure_bandwidth(device: str) -> Bandwidth:
-    size = 2**29 if device == "cpu" else 2**30  # far beyond any cache
-    source, target = torch.rand(2, size // 4, device=device).unbind()
-    copy = median(seconds_of(lambda: target.copy_(source), device))
-    read = median(seconds_of(source.sum, device))
-    return Bandwidth(2 * size / copy, size / read)
+    def matmul(self, dtype: torch.dtype) -> float:
+        if dtype not in self.products:
+            n = 2048 if self.device == "cpu" else 8192
+            a, b = torch.randn(2, n, n, device=self.device).to(dtype).unbind()
+            self.products[dtype] = 2 * n**3 / median(seconds_of(lambda: torch.mm(a, b), self.device, rounds=5))
+        return self.products[dtype]
 
 
 def seconds_of(function: Callable, device: str, rounds: int = 9) -> list[float]:

@@ -132,6 +132,12 @@ def host_backend(request) -> Backend:
     return request.param
 
 
+@pytest.fixture(params=[pytest.param(x, id=x.name) for x in BACKENDS if x.device == "cuda"])
+def gpu_backend(request) -> Backend:
+    """For what only a GPU has: streams, graphs, memory for more than 2^31 elements."""
+    return request.param
+
+
 @pytest.fixture
 def num_threads():
     before = torch.get_num_threads()

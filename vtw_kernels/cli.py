@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     info.add_argument("--model", help="name or folder of a model of transformers, of which only the config is read")
 
     add_search(commands)
+    add_bench(commands)
 
     options = parser.parse_args(arguments)
     try:
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
             from vtw_kernels.ops import backend_info
 
             print_info(backend_info())
+        elif options.command == "bench":
+            return bench(options)
         else:
             from vtw_kernels.demo.run import run
 
@@ -97,6 +100,54 @@ def add_search(commands: argparse._SubParsersAction) -> None:
         help="in place of the chat template, such as 'USER: <image>\\n{question} ASSISTANT:'",
     )
     model.add_argument("--no-costs", dest="costs", action="store_false", help="don't time a prefill at each layer")
+
+
+def add_bench(commands) -> None:
+    from vtw_kernels.bench import DTYPES, MODELS, OPS
+
+    parser = commands.add_parser(
+        "bench",
+        help="measures the ops and withdrawal on this machine, or compares two such runs",
+        description="Measures this machine's memory bandwidth and matrix product, then every op against what one would "
+        "otherwise write: median and spread, GB/s, percent of what the machine allows, launches, memory. "
+        "Prints Markdown. Needs pip install 'vtw_kernels[bench]'.",
+    )
+    several = {"action": "append", "default": []}
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--op", choices=OPS, help="may be given several times; all by default", **several)
+    parser.add_argument(
+        "--model-shape", choices=list(MODELS), help="may be given several times; some of each by default", **several
+    )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="may be given several times; the usual ones by default", **several
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="RUN.json", help="saves the run; RUN.md, RUN-roofline.png and RUN-ratio.png too"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measures nothing, and says which medians of two saved runs differ by more than their spread, which is the "
+        "two interquartile ranges combined, sqrt(IQR_a² + IQR_b²); cases in only one of them are named",
+    )
+    parser.add_argument(
+        "pytest_arguments",
+        nargs="*",
+        metavar="-- ARGUMENT",
+        help="goes to pytest: -- -k half --benchmark-max-time 0.1",
+    )
+
+
+def bench(options: argparse.Namespace) -> int:
+    from vtw_kernels import bench
+
+    if options.compare:
+        print(bench.compare(*options.compare), end="")
+        return 0
+    chosen = options.op, options.model_shape, options.dtype
+    return bench.run_benchmarks(options.device, *chosen, options.json, options.pytest_arguments)
 
 
 def print_model_info(name: str) -> None:
