@@ -4,6 +4,7 @@ import copy
 import threading
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -724,6 +725,9 @@ def test_config_and_files(tmp_path):
         else:
             with vtw.withdraw(model, str(tmp_path / "vtw.json")):
                 assert torch.equal(run(model, batch, ends), wanted)
+            replace(search, settings={"finished": False}).save(tmp_path / "vtw.json")
+            with pytest.warns(UserWarning, match="search that was stopped before its end"):
+                vtw.apply(model, tmp_path / "vtw.json").remove()
 
 
 def test_copies_are_withdrawn(family):

@@ -7,6 +7,7 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -530,7 +531,10 @@ def _chosen(layer: Any, config: Any) -> int | Sequence[int]:
         if layer is None:
             raise ValueError("layer: expected one, as the model's config has none under vtw, got None")
     elif isinstance(layer, str | Path):
-        path, layer = layer, json.loads(Path(layer).read_text())["layer"]
+        path, search = layer, json.loads(Path(layer).read_text())
+        layer = search["layer"]
+        if not search.get("settings", {}).get("finished", True):
+            warnings.warn(f"layer: {path} is of a search that was stopped before its end", stacklevel=4)
         if layer is None:
             raise ValueError(
                 f"layer: expected a search that found one, got {path}, in which none is below its threshold"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from vtw_kernels.layer_search.costs import LayerCosts
@@ -101,6 +100,8 @@ class LayerSearch:
     @cached_property
     def _resampled(self) -> Tensor:
         """fp64 ``[C, resamples]``: the values of samples drawn with replacement, the same for all candidates."""
+        from scipy.stats import bootstrap  # takes half a second
+
         x = self.by_sample().double().numpy()
         if len(x) < 2:
             return torch.tensor([0.0, math.inf], dtype=torch.float64).expand(x.shape[1], 2)
