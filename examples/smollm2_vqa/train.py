@@ -109,7 +109,8 @@ def train_adapters(args: argparse.Namespace) -> None:
     adapted.train()
     model.model.vision_tower.eval()  # frozen, statistics of its normalisation included
     log, began = [], time.perf_counter()
-    progress = trange(args.steps, desc=training, mininterval=5)
+    last = min(args.steps, args.stop_after or args.steps)
+    progress = trange(last, desc=training, mininterval=5)
     for step in progress:
         samples = [draw() for _ in range(args.batch_size)]
         for sample in samples:
@@ -135,7 +136,7 @@ def train_adapters(args: argparse.Namespace) -> None:
                 p.copy_(copy)
         log.append(round(loss.item(), 4))
         progress.set_postfix(loss=f"{sum(log[-40:]) / len(log[-40:]):.3f}")
-        if (step + 1) % 50 == 0 or step + 1 == args.steps:
+        if (step + 1) % 50 == 0 or step + 1 == last:
             save(adapted, trained, copies, directory)
             seconds = round(time.perf_counter() - began)
             settings = {name: value for name, value in vars(args).items() if name not in ("output", "run")}
@@ -208,14 +209,15 @@ def main() -> None:
     tower.add_argument("--lr", type=float, default=2e-3)
     adapters = runs.add_parser("adapters")
     adapters.add_argument("--withdraw-from", type=int, help="first of the layers that are drawn; by default, as usual")
-    adapters.add_argument("--steps", type=int, default=400)
-    adapters.add_argument("--batch-size", type=int, default=16)
+    adapters.add_argument("--steps", type=int, default=500)
+    adapters.add_argument("--stop-after", type=int, help="step of the schedule to stop at; by default, its end")
+    adapters.add_argument("--batch-size", type=int, default=8)
     adapters.add_argument("--lr", type=float, default=1.5e-3)
     evaluation = runs.add_parser("evaluate")
     evaluation.add_argument("training", choices=["as usual", "with withdrawal"])
-    evaluation.add_argument("--questions", type=int, default=320, help="of the test split")
-    evaluation.add_argument("--calibration", type=int, default=160, help="questions of the calibration split")
-    evaluation.add_argument("--batch-size", type=int, default=40)
+    evaluation.add_argument("--questions", type=int, default=96, help="of the test split")
+    evaluation.add_argument("--calibration", type=int, default=96, help="questions of the calibration split")
+    evaluation.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

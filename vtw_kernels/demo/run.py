@@ -48,19 +48,20 @@ def run(output: Path, name: str = "digits") -> None:
     for layer in track(shares, "answering the test split at every layer", console=console):
         shares[layer] = accuracy(answer(model, tokenizer, test, layer)[0], test)
 
-    usual = source.load_training_curves()["as usual"]["test"]
+    other = source.load_training_curves()[source.OTHER]["test"]
     table = Table(
-        "withdrawn before layer", "KL (nats)", "accuracy", "KL, trained as usual", "accuracy, trained as usual", "",
+        "withdrawn before layer", "KL (nats)", "accuracy",
+        f"KL, trained {source.OTHER}", f"accuracy, trained {source.OTHER}", "",
         title=f"{len(shares)} ways to withdraw the image of {sum(len(batch.answers) for batch in test)} questions",
         caption=source.CAPTION,
     )  # fmt: skip
     for layer, kl in zip(search.candidates, search.kl.tolist()):
-        other = usual["layers"][str(layer)]
+        row = other["layers"][str(layer)]
         note = "chosen" if layer == search.layer else ""
-        cells = f"{kl:.2g}", f"{shares[layer]['all']:.1%}", f"{other['kl']:.2g}", f"{other['accuracy']['all']:.1%}"
+        cells = f"{kl:.2g}", f"{shares[layer]['all']:.1%}", f"{row['kl']:.2g}", f"{row['accuracy']['all']:.1%}"
         table.add_row(str(layer), *cells, note)
     table.add_row(
-        f"{layers} (never)", "0", f"{shares[layers]['all']:.1%}", "0", f"{usual['full']['all']:.1%}", "plain model"
+        f"{layers} (never)", "0", f"{shares[layers]['all']:.1%}", "0", f"{other['full']['all']:.1%}", "plain model"
     )
     console.print(table)
     if source is smollm2:

@@ -29,7 +29,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
-
 from transformers.modeling_outputs import BaseModelOutput
 
 from vtw_kernels.demo.data import Batch
@@ -37,9 +36,14 @@ from vtw_kernels.demo.data import Batch
 ASSETS = Path(__file__).parent / "assets_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKENS, FEATURES = 16, 128
-IMAGE_TOKEN = "<empty_output>"  # of the tokens that SmolLM2 reserves, one that chat never uses
+IMAGE_TOKEN, IMAGE_TOKEN_ID = "<empty_output>", 16  # of the tokens that SmolLM2 reserves, one that chat never uses
 PROMPT = "<image>{question} Answer:"  # shorter than its template of chat, as training is slow
 TIMED_RUNS = 3
+OTHER = "with withdrawal"  # how the model was trained that the demo compares this one with
+CAPTION = (
+    "This model was trained as usual; the other one with withdrawal before a random layer in half of its steps. Both have "
+    "learned to name shapes and colours, not yet to say yes or no."
+)
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 KINDS = ("shape", "colour", "shape, yes or no", "colour, yes or no")
@@ -47,8 +51,8 @@ CALIBRATION_IMAGES = 200  # the last ones of easy-vqa's training images
 
 
 class VisionTower(nn.Module):
-    """Five convolutions: float32 [images, 3, 64, 64] to 16 features of 128. In minutes on a CPU, a transformer of this
-    size learns colours from easy-vqa's 3800 images, but not shapes."""
+    """Five convolutions: float32 [images, 3, 64, 64] to 16 features of 128. A small vision transformer
+    learns colours from easy-vqa's 3800 images in as many minutes, but hardly the shapes."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +88,7 @@ def load_base() -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=load_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=IMAGE_TOKEN_ID,
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -97,7 +101,7 @@ def load_base() -> LlavaForConditionalGeneration:
     return model.eval()
 
 
-def load_model(training: str = "with withdrawal", directory: Path | str = ASSETS) -> LlavaForConditionalGeneration:
+def load_model(training: str = "as usual", directory: Path | str = ASSETS) -> LlavaForConditionalGeneration:
     """The trained model in float32 and in eval mode, its adapters merged into the decoder.
 
     ``training``: "as usual", or "with withdrawal" at random layers. Raises ImportError as ``load_base`` does.
@@ -132,7 +136,7 @@ def weights_directory() -> Path:
 
 def load_samples(split: str) -> list[Sample]:
     """All questions of "train", "calibration" or "test" that easy-vqa has, as they come: three in four say yes or no,
-    and most of these can be guessed. See ``draw``."""
+    and most of these can be guessed. See ``Draw``."""
     import easy_vqa
 
     read = easy_vqa.get_test_questions if split == "test" else easy_vqa.get_train_questions
