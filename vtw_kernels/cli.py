@@ -16,6 +16,13 @@ def main(arguments: list[str] | None = None) -> int:
         "demo", help="search a small real model's withdrawal layer, and show what it costs and saves"
     )
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="where the plot and the JSON go")
+    demo.add_argument(
+        "--model",
+        choices=["digits", "smollm2"],
+        default="digits",
+        help="a LLaVA of 1.6 M parameters trained from scratch, or one around SmolLM2-135M-Instruct, which needs the extra "
+        "'demo' (default: %(default)s)",
+    )
     info = commands.add_parser(
         "info",
         help="what was built, and which backend each op uses on each device; or what withdraw would do to a model",
@@ -42,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from vtw_kernels.demo.run import run
 
-            run(options.output)
+            run(options.output, options.model)
     except (ImportError, OSError, ValueError) as error:
         print(f"vtw-kernels: {error}", file=sys.stderr)
         return 1

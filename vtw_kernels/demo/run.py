@@ -2,8 +2,10 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from rich.columns import Columns
@@ -14,92 +16,119 @@ from rich.table import Table
 from rich.text import Text
 from transformers import Cache, DynamicCache, LlavaForConditionalGeneration
 
-from vtw_kernels.demo.data import MAX_NEW_TOKENS, Batch, load_batches, load_model, load_tokenizer, load_training_curves
+from vtw_kernels.demo import data, smollm2
+from vtw_kernels.demo.data import Batch
+from vtw_kernels.demo.evaluate import accuracy, answer
 from vtw_kernels.integration import withdraw
 from vtw_kernels.layer_search import find_layer
 
+MODELS = {"digits": data, "smollm2": smollm2}
 BATCH = 32
 SHOWN = 4
-TIMED_RUNS = 15
+GENERATED = 32
 SHADES = " .:-=+*#%@"
 
 
-def run(output: Path) -> None:
+def run(output: Path, name: str = "digits") -> None:
     """Searches the withdrawal layer on the calibration split, then measures it on the test split.
 
     Prints KL and accuracy per layer, the chosen layer, accuracy, prefill time and KV bytes before and after, and writes
-    ``kl.png`` and ``vtw.json`` to ``output``.
+    ``kl.png`` and ``vtw.json`` to ``output``. For "smollm2" also accuracy by kind of question, the time of generation,
+    and ``accuracy.png``.
+
+    Raises:
+        ImportError: a package that "smollm2" needs is missing; before anything is computed.
     """
-    console = Console()
-    model, tokenizer = load_model(), load_tokenizer()
+    console, source = Console(), MODELS[name]
+    model, tokenizer = source.load_model(), source.load_tokenizer()
     layers = model.config.text_config.num_hidden_layers
-    calibration, test = load_batches("calibration", BATCH), load_batches("test", BATCH)
+    calibration, test = source.load_batches("calibration", BATCH), source.load_batches("test", BATCH)
 
     search = find_layer(model, [batch.inputs for batch in calibration])
-    accuracy = {layer: 0.0 for layer in [*search.candidates, layers]}
-    for layer in track(accuracy, "answering the test split at every layer", console=console):
-        accuracy[layer] = correct_share(answer(model, tokenizer, test, layer), test)
+    shares: dict[int, dict[str, float]] = {layer: {} for layer in [*search.candidates, layers]}
+    for layer in track(shares, "answering the test split at every layer", console=console):
+        shares[layer] = accuracy(answer(model, tokenizer, test, layer)[0], test)
 
-    usual = load_training_curves()["as usual"]["test"]
+    other = source.load_training_curves()[source.OTHER]["test"]
     table = Table(
-        "withdrawn before layer", "KL (nats)", "accuracy", "KL, trained as usual", "accuracy, trained as usual", "",
-        title=f"{len(accuracy)} ways to withdraw the image of {sum(len(batch.answers) for batch in test)} questions",
-        caption="This model was trained with withdrawal before layer 4 in half of its steps; trained as usual, the "
-        "same model needs its image to the end.",
+        "withdrawn before layer", "KL (nats)", "accuracy",
+        f"KL, trained {source.OTHER}", f"accuracy, trained {source.OTHER}", "",
+        title=f"{len(shares)} ways to withdraw the image of {sum(len(batch.answers) for batch in test)} questions",
+        caption=source.CAPTION,
     )  # fmt: skip
     for layer, kl in zip(search.candidates, search.kl.tolist()):
-        other = usual["layers"][str(layer)]
+        row = other["layers"][str(layer)]
         note = "chosen" if layer == search.layer else ""
-        cells = f"{kl:.2g}", f"{accuracy[layer]:.1%}", f"{other['kl']:.2g}", f"{other['accuracy']['all']:.1%}", note
-        table.add_row(str(layer), *cells)
+        cells = f"{kl:.2g}", f"{shares[layer]['all']:.1%}", f"{row['kl']:.2g}", f"{row['accuracy']['all']:.1%}"
+        table.add_row(str(layer), *cells, note)
     table.add_row(
-        f"{layers} (never)", "0", f"{accuracy[layers]:.1%}", "0", f"{usual['full']['all']:.1%}", "plain model"
+        f"{layers} (never)", "0", f"{shares[layers]['all']:.1%}", "0", f"{other['full']['all']:.1%}", "plain model"
     )
     console.print(table)
+    if source is smollm2:
+        show_kinds(console, shares)
     console.print(search.verdict())
 
     output.mkdir(parents=True, exist_ok=True)
     search.plot(output / "kl.png")
     search.save(output / "vtw.json")
-    console.print(f"written: {output / 'kl.png'}, {output / 'vtw.json'}")
+    written = [output / "kl.png", output / "vtw.json"]
+    if source is smollm2:
+        plot_accuracy(source.load_training_curves(), shares, output / "accuracy.png")
+        written.append(output / "accuracy.png")
+    console.print(f"written: {', '.join(map(str, written))}")
     if search.layer is None:
         return
 
     show_answers(console, model, tokenizer, test[0], [layers, search.layer, 1])
-    (time_before, time_after), (bytes_before, bytes_after) = prefill(model, test[0], [layers, search.layer])
+    compared = [layers, search.layer]
+    (time_before, time_after), (bytes_before, bytes_after) = prefill(model, test[0], compared, source.TIMED_RUNS)
     costs = Table("", "before", "after", "", title=f"Withdrawing before layer {search.layer} of {layers}")
-    costs.add_row("accuracy, test split", f"{accuracy[layers]:.1%}", f"{accuracy[search.layer]:.1%}", "")
+    costs.add_row("accuracy, test split", f"{shares[layers]['all']:.1%}", f"{shares[search.layer]['all']:.1%}", "")
     costs.add_row(
         f"prefill, {BATCH} questions",
         f"{time_before * 1e3:.1f} ms",
         f"{time_after * 1e3:.1f} ms",
         f"{time_before / time_after:.2f}x",
     )
+    if source is smollm2:
+        before, after = generation(model, test[0], compared, source.TIMED_RUNS)
+        costs.add_row(
+            f"generation, {GENERATED} tokens each", f"{before:.2f} s", f"{after:.2f} s", f"{before / after:.2f}x"
+        )
     costs.add_row(
         "KV cache", f"{bytes_before / 1e6:.2f} MB", f"{bytes_after / 1e6:.2f} MB", f"{bytes_after / bytes_before:.0%}"
     )
     console.print(costs)
 
 
-def answer(model: LlavaForConditionalGeneration, tokenizer, batches: list[Batch], layer: int) -> list[str]:
-    """Greedy answers with the visual tokens withdrawn before ``layer``."""
-    answers = []
-    with withdraw(model, layer), torch.inference_mode():
-        for batch in batches:
-            tokens = model.generate(**batch.inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-            new = tokens[:, batch.inputs["input_ids"].shape[1] :]
-            answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return answers
+def show_kinds(console: Console, shares: dict[int, dict[str, float]]) -> None:
+    """``shares``: accuracy by layer and kind of question."""
+    kinds = list(next(iter(shares.values())))
+    table = Table("withdrawn before layer", *kinds, title="Accuracy by kind of question")
+    for layer, row in shares.items():
+        table.add_row(str(layer), *(f"{row[kind]:.1%}" for kind in kinds))
+    console.print(table)
 
 
-def correct_share(answers: list[str], batches: list[Batch]) -> float:
-    wanted = [text for batch in batches for text in batch.answers]
-    return sum(given == right for given, right in zip(answers, wanted)) / len(wanted)
+def plot_accuracy(curves: dict, shares: dict[int, dict[str, float]], path: Path) -> None:
+    """Accuracy over the layer: of both models as measured after training, and as just measured."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, curve in curves.items():
+        rows = {int(layer): row["accuracy"]["all"] for layer, row in curve["test"]["layers"].items()}
+        rows[len(rows) + 1] = curve["test"]["full"]["all"]
+        axes.plot(list(rows), list(rows.values()), label=f"trained {name}, {curve['test']['questions']} questions")
+    axes.plot(list(shares), [row["all"] for row in shares.values()], ".", label="this run")
+    axes.set(xlabel="visual tokens withdrawn before layer", ylabel="accuracy", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
 
 
 def show_answers(console: Console, model, tokenizer, batch: Batch, layers: list[int]) -> None:
     """A few images with their questions, and the answers when withdrawn before each of ``layers``."""
-    plain, chosen, first = (answer(model, tokenizer, [batch], layer) for layer in layers)
+    plain, chosen, first = (answer(model, tokenizer, [batch], layer)[0] for layer in layers)
     panels = []
     for i in range(SHOWN):
         lines = Text.assemble(
@@ -113,33 +142,58 @@ def show_answers(console: Console, model, tokenizer, batch: Batch, layers: list[
 
 
 def draw(image: np.ndarray, in_colour: bool) -> Text:
-    """A grey image in the terminal, two rows of pixels per line: half blocks or, in plain text, shades."""
+    """A grey or RGB image, uint8 [height, width] or [height, width, 3], in the terminal at most 32 columns wide, two rows
+    of pixels per line: half blocks or, in plain text, shades of brightness."""
     text = Text()
-    for upper, lower in zip(image[::2].tolist(), image[1::2].tolist()):
+    step = -(-image.shape[1] // 32)
+    pixels = np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3))[::step, ::step]
+    for upper, lower in zip(pixels[::2].tolist(), pixels[1::2].tolist()):
         for a, b in zip(upper, lower):
             if in_colour:
-                text.append("▀", style=f"rgb({a},{a},{a}) on rgb({b},{b},{b})")
+                text.append("▀", style="rgb({},{},{}) on rgb({},{},{})".format(*a, *b))
             else:
-                text.append(SHADES[(a + b) * len(SHADES) // 512])
+                text.append(SHADES[sum(a + b) * len(SHADES) // (6 * 256)])
         text.append("\n")
     return text
 
 
-@torch.inference_mode()
-def prefill(model: LlavaForConditionalGeneration, batch: Batch, layers: list[int]) -> tuple[list[float], list[int]]:
-    """Median seconds and KV bytes of one prefill for each layer; the layers take turns, so drift hits all alike."""
+def take_turns(
+    call: Callable[[], None], model: LlavaForConditionalGeneration, layers: list[int], runs: int
+) -> list[float]:
+    """Median seconds of ``call`` for each layer; the layers take turns, so drift hits all alike."""
     seconds: dict[int, list[float]] = {layer: [] for layer in layers}
-    sizes: dict[int, int] = {}
-    for _ in range(TIMED_RUNS):
+    for _ in range(runs):
         for layer in layers:
             with withdraw(model, layer):
                 begin = time.perf_counter()
-                cache = model(
-                    **batch.inputs, past_key_values=DynamicCache(config=model.config.text_config)
-                ).past_key_values
+                call()
                 seconds[layer].append(time.perf_counter() - begin)
-                sizes[layer] = cache_bytes(cache)
-    return [statistics.median(seconds[layer]) for layer in layers], [sizes[layer] for layer in layers]
+    return [statistics.median(seconds[layer]) for layer in layers]
+
+
+@torch.inference_mode()
+def prefill(
+    model: LlavaForConditionalGeneration, batch: Batch, layers: list[int], runs: int
+) -> tuple[list[float], list[int]]:
+    """Median seconds and KV bytes of one prefill for each layer."""
+    caches = []
+
+    def call() -> None:
+        cache = DynamicCache(config=model.config.text_config)
+        caches.append(model(**batch.inputs, past_key_values=cache).past_key_values)
+
+    seconds = take_turns(call, model, layers, runs)
+    return seconds, [cache_bytes(cache) for cache in caches[: len(layers)]]
+
+
+@torch.inference_mode()
+def generation(model: LlavaForConditionalGeneration, batch: Batch, layers: list[int], runs: int) -> list[float]:
+    """Median seconds, with the prefill, of generating ``GENERATED`` tokens for each layer."""
+
+    def call() -> None:
+        model.generate(**batch.inputs, min_new_tokens=GENERATED, max_new_tokens=GENERATED, do_sample=False)
+
+    return take_turns(call, model, layers, runs)
 
 
 def cache_bytes(cache: Cache) -> int:
