@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,7 +17,9 @@ QUICK = ["--", "--benchmark-max-time", "0.01", "--benchmark-min-rounds", "3"]
 
 def run_command(folder, *arguments):
     command = [sys.executable, "-m", "vtw_kernels", "bench", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    # Within a worker of pytest-xdist, pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
