@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import plan_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -456,6 +457,37 @@ def test_transforms_without_a_rule_refuse():
         torch.func.vmap(lambda x: vtw.compact([x], plan, 1)[0])(x[None])
     with pytest.raises(RuntimeError, match="requires no gradient"):
         torch.func.grad(lambda x: (vtw.compact_([x], plan, 1), x.sum())[1])(x)
+
+
+VECTOR, MATRIX, HIDDEN = normal(3), normal(7, 3), normal(2, 9, 3, seed=1)
+FORWARD_MODE = {
+    "compact": lambda x: vtw.compact([x], vtw.CompactionPlan(SOURCE, None), 1)[0],
+    "compact_": lambda x: vtw.compact_([x], vtw.CompactionPlan(SOURCE, None), 1),
+    "expand": lambda x: vtw.expand([x], vtw.CompactionPlan(SOURCE, None), 12, 1)[0],
+    "kl_divergence": lambda x: vtw.kl_divergence(x, VECTOR),
+    "kl_divergence_loss": lambda x: vtw.kl_divergence_loss(x, VECTOR),
+    "kl_from_state": lambda x: vtw.kl_from_state(x.repeat(1, 1, 2)[..., :5]),
+    "linear_kl_divergence": lambda x: vtw.linear_kl_divergence(x, MATRIX, HIDDEN, MATRIX),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_refuses(name):
+    """A kernel that went on would give a tangent of 0."""
+    call, x = FORWARD_MODE[name], normal(2, SOURCE.shape[1] if name == "expand" else 9, 3)
+    with pytest.raises(RuntimeError, match="forward-mode tangent"):
+        torch.func.jvp(lambda x: (call(x), x)[1], (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        call(x)  # which has no tangent
+        with pytest.raises(RuntimeError, match="forward-mode tangent"):
+            call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_only_what_depends_on_a_gradient_has_one():
+    """Else rotary tables, compacted together with hidden states, would cost a gradient that nobody asked for."""
+    plan = vtw.CompactionPlan(SOURCE, None)
+    hidden, table = vtw.compact([normal(2, 9, 3, grad=True), normal(1, 9, 3)], plan, 1)
+    assert hidden.requires_grad and not table.requires_grad
 
 
 # --- the environment ------------------------------------------------------------------------------

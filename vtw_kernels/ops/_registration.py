@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from vtw_kernels import _C
@@ -90,6 +91,7 @@ def register_mutation(name: str) -> None:
     written = op._schema.arguments[0].name
 
     def record(keyset, tensors, *args):
+        refuse_tangents(name, tensors)
         for i, x in enumerate(tensors):
             if x.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError(f"{name}: {written}[{i}]: expected one that requires no gradient, got one that does")
@@ -108,6 +110,7 @@ def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_pla
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or has_torch_function((*tensors, *args))
+        or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and torch._C._any_requires_grad(tensors))
     ):
         return op(tensors, *args)
@@ -116,6 +119,59 @@ def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_pla
     if in_place:
         torch.autograd.graph.increment_version(tensors)
     return result
+
+
+def register_gradient(name: str, backward: Callable, setup_context: Callable | None = None) -> None:
+    """What torch.library.register_autograd does, which takes several times as long where tensors come in lists, and
+    computes on without the tangents of forward-mode differentiation. Here, these raise.
+
+    Only the first argument may be a list of tensors.
+    """
+    op = getattr(torch.ops.vtw_kernels, name).default
+    arguments = op._schema.arguments
+    takes_list, gives_list = (x.type.kind() == "ListType" for x in (arguments[0], op._schema.returns[0]))
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *flat):
+            *flat, below = flat
+            split = len(flat) - len(arguments) + 1
+            args = [flat[:split], *flat[split:]] if takes_list else flat
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op.redispatch(below, *args)
+            if setup_context:
+                setup_context(ctx, args, output)
+            return tuple(output) if gives_list else output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            result = backward(ctx, grads) if gives_list else backward(ctx, *grads)
+            first, *rest = result if isinstance(result, tuple) else (result,)
+            return *(first if takes_list else [first]), *rest, None
+
+    def record(keyset, *args):
+        args += tuple(x.default_value for x in arguments[len(args) :])  # which the dispatcher leaves out
+        below = keyset & torch._C._after_autograd_keyset
+        first, *rest = args
+        refuse_tangents(name, first if takes_list else args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            output = Recorded.apply(*(first if takes_list else [first]), *rest, below)
+            return list(output) if gives_list else output
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(below, *args)
+
+    register_autograd_kernel(name, record)
+
+
+def refuse_tangents(name: str, values: Sequence[Any]) -> None:
+    """Raises within forward-mode differentiation (torch.func.jvp, dual numbers) if it is to go through an op."""
+    if forward_ad._current_level < 0:
+        return
+    for x in values:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name}: expected tensors to differentiate backward, got one with a forward-mode tangent"
+            )
 
 
 def register_autograd_kernel(name: str, function: Callable) -> None:

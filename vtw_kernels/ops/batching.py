@@ -2,7 +2,7 @@
 expanded or copied, and a reference that is not batched is still read once.
 
 Gradients are taken outside (``loss(vmap(...)).backward()``, or ``is_grads_batched=True``): torch.func.grad refuses
-every op whose gradient comes from torch.library.register_autograd.
+every op whose gradient is that of a plain autograd.Function.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import call_on_list, register, register_mutation
+from vtw_kernels.ops._registration import call_on_list, register, register_gradient, register_mutation
 from vtw_kernels.ops.checks import check_keep, check_paged, check_tensors, require
 
 
@@ -213,6 +213,8 @@ def _compact_paged_inplace_fake(caches, block_table, seq_lens, keep, layout="NHD
 def _setup_context(ctx, inputs, output):
     tensors, token_dims, batch_dims, source = inputs[:4]
     ctx.save_for_backward(source)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(y for x, y in zip(tensors, output) if not x.requires_grad))
     ctx.token_dims, ctx.batch_dims = token_dims, batch_dims
     ctx.shapes = [x.shape for x in tensors]
 
@@ -259,5 +261,5 @@ register("expand", reference=reference.expand, fake=_expand_fake, triton="compac
 register("compact_paged_", reference=reference.compact_paged_, fake=_compact_paged_inplace_fake, triton="compaction")
 register_mutation("compact_")
 register_mutation("compact_paged_")
-torch.library.register_autograd("vtw_kernels::compact", _compact_backward, setup_context=_setup_context)
-torch.library.register_autograd("vtw_kernels::expand", _expand_backward, setup_context=_setup_context)
+register_gradient("compact", _compact_backward, _setup_context)
+register_gradient("expand", _expand_backward, _setup_context)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import register, register_composite
+from vtw_kernels.ops._registration import register, register_composite, register_gradient
 from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states
 
 
@@ -161,9 +161,7 @@ register(
 )
 register("merge_kl_states", reference=reference.merge_kl_states, fake=_merge_fake, triton="kl_divergence")
 register("kl_from_state", reference=reference.kl_from_state, fake=_from_state_fake, triton="kl_divergence")
-torch.library.register_autograd(
-    "vtw_kernels::kl_divergence_with_state", _with_state_backward, setup_context=_with_state_setup
-)
-torch.library.register_autograd("vtw_kernels::kl_divergence_backward", no_second_derivative)
-torch.library.register_autograd("vtw_kernels::merge_kl_states", _merge_backward, setup_context=_merge_setup)
-torch.library.register_autograd("vtw_kernels::kl_from_state", _from_state_backward, setup_context=_from_state_setup)
+register_gradient("kl_divergence_with_state", _with_state_backward, _with_state_setup)
+register_gradient("kl_divergence_backward", no_second_derivative)
+register_gradient("merge_kl_states", _merge_backward, _merge_setup)
+register_gradient("kl_from_state", _from_state_backward, _from_state_setup)

@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import register, register_autograd_kernel, register_mutation, register_over_ops
+from vtw_kernels.ops._registration import (
+    refuse_tangents,
+    register,
+    register_autograd_kernel,
+    register_gradient,
+    register_mutation,
+    register_over_ops,
+)
 from vtw_kernels.ops.checks import check_loss, check_scaled, require
 
 OPS = torch.ops.vtw_kernels
@@ -87,6 +94,7 @@ class _WithGradients(torch.autograd.Function):
 
 def _autograd(keyset, p_logits, q_logits, temperature=1.0, weight=None):
     """Here, where all tensors are plain ones whatever transforms them, it is known which gradients are needed."""
+    refuse_tangents("kl_divergence_loss", (p_logits, q_logits, weight))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p_logits, q_logits, weight)):
         return _WithGradients.apply(p_logits, q_logits, temperature, weight)
     below = keyset & torch._C._after_autograd_keyset
@@ -115,6 +123,6 @@ register(
     fake=_with_gradients_fake,
     triton="kl_divergence",
 )
-torch.library.register_autograd("vtw_kernels::kl_divergence_with_gradients", _no_backward)
+register_gradient("kl_divergence_with_gradients", _no_backward)
 register("scale_", reference=reference.scale_, fake=check_scaled, triton="kl_divergence")
 register_mutation("scale_")

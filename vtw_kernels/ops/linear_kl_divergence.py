@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtw_kernels.ops._registration import register_autocast, register_composite, register_over_ops
+from vtw_kernels.ops._registration import register_autocast, register_composite, register_gradient, register_over_ops
 from vtw_kernels.ops.checks import check_linear_kl
 from vtw_kernels.ops.kl_divergence import no_second_derivative
 from vtw_kernels.ops.reference import grad_of_kl
@@ -171,7 +171,5 @@ register_over_ops("linear_kl_divergence_with_state", kernel=_with_state, fake=_w
 register_over_ops("linear_kl_divergence_backward", kernel=_backward, fake=_backward_fake)
 register_autocast("linear_kl_divergence_with_state", cast=True)
 register_autocast("linear_kl_divergence_backward", cast=False)
-torch.library.register_autograd(
-    "vtw_kernels::linear_kl_divergence_with_state", _with_state_backward, setup_context=_with_state_setup
-)
-torch.library.register_autograd("vtw_kernels::linear_kl_divergence_backward", no_second_derivative)
+register_gradient("linear_kl_divergence_with_state", _with_state_backward, _with_state_setup)
+register_gradient("linear_kl_divergence_backward", no_second_derivative)
