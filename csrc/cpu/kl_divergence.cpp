@@ -242,8 +242,7 @@ VTW_INLINE void segment_backward(const double* p, const double* q, int64_t count
   }
 }
 
-// --- one build, three vector sets
-// --------------------------------------------------------------------------------------
+// --- one build, three vector sets ------------------------------------------------------------------------------------
 
 template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -299,8 +298,7 @@ BackwardFn<T> choose_backward() {
   return backward_default<T>;
 }
 
-// --- rows
-// --------------------------------------------------------------------------------------------------------------
+// --- rows ------------------------------------------------------------------------------------------------------------
 
 // Two tensors [..., V] whose leading dimensions broadcast, as pairs of rows; nothing is expanded.
 struct RowPairs {
@@ -436,8 +434,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   return {grad_p, grad_q};
 }
 
-// --- forward and backward at once
-// ---------------------------------------------------------------------------------------
+// --- forward and backward at once ------------------------------------------------------------------------------------
 
 // The gradient of the state `s` of a row that weighs `weight` in the loss. The maxima get none: what the divergence
 // gains through them it loses through the exponentials that they scale.

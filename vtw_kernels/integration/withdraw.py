@@ -7,6 +7,7 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 
 import inspect
 import json
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,6 +120,7 @@ class LayerCompaction:
         self.needs_mask = padded or (flash and plan is not None)
         self.columns = plan.source if columns is None and plan is not None else columns
         self.done: list[tuple[Any, Any]] = []  # full length, compacted
+        self.last: tuple[list, dict[str, Any]] | None = None  # what the last layer was given, and got
         self.causal: dict[Any, Tensor] = {}  # by window
 
     def __call__(
@@ -137,6 +139,9 @@ class LayerCompaction:
         mask = kwargs.get("attention_mask")
         if self.plan is None and mask is None and not self.needs_mask:
             return kwargs, hidden_states  # a step of decoding, in every layer
+        given = [window, *kwargs, *kwargs.values()]
+        if hidden_states is None and self.last is not None and all(map(operator.is_, given, self.last[0])):
+            return dict(self.last[1]), None  # layers of one type are given the very same objects
         check_mask(mask)
         if mask is not None and not any(mask is x for x, _ in self.done):
             if isinstance(mask, BlockMask):
@@ -170,7 +175,8 @@ class LayerCompaction:
             if window not in self.causal:
                 self.causal[window] = self._causal_mask(window)
             kwargs["attention_mask"] = self.causal[window]
-        return kwargs, hidden_states
+        self.last = given, kwargs
+        return dict(kwargs), hidden_states
 
     def _dims(self, name: str, x: Tensor) -> tuple[int, int] | None:
         """The token and the batch dimension of a layer's keyword argument, or None for one that has no tokens."""
