@@ -452,7 +452,7 @@ def test_a_damaged_state(place):
 
 
 def test_video(place):
-    """Files, and frames, go to the processor as they are; no video is decoded here."""
+    """A file is the processor's to decode, and frames are images of one video; nothing is decoded here."""
     (place / "clip.mp4").write_bytes(b"1")
     lines = [{"video": "clip.mp4", "question": "w10"}, {"video": ["photos/0.png", "photos/1.png"], "question": "w10"}]
     (place / "video.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -469,7 +469,9 @@ def test_video(place):
     records = load_records("video.jsonl")
     for record in records:
         encoder(record)
-    assert [options["videos"] for options in given] == [["clip.mp4"], [["photos/0.png", "photos/1.png"]]]
+    (file,), (frames,) = (options["videos"] for options in given)
+    assert file == "clip.mp4" and [frame.size for frame in frames] == [(16, 12)] * 2
+    assert [options.get("do_sample_frames") for options in given] == [None, False]
     assert all("images" not in options and options["text"].count("<video>") == 1 for options in given)
     assert records[0].digest() != records[1].digest()
 

@@ -244,7 +244,13 @@ class Encoder:
         if images:
             options["images"] = [images]  # of one text; some processors take no flat list
         if record.videos:
-            options["videos"] = [[str(x) for x in v] if isinstance(v, list) else str(v) for v in record.videos]
+            # Names of frames would be taken for videos of their own. Frames are a choice that was made.
+            are_frames = any(isinstance(video, list) for video in record.videos)
+            options["videos"] = [
+                [_open(record, frame) for frame in video] if isinstance(video, list) else str(video)
+                for video in record.videos
+            ]
+            options |= {"do_sample_frames": False} if are_frames else {}
         start = self.processor.tokenizer.bos_token
         if start is not None and text.startswith(start):
             options["add_special_tokens"] = False
