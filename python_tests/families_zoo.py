@@ -57,6 +57,7 @@ LLAMA, QWEN2, MISTRAL = {"model_type": "llama"}, {"model_type": "qwen2"}, {"mode
 MROPE = rope_config(mrope_section=[1, 1, 2])
 PARTIAL_MROPE = rope_config(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)
 QWEN_VISION = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_hidden_layers=2)
+TIMM = {"model_type": "timm_wrapper", "model_args": dict(embed_dim=16, depth=1, num_heads=2, img_size=[16, 16])}
 GLM_VISION = QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, image_size=16)
 DEEPSTACK = dict(hidden_size=16, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
 QFORMER = dict(
@@ -262,11 +263,23 @@ RECIPES = {
         QWEN_VISION | dict(hidden_size=16, out_hidden_size=32, num_position_embeddings=16),
     ),
     "video_llama_3": Recipe(QWEN2),
-    "gemma3n": Recipe(),
+    "gemma3n": Recipe(
+        dict(
+            num_kv_shared_layers=0,
+            layer_types=SLIDING,
+            sliding_window=WINDOW,
+            hidden_size_per_layer_input=4,
+            vocab_size_per_layer_input=VOCABULARY,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * LAYERS,
+        ),
+        {"architecture": "test_vit"},
+        dict(audio_config=dict(hidden_size=16, conf_num_hidden_layers=1, conf_num_attention_heads=2)),
+    ),
     "glm46v": Recipe(MROPE, GLM_VISION, pixels="grid"),
     "glm_ocr": Recipe(MROPE, GLM_VISION, pixels="grid"),
     "minicpmv4_6": Recipe(LINEAR | {"model_type": "qwen3_5_text"}),
-    "perception_lm": Recipe(LLAMA, {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}),
+    "perception_lm": Recipe(LLAMA, TIMM | {"architecture": "vit_tiny_patch16_224"}),
 }
 
 
