@@ -175,3 +175,30 @@ def test_decode(benchmark, decoder, embeds, visual, peer, device, text_of, title
     finally:
         if handle is not None:
             handle.remove()
+
+
+@pytest.mark.parametrize("peer", ["plain model", "withdrawn before 16", "withdrawn before 1"])
+@pytest.mark.parametrize("tokens", [12, 1], ids=["prefill", "decode"])
+@torch.inference_mode()
+def test_host(benchmark, device, tokens, peer):
+    """What Python and the dispatcher take: 32 layers of next to no size, so the difference is that of hooks and ops."""
+    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=32, num_attention_heads=1, vocab_size=8)
+    with torch.device(device):
+        tiny = LlamaModel(LlamaConfig(**size)).eval()
+        embeds = torch.randn(1, 12, 8)
+        visual = torch.tensor([[False] * 3 + [True] * 6 + [False] * 3])
+    benchmark.group = f"the host's share of {'a prefill' if tokens > 1 else 'one token more'}, 32 layers"
+    layer = {"plain model": 32, "withdrawn before 16": 16, "withdrawn before 1": 1}[peer]
+
+    def setup():
+        cache = DynamicCache()
+        if tokens == 1:
+            tiny(inputs_embeds=embeds, past_key_values=cache)
+        return (embeds[:, :tokens], cache), {}
+
+    def target(embeds: Tensor, cache: DynamicCache) -> None:
+        tiny(inputs_embeds=embeds, past_key_values=cache)
+        wait_for(embeds.device)
+
+    with vtw.withdraw(tiny, layer, visual_mask=visual):
+        benchmark.pedantic(target, setup=setup, rounds=5 * ROUNDS, warmup_rounds=5)
