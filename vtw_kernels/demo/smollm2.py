@@ -37,7 +37,8 @@ ASSETS = Path(__file__).parent / "assets_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKENS, FEATURES = 16, 128
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<empty_output>", 16  # of the tokens that SmolLM2 reserves, one that chat never uses
-PROMPT = "<image>{question} Answer:"  # shorter than its template of chat, as training is slow
+IMAGE = IMAGE_TOKEN * IMAGE_TOKENS
+PROMPT = "{} Answer:"  # of a question; shorter than the template of chat, as training is slow
 TIMED_RUNS = 3
 OTHER = "with withdrawal"  # how the model was trained that the demo compares this one with
 CAPTION = (
@@ -192,10 +193,6 @@ def preprocess(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def prompt(question: str) -> str:
-    return PROMPT.format(question=question).replace("<image>", IMAGE_TOKEN * IMAGE_TOKENS)
-
-
 def load_batches(split: str, batch_size: int, limit: int = 96) -> list[Batch]:
     """``limit`` questions of "calibration" or "test", the four kinds in turn, always the same ones in the same order."""
     draw, tokenizer = Draw(load_samples(split), (1, 1, 1, 1), seed=0), load_tokenizer()
@@ -207,7 +204,9 @@ def load_batches(split: str, batch_size: int, limit: int = 96) -> list[Batch]:
     for start in range(0, limit, batch_size):
         chunk = chosen[start : start + batch_size]
         images = load_images(split, [sample.image for sample in chunk])
-        tokens = tokenizer([prompt(sample.question) for sample in chunk], padding=True, return_tensors="pt")
+        tokens = tokenizer(
+            [IMAGE + PROMPT.format(sample.question) for sample in chunk], padding=True, return_tensors="pt"
+        )
         batches.append(
             Batch(
                 inputs={
