@@ -90,12 +90,12 @@ def test_smollm2_needs_its_image_until_the_searched_layer(smol):
     assert search.layer is not None and search.layer > 20  # the image is needed in two thirds of the layers, and more
 
     full = accuracy_of(answer(model, tokenizer, batches, SMOL_NEVER)[0], batches)
-    assert full["shape"] >= 0.75 and full["colour"] >= 0.75
+    assert all(full[kind] >= 0.75 for kind in smollm2.KINDS)
     assert accuracy(smol, search.layer) >= full["all"] - 1.5 / SMOL_SAMPLES  # at most one answer more is wrong
-    assert accuracy(smol, 20) <= full["all"] - 0.15
+    assert accuracy(smol, 20) <= full["all"] - 0.3
     pixels = [batch.inputs | {"pixel_values": torch.zeros_like(batch.inputs["pixel_values"])} for batch in batches]
     blind = [batch._replace(inputs=inputs) for batch, inputs in zip(batches, pixels)]
-    assert accuracy((model, tokenizer, blind), SMOL_NEVER) <= full["all"] - 0.15
+    assert accuracy((model, tokenizer, blind), SMOL_NEVER) <= full["all"] - 0.3
 
 
 def test_smollm2_questions_cannot_be_guessed(smol):

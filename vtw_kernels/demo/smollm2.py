@@ -42,8 +42,8 @@ PROMPT = "{} Answer:"  # of a question; shorter than the template of chat, as tr
 TIMED_RUNS = 3
 OTHER = "with withdrawal"  # how the model was trained that the demo compares this one with
 CAPTION = (
-    "This model was trained as usual; the other one with withdrawal before a random layer in half of its steps. Both have "
-    "learned to name shapes and colours, not yet to say yes or no."
+    "This model was trained as usual; the other one with withdrawal before a random layer in half of its steps. Whether "
+    "something is there is settled by layer 19; what it is needs the image until 24."
 )
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
