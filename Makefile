@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # The oldest release of transformers that is supported, beside the newest in .venv, and what is tested with it: not whether
 # torch.compile notices hooks, which is torch's matter and slow.
 OLD_TRANSFORMERS := build/transformers-4.57
-INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py distributed.py) \
+INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py) \
 	-k "not test_compiled_before"
 
 .PHONY: demo test bench gpu-check cuda-check cuda-build stable-abi clean

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families_zoo import make_model as make_zoo_model
 from families_zoo import make_prompts
-from vlm import FAMILIES, LAYERS, ONE, Batch, append, make_batch, make_model
+from vlm import FAMILIES, LAYERS, ONE, VOCABULARY, Batch, append, make_batch, make_model
 
 import vtw_kernels as vtw
 from vtw_kernels.layer_search import METRICS, STATISTICS, scorer
@@ -164,6 +164,14 @@ def make_text(family, ids):
     return Batch(family, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
 
 
+def test_token_types_of_a_model_without():
+    """Its tokenizer may return them all the same, and its generate refuses them."""
+    model, inputs = make_model("llava"), make_batch("llava", IMAGES).inputs()
+    with_types = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+    searches = [vtw.find_layer(model, [x], positions=2, progress=False) for x in (inputs, with_types)]
+    assert torch.equal(searches[0].kl, searches[1].kl)
+
+
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_given_answers(pad):
     """Labels say what is predicted, be it before the image or between two."""
@@ -202,6 +210,35 @@ def test_groups_that_fit(monkeypatch):
     at_once = vtw.find_layer(model, [inputs], progress=False)
     monkeypatch.setattr(scorer, "MEMORY_SHARE", 1e18)
     assert torch.allclose(vtw.find_layer(model, [inputs], progress=False).kl, at_once.kl, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_large_logits(family, monkeypatch):
+    """Where logits would be large they are not made: the head is given a row or two at a time."""
+    model, inputs, rows = make_model(family), make_batch(family, IMAGES).inputs(), []
+    at_once = vtw.find_layer(model, [inputs], positions=3, progress=False)
+    monkeypatch.setattr(scorer, "MEMORY_SHARE", 1e18)
+    monkeypatch.setattr(scorer, "LOGITS_BYTES", 2 * 4 * VOCABULARY)
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // VOCABULARY))
+    search = scorer.Scorer(model, positions=3)
+    scores = search.score(inputs)
+    hook.remove()
+    generated = 3 * len(inputs["input_ids"])  # its own answers, before
+    assert max(rows[3:]) <= 2 and sum(rows) > generated
+    for metric in METRICS:
+        torch.testing.assert_close(getattr(scores, metric), at_once.by_sample(metric), atol=1e-6, rtol=0)
+
+
+def test_large_logits_that_the_model_caps(monkeypatch):
+    """They are more than a product with weights, and so are made as the model makes them."""
+    model, inputs = make_model("llava"), make_batch("llava", IMAGES).inputs()
+    model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits.tanh()))
+    at_once = vtw.find_layer(model, [inputs], progress=False)
+    monkeypatch.setattr(scorer, "MEMORY_SHARE", 1e18)
+    search = scorer.Scorer(model)
+    assert search.head is model.lm_head
+    torch.testing.assert_close(search.score(inputs).kl, at_once.per_sample, atol=1e-6, rtol=0)
+    assert search.head is None
 
 
 def test_rows_that_see_what_follows_are_not_shared():

@@ -30,7 +30,7 @@ except ImportError:  # transformers 4.57
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 RECORDS = 12
-SECONDS = 120
+SECONDS = 300
 TEMPLATE = (
     "{% for message in messages %}{{ '<s> ' if loop.first }}{{ message.role }} : {% for part in message.content %}"
     "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{{ '</s> ' if message.role == 'assistant' }}"

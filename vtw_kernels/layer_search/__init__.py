@@ -45,7 +45,8 @@ def find_layer(
             has, -100 elsewhere. A sample's value is the mean over its positions.
         candidates: layers to try; by default every layer from the first that the model allows.
         max_candidates_in_flight: how many run side by side; by default as many as fit in an eighth of the device's
-            memory. Each further group of them runs the model once more.
+            memory. Each further group of them runs the model once more; where it is their logits that don't fit, these
+            are not made, and all is computed from hidden states and the head's weights.
         decoder: as for ``withdraw``.
         progress: whether to show a progress bar.
 

@@ -1,5 +1,6 @@
 """What is done with a model and a batch before they are measured."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ def prepare(
     inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     for name in ("labels", "use_cache", "logits_to_keep"):
         inputs.pop(name, None)
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        inputs.pop("token_type_ids", None)  # tokenizers return them to models without, whose generate refuses them
     given = inputs.pop("visual_mask", None)
     if visual_mask is None and given is None:
         return inputs, find_visual_tokens(parts, inputs)

@@ -21,10 +21,12 @@ from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
 from vtw_kernels.integration.withdraw import LayerCompaction, unwrapped
 from vtw_kernels.layer_search.inputs import in_eval_mode, prepare
-from vtw_kernels.ops import compact, kl_divergence, plan_compaction
+from vtw_kernels.ops import compact, kl_divergence, linear_kl_divergence, plan_compaction
 
 # What all candidates of a group may take, as a share of the device's memory: beside them are weights and the full run.
 MEMORY_SHARE = 8
+# What logits may take that are made for their top tokens alone.
+LOGITS_BYTES = 64 * 2**20
 
 
 class Scores(NamedTuple):
@@ -75,6 +77,8 @@ class Scorer:
             raise ValueError(f"max_candidates_in_flight: expected at least 1, got {max_candidates_in_flight}")
         self.positions, self.max_in_flight = positions, max_candidates_in_flight
         self.candidates = _check_candidates(candidates, self.parts)
+        head = self.model.get_output_embeddings()
+        self.head = head if type(head) is nn.Linear else None  # not one that is quantised, say
 
     def score(self, batch: Mapping[str, Any]) -> Scores:
         """One batch; see ``find_layer`` for what is in it, and what it raises."""
@@ -90,9 +94,11 @@ class Scorer:
             attended = attended_tokens(inputs.get("attention_mask"), visual)
             predicting = _predicting(batch.get("labels"), attended, self.positions)
         samples = _Samples(self.parts, inputs, visual, predicting, prompt)
-        in_flight = self.max_in_flight or self._that_fit(samples)
-        groups = [self.candidates[i : i + in_flight] for i in range(0, len(self.candidates), in_flight)]
-        scores = [_score_group(self.model, self.parts, samples, group) for group in groups]
+        try:
+            scores = self._score_groups(samples, self.head if self._logits_are_large(samples) else None)
+        except _LogitsAreMore:
+            self.head = None
+            scores = self._score_groups(samples, None)
         means = [samples.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
         tokens = samples.attended[:, :prompt]
         return Scores(*means, tokens.sum(1).cpu(), (tokens & visual[:, :prompt]).sum(1).cpu())
@@ -129,19 +135,44 @@ class Scorer:
         predicting = F.pad(said, (tokens - 1, 0))
         return inputs, F.pad(visual, (0, follows.shape[1])), predicting
 
-    def _that_fit(self, samples: "_Samples") -> int:
-        """How many candidates may run side by side: a rough count of what each of them adds to the memory in use. It
-        depends on the machine, but not on what else runs there, so that a search repeats itself to the bit."""
+    def _score_groups(self, samples: "_Samples", head: nn.Linear | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        in_flight = self.max_in_flight or self._that_fit(samples, with_logits=head is None)
+        groups = [self.candidates[i : i + in_flight] for i in range(0, len(self.candidates), in_flight)]
+        return [_score_group(self.model, self.parts, samples, group, head) for group in groups]
+
+    def _logits_are_large(self, samples: "_Samples") -> bool:
+        """Whether logits of one candidate alone are too large, or those of all make so many groups that running the model
+        for each takes longer than two more products with the head's weights."""
+        one, memory = self._logits_bytes(samples), self._memory()
+        more_runs = int(len(self.candidates) * one / memory)
+        if self.head is None or not more_runs:
+            return False
+        again = more_runs * samples.visual.numel() * sum(x.numel() for x in self.parts.layers.parameters())
+        products = 2 * len(self.candidates) * len(samples.sequence) * self.head.weight.numel()
+        return one > memory or again > products
+
+    def _that_fit(self, samples: "_Samples", with_logits: bool) -> int:
+        """How many candidates may run side by side: a rough count of what each of them adds to the memory in use."""
         config = self.model.config.get_text_config(decoder=True)
         rows, item = samples.plan.source.numel(), self.model.dtype.itemsize
         width = max(6 * config.hidden_size, 3 * (getattr(config, "intermediate_size", None) or 0))
-        logits = len(samples.sequence) * (config.vocab_size or 1) * item
         scores = rows * (samples.shared + samples.plan.source.shape[1]) * config.num_attention_heads * 4
+        logits = self._logits_bytes(samples) if with_logits else 0
+        return max(1, int(self._memory() / (rows * width * item + scores + logits)))
+
+    def _logits_bytes(self, samples: "_Samples") -> int:
+        """Of one candidate, twice."""
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size or 1
+        return 2 * len(samples.sequence) * vocabulary * self.model.dtype.itemsize
+
+    def _memory(self) -> float:
+        """Bytes for a group of candidates. They depend on the machine, but not on what else runs there, so that a search
+        repeats itself to the bit."""
         if self.model.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.model.device).total_memory
         else:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return max(1, int(memory / MEMORY_SHARE / (rows * width * item + scores + 2 * logits)))
+        return memory / MEMORY_SHARE
 
 
 def _check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int]:
@@ -172,6 +203,10 @@ def _predicting(labels: Tensor | None, attended: Tensor, positions: str) -> Tens
 
 class _SharedRowsSeeMore(Exception):
     """A mask lets rows in front of the visual tokens see these, or what follows."""
+
+
+class _LogitsAreMore(Exception):
+    """Logits are more than a product with the weights of a head: capped, scaled, or of weights that are elsewhere."""
 
 
 class _Samples:
@@ -219,32 +254,67 @@ class _Samples:
 
 
 def _score_group(
-    model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int]
+    model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int], head: nn.Linear | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU."""
+    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU.
+
+    ``head``: given where logits are large. They are then never made all at once, at the cost of three products with the
+    head's weights instead of one.
+    """
     try:
-        full, withdrawn = _run(model, parts, samples, candidates)
+        full, withdrawn = _run(model, parts, samples, candidates, head)
     except _SharedRowsSeeMore:
         samples.share(0)
-        full, withdrawn = _run(model, parts, samples, candidates)
-    differ = (withdrawn.argmax(-1) != full.argmax(-1)).float()
-    return kl_divergence(withdrawn, full).cpu(), kl_divergence(full, withdrawn).cpu(), differ.cpu()
+        full, withdrawn = _run(model, parts, samples, candidates, head)
+    if head is None:
+        kl, reverse_kl = kl_divergence(withdrawn, full), kl_divergence(full, withdrawn)
+        tops = (x.argmax(-1) for x in (withdrawn, full))
+    else:
+        weight, biases = head.weight, {"p_bias": head.bias, "q_bias": head.bias}
+        kl = linear_kl_divergence(withdrawn, weight, full, weight, **biases)
+        reverse_kl = linear_kl_divergence(full, weight, withdrawn, weight, **biases)
+        tops = (_top_tokens(x, head) for x in (withdrawn, full))
+    differ = torch.ne(*tops).float()
+    return kl.cpu(), reverse_kl.cpu(), differ.cpu()
 
 
-def _run(model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits of the predicting rows: ``[P, V]`` of the full run and ``[C, P, V]`` of the continuations."""
+def _top_tokens(hidden: Tensor, head: nn.Linear) -> Tensor:
+    """int64 ``[..., P]`` from ``[..., P, H]``."""
+    rows = max(1, LOGITS_BYTES // (head.out_features * hidden.itemsize))
+    tops = [head(x).argmax(-1) for x in hidden.flatten(0, -2).split(rows)]
+    return torch.cat(tops).view(hidden.shape[:-1])
+
+
+def _run(
+    model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int], head: nn.Linear | None
+) -> tuple[Tensor, Tensor]:
+    """Logits of the predicting rows: ``[P, V]`` of the full run and ``[C, P, V]`` of the continuations. If there is a
+    ``head``, what it would be given instead: ``[P, H]`` and ``[C, P, H]``."""
     rows = _Continuations(samples, candidates)
-    hooks = []
+    hooks, ends = [], []
+
+    def keep_one_row(module: nn.Module, args: tuple) -> tuple:
+        ends.append(args[0][:, -1])
+        return (args[0][:1], *args[1:])
+
     try:
         for i, layer in enumerate(parts.layers):
             hooks.append(layer.register_forward_pre_hook(partial(rows.before_layer, i), with_kwargs=True))
             hooks.append(layer.register_forward_hook(rows.after_layer))
         hooks.append(parts.layers[-1].register_forward_hook(rows.after_last_layer))
-        logits = model(**samples.inputs | {"use_cache": False, "logits_to_keep": 1}).logits[:, -1]
+        if head is not None:
+            hooks.append(head.register_forward_pre_hook(keep_one_row))
+        result = model(**samples.inputs | {"use_cache": False, "logits_to_keep": 1}).logits[:, -1]
     finally:
         for hook in hooks:
             hook.remove()
-    runs = logits.unflatten(0, (1 + len(candidates), -1))
+    if head is not None:
+        (hidden,), weight = ends or [None], head.weight
+        is_here = hidden is not None and type(weight) is nn.Parameter and weight.device == hidden.device
+        if not (is_here and len(weight) == result.shape[-1] and result.equal(head(hidden[:1]).to(result.dtype))):
+            raise _LogitsAreMore
+        result = hidden
+    runs = result.unflatten(0, (1 + len(candidates), -1))
     return runs[0], runs[1:]
 
 
