@@ -309,11 +309,13 @@ def _run(
         for hook in hooks:
             hook.remove()
     if head is not None:
-        (hidden,), weight = ends or [None], head.weight
-        is_here = hidden is not None and type(weight) is nn.Parameter and weight.device == hidden.device
-        if not (is_here and len(weight) == result.shape[-1] and result.equal(head(hidden[:1]).to(result.dtype))):
+        weight = head.weight
+        is_whole = type(weight) is nn.Parameter and len(weight) == result.shape[-1]
+        if len(ends) != 1 or not is_whole or weight.device != ends[0].device:
             raise _LogitsAreMore
-        result = hidden
+        if not result.equal(head(ends[0][:1]).to(result.dtype)):
+            raise _LogitsAreMore
+        (result,) = ends
     runs = result.unflatten(0, (1 + len(candidates), -1))
     return runs[0], runs[1:]
 
