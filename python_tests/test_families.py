@@ -30,6 +30,7 @@ from vlm import TRANSFORMERS_5
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
 from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.layer_search import scorer
 
 TOLERANCE = 1e-4
 STEPS = 6  # the prompt's last row, and five tokens decoded
@@ -255,8 +256,11 @@ def test_gemma3n_text(layer):
 
 
 @pytest.mark.filterwarnings("ignore:No layer of")
+@pytest.mark.parametrize("large", [False, True], ids=["logits", "no_logits"])
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "llama4", "qwen3_vl", "lfm2_vl", "idefics3"])
-def test_layer_search(family):
+def test_layer_search(family, large, monkeypatch):
+    if large:
+        monkeypatch.setattr(scorer, "MEMORY_SHARE", 1e18)
     model, inputs = make_model(family), make_prompts(family, [[3, 4, 5], [2, 4, 3, 4, 4]]) | {"use_cache": False}
     search = vtw.find_layer(model, [inputs], progress=False)
     naive = torch.stack([naive_kl(model, inputs, layer) for layer in search.candidates], dim=1)
