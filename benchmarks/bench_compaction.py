@@ -216,6 +216,11 @@ def hidden_states(choice: Choice) -> Iterator[Case]:
         yield compaction_case("hidden", shape, [hidden_spec(shape)])
 
 
+def hidden_in_place(choice: Choice) -> Iterator[Case]:
+    for shape in shapes_of(choice, LLAVA, QWEN_8, VIDEO, halved(LLAVA), halved(QWEN_8), halved(VIDEO)):
+        yield compaction_case("hidden in place", shape, [hidden_spec(shape)], in_place=True)
+
+
 def layer_inputs(choice: Choice) -> Iterator[Case]:
     for shape in shapes_of(choice, LLAVA, LLAVA_8, QWEN, VIDEO, halved(LLAVA_8)):
         yield compaction_case("hidden, positions, cos, sin, mask", shape, layer_specs(shape))
@@ -398,6 +403,12 @@ def test_layer_inputs(measure, case, peer):
 @pytest.mark.op("compact")
 @cases(kv_out_of_place)
 def test_kv_out_of_place(measure, case, peer):
+    measure(case, peer)
+
+
+@pytest.mark.op("compact_")
+@cases(hidden_in_place)
+def test_hidden_in_place(measure, case, peer):
     measure(case, peer)
 
 

@@ -35,7 +35,7 @@ constexpr int64_t kSerialBytes = 64 * 1024;
 // An op that moves more than this writes around the caches: little of it would still be there when it is next read, and
 // a store that goes through a cache first reads the line that it overwrites. Up to twice as fast where it applies.
 constexpr int64_t kStreamBytes = 10 * 1024 * 1024;
-// How far ahead of a run that is streamed into a new tensor its source is fetched.
+// How far ahead of a long run that is streamed its source is fetched.
 constexpr int64_t kAheadBytes = 4 * 1024;
 
 // `count` rows from `from` go to `to`; from = -1 is a run of zero rows.
@@ -141,18 +141,18 @@ void copy_elements(char* to, int64_t to_row, const char* from, int64_t from_row,
 }
 
 // Copies forward: `to` is below `from` or apart from it, and each block is loaded before the stores that may overwrite
-// it. Meanwhile as many bytes from `ahead`, if any, are fetched: a run is short, and the processor's own prefetching
-// would start anew, page by page, in each. Not memmove, because that of glibc uses `rep movsb`, which on Zen 4 is up to
-// six times slower where `to` lies less than a cache line behind `from` in their pages.
+// it. Meanwhile what lies `ahead` bytes further, if any, is fetched: a run is short, and the processor's own
+// prefetching would start anew, page by page, in each. Not memmove, because that of glibc uses `rep movsb`, which on
+// Zen 4 is up to six times slower where `to` lies less than a cache line behind `from` in their pages.
 template <int Bytes>
-VTW_INLINE void copy_by(char* to, const char* from, int64_t bytes, const char* ahead) {
+VTW_INLINE void copy_by(char* to, const char* from, int64_t bytes, int64_t ahead) {
   using Vector = typename Vectors<Bytes>::U;
   const auto load = [&](int64_t at) { return Simd<Bytes>::template read<Vector>(from + at); };
   const auto store = [&](int64_t at, Vector x) { std::memcpy(to + at, &x, Bytes); };
   int64_t i = 0;
   for (; i + 4 * Bytes <= bytes; i += 4 * Bytes) {
     if (ahead) {
-      for (int64_t line = i; line < i + 4 * Bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+      for (int64_t line = i; line < i + 4 * Bytes; line += 64) __builtin_prefetch(from + ahead + line, 0, 2);
     }
     const Vector a = load(i), b = load(i + Bytes), c = load(i + 2 * Bytes), d = load(i + 3 * Bytes);
     store(i, a), store(i + Bytes, b), store(i + 2 * Bytes, c), store(i + 3 * Bytes, d);
@@ -161,12 +161,12 @@ VTW_INLINE void copy_by(char* to, const char* from, int64_t bytes, const char* a
 }
 
 #if defined(__x86_64__)
-VTW_AVX2 void copy_avx2(char* to, const char* from, int64_t bytes, const char* ahead) {
+VTW_AVX2 void copy_avx2(char* to, const char* from, int64_t bytes, int64_t ahead) {
   copy_by<32>(to, from, bytes, ahead);
 }
 #endif
 
-void copy(char* to, const char* from, int64_t bytes, const char* ahead) {
+void copy(char* to, const char* from, int64_t bytes, int64_t ahead) {
 #if defined(__x86_64__)
   if (cpu_capability() != CpuCapability::kDefault) return copy_avx2(to, from, bytes, ahead);
 #endif
@@ -174,13 +174,13 @@ void copy(char* to, const char* from, int64_t bytes, const char* ahead) {
 }
 
 // The same with stores that bypass the caches.
-void stream(char* to, const char* from, int64_t bytes, const char* ahead) {
+void stream(char* to, const char* from, int64_t bytes, int64_t ahead) {
 #if defined(__SSE2__)
   const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
   std::memmove(to, from, head);
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-    __builtin_prefetch(ahead + i, 0, 2);
+    __builtin_prefetch(from + ahead + i, 0, 2);
     const auto* source = reinterpret_cast<const __m128i*>(from + i);
     auto* target = reinterpret_cast<__m128i*>(to + i);
     const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
@@ -198,8 +198,8 @@ void stream(char* to, const char* from, int64_t bytes, const char* ahead) {
 
 // Rows go forward, and in place `to` never lies above `from`: a row is read before anything is written over it. A run
 // and the place it moves to may overlap, and so may a row and its neighbour's old place.
-void move_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows, int64_t bytes,
-               const char* ahead, bool around_caches) {
+void move_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t rows, int64_t bytes, int64_t ahead,
+               bool around_caches) {
   const auto move = around_caches ? stream : copy;
   if (from_row == bytes && to_row == bytes) return move(to, from, rows * bytes, ahead);
   switch (bytes) {
@@ -209,7 +209,7 @@ void move_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int
     case 8: return copy_elements<8>(to, to_row, from, from_row, rows);
     default:
       for (int64_t r = 0; r < rows; ++r) {
-        move(to + r * to_row, from + r * from_row, bytes, ahead ? ahead + r * from_row : nullptr);
+        move(to + r * to_row, from + r * from_row, bytes, ahead);
       }
   }
 }
@@ -242,30 +242,25 @@ void for_each_task(const std::vector<int64_t>& counts, int64_t bytes, const Task
   });
 }
 
-std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims, const Runs& runs,
-                           int64_t rows) {
-  std::vector<Tensor> results;
-  std::vector<Lanes> lanes;
-  std::vector<int64_t> counts, rows_per_task;
+// How many bytes further to fetch, 0 for none, while a lane is moved: the lane after the next, if it lies there, which
+// leaves memory the time of a whole lane to answer. Only a hint, which may as well point nowhere.
+int64_t fetched_ahead(const Lanes& view, bool whole, bool streams) {
+  if (whole && !view.dims.empty()) return 2 * view.dims[0].from_stride;
+  return streams ? kAheadBytes : 0;
+}
+
+// Moves rows first..last-1 of every lane. Tasks are cut at will, so none may write what another one reads.
+void move_lanes(const std::vector<Lanes>& lanes, const Runs& runs, int64_t first, int64_t last) {
+  std::vector<int64_t> rows_per_task, counts;
+  rows_per_task.reserve(lanes.size());
+  counts.reserve(lanes.size());
   int64_t bytes = 0;
-  const int64_t batch = static_cast<int64_t>(runs.size());
-  results.reserve(tensors.size());
-  lanes.reserve(tensors.size());
-  counts.reserve(tensors.size());
-  rows_per_task.reserve(tensors.size());
-  std::vector<int64_t> shape;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const auto sizes = tensors[i].sizes();
-    shape.assign(sizes.begin(), sizes.end());
-    shape[dims[i].token] = rows;
-    shape[dims[i].batch] = batch;
-    results.push_back(allocate(tensors[i], shape));
-    const bool empty = results[i].numel() == 0;
-    lanes.emplace_back(tensors[i], results[i], dims[i]);
-    const int64_t chunk = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, lanes[i].block));
+  const int64_t batch = static_cast<int64_t>(runs.size()), rows = last - first;
+  for (const Lanes& view : lanes) {
+    const int64_t chunk = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, view.block));
     rows_per_task.push_back(chunk);
-    counts.push_back(empty ? 0 : batch * lanes[i].count * ((rows + chunk - 1) / chunk));
-    bytes += empty ? 0 : batch * lanes[i].count * rows * lanes[i].block;
+    counts.push_back(batch * view.count * ((rows + chunk - 1) / chunk));
+    bytes += batch * view.count * rows * view.block;
   }
 
   const bool streams = bytes > kStreamBytes;
@@ -273,8 +268,8 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
     const Lanes& view = lanes[i];
     const int64_t chunks = (rows + rows_per_task[i] - 1) / rows_per_task[i];
     const int64_t lane = index / chunks;
-    const int64_t begin = index % chunks * rows_per_task[i];
-    const int64_t end = std::min(rows, begin + rows_per_task[i]);
+    const int64_t begin = first + index % chunks * rows_per_task[i];
+    const int64_t end = std::min(last, begin + rows_per_task[i]);
     const char* from = view.from + lane / view.count * view.from_batch;
     char* to = view.to + lane / view.count * view.to_batch;
     view.locate(lane % view.count, from, to);
@@ -284,18 +279,36 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
                                  [](int64_t row, const Run& run) { return row < run.to + run.count; });
     for (; next != all.end() && next->to < end; ++next) {
       const Run& run = *next;
-      const int64_t first = std::max(run.to, begin);
-      const int64_t count = std::min(run.to + run.count, end) - first;
-      char* target = to + first * view.to_row;
+      const int64_t start = std::max(run.to, begin);
+      const int64_t count = std::min(run.to + run.count, end) - start;
+      char* target = to + start * view.to_row;
       if (run.from < 0) {
         clear_rows(target, view.to_row, count, view.block);
       } else {
-        const char* source = from + (run.from + first - run.to) * view.from_row;
+        const char* source = from + (run.from + start - run.to) * view.from_row;
         move_rows(target, view.to_row, source, view.from_row, count, view.block,
-                  streams ? source + kAheadBytes : nullptr, streams);
+                  fetched_ahead(view, chunks == 1, streams), streams);
       }
     }
   });
+}
+
+std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims, const Runs& runs,
+                           int64_t rows) {
+  std::vector<Tensor> results;
+  std::vector<Lanes> lanes;
+  results.reserve(tensors.size());
+  lanes.reserve(tensors.size());
+  std::vector<int64_t> shape;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto sizes = tensors[i].sizes();
+    shape.assign(sizes.begin(), sizes.end());
+    shape[dims[i].token] = rows;
+    shape[dims[i].batch] = static_cast<int64_t>(runs.size());
+    results.push_back(allocate(tensors[i], shape));
+    if (results[i].numel() > 0) lanes.emplace_back(tensors[i], results[i], dims[i]);
+  }
+  move_lanes(lanes, runs, 0, rows);
   return results;
 }
 
@@ -354,30 +367,39 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
 
   // What already stands in its place (all before the first dropped row) and padding are not runs to move.
   Runs runs = compact_runs(rows);
-  int64_t moved = 0;
+  int64_t first = INT64_MAX, last = 0;
+  bool apart = true;
   for (auto& sequence : runs) {
     const auto stays = [](const Run& run) { return run.from < 0 || run.from == run.to; };
     sequence.erase(std::remove_if(sequence.begin(), sequence.end(), stays), sequence.end());
-    for (const Run& run : sequence) moved = std::max(moved, run.to + run.count);
+    if (sequence.empty()) continue;
+    first = std::min(first, sequence.front().to);
+    last = std::max(last, sequence.back().to + sequence.back().count);
+    const Run& run = sequence.front();
+    apart = apart && sequence.size() == 1 && run.to + run.count <= run.from;
   }
-  if (moved == 0) return;
+  if (last == 0) return;
 
-  // A lane is moved by one thread, from its first row to its last, because its rows overwrite one another. Lanes, and
-  // column tiles of one lane, share no bytes.
   std::vector<Lanes> lanes;
+  lanes.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].numel() > 0) lanes.emplace_back(tensors[i], tensors[i], dims[i]);
+  }
+  // One run that moves to a place apart, as that of the text behind an image, overwrites nothing that is still to move.
+  if (apart) return move_lanes(lanes, runs, first, last);
+
+  // Else a lane is moved by one thread, from its first row to its last, because its rows overwrite one another. Lanes,
+  // and column tiles of one lane, share no bytes.
   std::vector<int64_t> counts, tile_bytes;
   int64_t bytes = 0;
-  lanes.reserve(tensors.size());
-  counts.reserve(tensors.size());
-  tile_bytes.reserve(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const bool empty = tensors[i].numel() == 0;
-    lanes.emplace_back(tensors[i], tensors[i], dims[i]);
-    const int64_t lane_bytes = moved * lanes[i].block;
-    const int64_t tiles = std::min(lanes[i].block / kStripBytes, (lane_bytes + kLaneBytes - 1) / kLaneBytes);
-    tile_bytes.push_back(tiles > 1 ? (lanes[i].block / tiles + 63) / 64 * 64 : std::max<int64_t>(1, lanes[i].block));
-    counts.push_back(empty ? 0 : rows.batch * lanes[i].count * ((lanes[i].block + tile_bytes[i] - 1) / tile_bytes[i]));
-    bytes += empty ? 0 : rows.batch * lanes[i].count * lane_bytes;
+  counts.reserve(lanes.size());
+  tile_bytes.reserve(lanes.size());
+  for (const Lanes& view : lanes) {
+    const int64_t lane_bytes = (last - first) * view.block;
+    const int64_t tiles = std::min(view.block / kStripBytes, (lane_bytes + kLaneBytes - 1) / kLaneBytes);
+    tile_bytes.push_back(tiles > 1 ? (view.block / tiles + 63) / 64 * 64 : view.block);
+    counts.push_back(rows.batch * view.count * ((view.block + tile_bytes.back() - 1) / tile_bytes.back()));
+    bytes += rows.batch * view.count * lane_bytes;
   }
 
   const bool streams = bytes > kStreamBytes;
@@ -390,12 +412,10 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
     const char* from = view.from + lane / view.count * view.from_batch;
     char* to = view.to + lane / view.count * view.to_batch;
     view.locate(lane % view.count, from, to);
-    // Where the lane after the next most likely lies, which leaves memory the time of a whole lane to answer. Only a
-    // hint, which may as well point nowhere.
-    const char* ahead = from + 2 * (view.dims.empty() ? view.from_batch : view.dims[0].from_stride);
+    const int64_t ahead = fetched_ahead(view, tiles == 1, streams);
     for (const Run& run : runs[lane / view.count]) {
       move_rows(to + run.to * view.to_row + begin, view.to_row, from + run.from * view.from_row + begin, view.from_row,
-                run.count, width, ahead + run.from * view.from_row + begin, streams);
+                run.count, width, ahead, streams);
     }
   });
 }
@@ -489,7 +509,7 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
     for (const PagedRun& run : moves[index / view.count]) {
       move_rows(to + run.to_page * view.to_batch + run.to_slot * view.to_row, view.to_row,
                 from + run.from_page * view.from_batch + run.from_slot * view.from_row, view.from_row, run.count,
-                view.block, nullptr, false);
+                view.block, 0, false);
     }
   });
   return lengths;
