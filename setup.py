@@ -60,24 +60,26 @@ def nvcc_release(cuda_home: Path) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def decide_cuda() -> Path | None:
-    """The CUDA toolkit to build with, or None for a build without CUDA."""
+def decide_cuda() -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or None and why there will be no CUDA."""
     mode = os.environ.get("VTW_KERNELS_BUILD_CUDA", "auto").lower()
     if mode not in ("0", "1", "auto"):
         stop(f"VTW_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got {mode!r}")
-    if mode == "0" or (mode == "auto" and torch.version.cuda is None):
-        return None
+    if mode == "0":
+        return None, "VTW_KERNELS_BUILD_CUDA=0"
+    if mode == "auto" and torch.version.cuda is None:
+        return None, "torch has no CUDA"
     home = find_cuda_home()
     if home is None:
         problem = "there is no nvcc; install the CUDA toolkit or set CUDA_HOME"
     elif torch.version.cuda and nvcc_release(home)[0] != int(torch.version.cuda.split(".")[0]):
         problem = f"torch has CUDA {torch.version.cuda} and {home} is another major version; set CUDA_HOME"
     else:
-        return home
+        return home, ""
     if mode == "1":
         stop(f"VTW_KERNELS_BUILD_CUDA=1, but {problem}")
     print(f"vtw_kernels: building without CUDA kernels: {problem}", file=sys.stderr)
-    return None
+    return None, problem
 
 
 def default_arch_list(cuda_home: Path) -> str:
@@ -87,7 +89,7 @@ def default_arch_list(cuda_home: Path) -> str:
     return ";".join(archs) + "+PTX"
 
 
-cuda_home = decide_cuda()
+cuda_home, why_no_cuda = decide_cuda()
 sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
 cxx_flags = [
     "-std=c++17",
@@ -102,7 +104,7 @@ cxx_flags = [
 stable_abi = (
     f"-DTORCH_TARGET_VERSION=0x{int(TARGET_TORCH.split('.')[0]):02x}{int(TARGET_TORCH.split('.')[1]):02x}000000000000"
 )
-defines = [stable_abi, f'-DVTW_BUILT_WITH_TORCH="{torch.__version__}"']
+defines = [stable_abi, f'-DVTW_BUILT_WITH_TORCH="{torch.__version__}"', f'-DVTW_WHY_NO_CUDA="{why_no_cuda}"']
 link = {"libraries": ["torch_cpu", "c10"], "library_dirs": cpp_extension.library_paths()}
 if cuda_home:
     os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(cuda_home)

@@ -71,7 +71,10 @@ PYBIND11_MODULE(_C, module) {
         info["cuda"] = pybind11::none();
         info["cuda_archs"] = pybind11::list();
 #endif
+        info["why_no_cuda"] = VTW_WHY_NO_CUDA;
         return info;
       },
-      "What this build holds: torch and compiler versions, the CPU vector set chosen at run time, CUDA and its archs.");
+      "What this build holds: torch and compiler versions, the CPU vector set chosen at run time, CUDA and its archs, "
+      "or "
+      "why it has no CUDA.");
 }

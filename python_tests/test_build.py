@@ -41,7 +41,8 @@ def test_only_the_stable_abi():
 
 def test_build_info():
     info = _C.build_info()
-    assert set(info) == {"torch", "compiler", "cpu_capability", "cuda", "cuda_archs"}
+    assert set(info) == {"torch", "compiler", "cpu_capability", "cuda", "cuda_archs", "why_no_cuda"}
+    assert bool(info["cuda"]) != bool(info["why_no_cuda"])
     assert info["cpu_capability"] in ("default", "avx2", "avx512")
 
 

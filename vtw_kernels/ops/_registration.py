@@ -188,8 +188,8 @@ def backend_info() -> dict[str, Any]:
     """What was built, and which backend each op will use on each device.
 
     Returns:
-        ``build``: torch, compiler, CUDA and architectures of the compiled extension, and the vector set that its CPU
-        kernels chose on this machine; ``forced``: the value of VTW_KERNELS_BACKEND, if any; ``backends``: for each
+        ``build``: torch, compiler, CUDA and architectures of the compiled extension, or why it has no CUDA, and the
+        vector set that its CPU kernels chose on this machine; ``forced``: the value of VTW_KERNELS_BACKEND, if any; ``backends``: for each
         backend "available", or why it is not; ``ops``: for each op and device type the backend that runs it, or
         None when a call would raise.
     """
@@ -201,7 +201,7 @@ def backend_info() -> dict[str, Any]:
         "forced": FORCED_BACKEND,
         "backends": {
             "cpu": "available",
-            "cuda": "available" if build["cuda"] else "not built: no CUDA in torch, or no nvcc",
+            "cuda": "available" if build["cuda"] else f"not built: {build['why_no_cuda']}",
             "triton": "available" if HAS_TRITON else "not installed",
             "reference": "available",
         },
