@@ -6,7 +6,7 @@
 #     PYTHON    an interpreter with torch, triton and what the tests need; nothing is downloaded; python3
 #     BUILD     0 takes the vtw_kernels that PYTHON has; 1 builds this one into FOLDER; 1
 #     LIMIT     seconds for everything; what finds no time left is skipped; 600
-#     JOBS      tests at a time, where pytest-xdist is there; 4
+#     JOBS      tests at a time, where pytest-xdist is there; 8, or fewer if there are fewer cores
 #     TORCH_CUDA_ARCH_LIST   by default that of the card
 #
 # Without a GPU, all that needs one is skipped. Exits with 1 if something failed; what was skipped is named.
@@ -14,7 +14,7 @@ set -u
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "PYTHON: expected an interpreter, got ${PYTHON:-python3}" >&2; exit 2; }
 case $PYTHON in /*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
-LIMIT=${LIMIT:-600} BUILD=${BUILD:-1} JOBS=${JOBS:-4}
+LIMIT=${LIMIT:-600} BUILD=${BUILD:-1} JOBS=${JOBS:-$(($(nproc) < 8 ? $(nproc) : 8))}
 OUT=${1:-$ROOT/build/gpu-check}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && cd "$OUT" || exit 2 # not in the checkout: its package may have no binary
 rm -f -- steps.tsv tests.xml bench.json bench-compaction.json bench-kl.json bench-withdraw.json # of an earlier run
@@ -109,8 +109,10 @@ for tool in memcheck racecheck initcheck; do
 done
 
 if command -v ncu >/dev/null; then
-    step ncu 60 ncu --kernel-name "regex:move_kernel|forward_kernel" --launch-count 2 --section SpeedOfLight \
-        --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats --csv --log-file ncu.csv \
+    # The clocks are left as they are found, as by the benchmarks.
+    step ncu 60 ncu --clock-control none --kernel-name "regex:move_kernel|forward_kernel" --launch-count 2 \
+        --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
+        --csv --log-file ncu.csv \
         "$PYTHON" -c '
 import torch
 import vtw_kernels as vtw

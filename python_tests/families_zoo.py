@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
-from vlm import TRANSFORMERS_5, make_batch, rope_config
+from vlm import TRANSFORMERS_5, make_batch, older_than, rope_config
 
 LAYERS, VOCABULARY, PAD, IMAGE, VIDEO = 4, 100, 0, 7, 8
 SLIDING = ["sliding_attention", "full_attention"] * 2
@@ -285,8 +285,10 @@ RECIPES = {
 
 def make_config(family: str, **text):
     """``text``: settings of the decoder that replace those of the recipe."""
-    if family not in CONFIG_MAPPING and not TRANSFORMERS_5:
+    if family not in CONFIG_MAPPING and older_than("5.23"):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    if family == "llama4" and TRANSFORMERS_5 and older_than("5.18"):
+        pytest.skip("in transformers 5.17, Llama 4 calls its masks with an argument that they do not take")
     recipe = copy.deepcopy(RECIPES[family])
     defaults = AutoConfig.for_model(family)
     image_token = "image_token_index" if "image_token_index" in vars(defaults) else "image_token_id"

@@ -25,7 +25,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from vlm import TRANSFORMERS_5
+from vlm import TRANSFORMERS_5, older_than
 
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
@@ -73,8 +73,9 @@ def logits(model, inputs: dict, **options) -> torch.Tensor:
 
 
 def caches_of(family: str) -> tuple[str, ...]:
-    """In 4.57, generate with a static cache has PaliGemma's prompts causal, which the model itself has not."""
-    return CACHES if TRANSFORMERS_5 or family != "paligemma" else ("dynamic",)
+    """With a static cache, 4.57 makes PaliGemma's prompts causal, and 5.22 gives Gemma 4 other logits."""
+    wrong = {"paligemma": "5", "gemma4": "5.23"}
+    return ("dynamic",) if family in wrong and older_than(wrong[family]) else CACHES
 
 
 def full_cache(model) -> DynamicCache:

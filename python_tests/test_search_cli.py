@@ -169,7 +169,7 @@ def test_equals_the_scorer(place, capsys):
     scorer, encoder = Scorer(make_model("llava"), candidates=[1, 3]), Encoder(make_processor())
     for row, record in enumerate(load_records("data.jsonl")):
         scores = scorer.score(encoder(record))
-        assert torch.equal(scores.kl[0], found.per_sample[row])
+        torch.testing.assert_close(scores.kl[0], found.per_sample[row])  # weights from a file lie elsewhere in memory
         assert torch.equal(scores.disagreement[0], found.disagreement[row])
         assert scores.tokens[0] == found.tokens[row] and scores.visual_tokens[0] == (4 if row % 3 else 8)
 

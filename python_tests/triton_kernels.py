@@ -18,17 +18,17 @@ from vtw_kernels.triton import compaction, kl_divergence
 
 ARCHS = (80, 90, 100, 120)
 ADDRESSES = ("i64",) * compaction.GROUP
-THREE = ("i32",) * 3
 
-# Arguments that keep their Python value, by name; those that are multiples of 16, as torch's addresses and most strides
-# are; and the types of all. A list of KV tensors is what the launches look like.
+# Arguments that keep their Python value, by name, and the types of all others. A list of KV tensors is what the launches
+# look like.
 WIDE = {"ELEMENT": tl.uint64, "VECTOR": 16, "PER_VECTOR": 2}
 PLAN = {"plan": "*i32", "plan_batch": "i64", "rows": "i32"}
-GEOMETRY = {"columns": "i32", "limit": "i32", "count": "i32", "sizes": ("i32", "i32")}
-STRIDES = {"from_strides": THREE, "to_strides": THREE, **dict.fromkeys(("from_batch", "to_batch"), "i64")}
-MOVED = PLAN | GEOMETRY | {"addresses": ADDRESSES, "strides": THREE, "lanes_batch": "i64", "lanes_row": "i32"}
-MOVED |= {"table": "*i32", "table_batch": "i64", "table_columns": "i32", "page_size": "i32"}
-MOVE_TILE = WIDE | {"batch": 1, "plan_row": 1, "table_column": 1, "LANES": 1, "ROWS": 64, "COLUMNS": 16, "SCAN": 1024}
+GEOMETRY = {"columns": "i32", "limit": "i32", "count": "i32", "size_0": "i32"}
+STEPS = dict.fromkeys(compaction.STEPS, "i32") | dict.fromkeys(("from_batch", "to_batch"), "i64")
+STRIDES = dict.fromkeys(compaction.STRIDES, "i32") | {"lanes_batch": "i64"}
+TABLE = {"table": "*i32", "table_batch": "i64", "table_columns": "i32", "page_size": "i32"}
+ONES = {"batch": 1, "plan_row": 1, "size_1": 1}
+MOVE_TILE = WIDE | ONES | {"table_column": 1, "LANES": 1, "ROWS": 64, "COLUMNS": 16, "SCAN": 1024}
 
 
 def logits(dtype: str, *pointers: str) -> dict:
@@ -55,11 +55,17 @@ KERNELS = {
     ),
     "gather": (
         compaction.gather_kernel,
-        PLAN | GEOMETRY | STRIDES | {"sources": ADDRESSES, "targets": ADDRESSES, "from_row": "i32", "to_row": "i32"},
-        WIDE | {"batch": 1, "plan_row": 1, "POSITIONS": 64, "COLUMNS": 16},
+        PLAN | GEOMETRY | STEPS | {"sources": ADDRESSES, "targets": ADDRESSES},
+        WIDE | ONES | {"POSITIONS": 64, "COLUMNS": 16},
     ),
-    "move": (compaction.move_kernel, MOVED, MOVE_TILE | {"PAGED": False}),
-    "move_paged": (compaction.move_kernel, MOVED, MOVE_TILE | {"PAGED": True}),
+    **{
+        name: (
+            compaction.move_kernel,
+            PLAN | GEOMETRY | STRIDES | TABLE | {"addresses": ADDRESSES},
+            MOVE_TILE | {"PAGED": name == "move_paged"},
+        )
+        for name in ("move", "move_paged")
+    },
     **{
         f"span_{dtype}": (
             kl_divergence.span_kernel,
@@ -99,9 +105,12 @@ def machine_code(name: str, arch: int, folder: Path) -> str:
     for i, argument in enumerate(kernel.arg_names):
         if argument in types or isinstance(values.get(argument), tuple):
             type_ = signature[argument] = types.get(argument, values.get(argument))
-            # Addresses, and the strides of tensors whose rows are whole vectors, are multiples of 16.
-            for path in [(i, j) for j in range(len(type_))] if isinstance(type_, tuple) else [(i,)]:
-                multiples[path] = [["tt.divisibility", 16]]
+            # Triton looks whether tensors and the elements of tuples are multiples of 16. Tensors are, as are the strides
+            # of logits whose rows are whole vectors.
+            if isinstance(type_, str) and type_.startswith("*"):
+                multiples[i,] = [["tt.divisibility", 16]]
+            elif isinstance(type_, tuple) and type_ is not ADDRESSES:
+                multiples |= {(i, j): [["tt.divisibility", 16]] for j in range(len(type_))}
         else:
             signature[argument], constants[i,] = "constexpr", values[argument]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -17,8 +18,15 @@ from transformers import (
 from vtw_kernels.integration.compat import HAS_CACHE_POSITION
 
 LAYERS, VOCABULARY, PAD, IMAGE, VISION_START = 4, 100, 0, 7, 5
+
+
+def older_than(release: str) -> bool:
+    """Whether this is a transformers from before a release: for what it can't do by itself."""
+    return Version(transformers.__version__) < Version(release)
+
+
 # Up to 4.57, Qwen-VL finds images by the token before them, and generate hands no pixels to a forward with a past.
-TRANSFORMERS_5 = not transformers.__version__.startswith("4.")
+TRANSFORMERS_5 = not older_than("5")
 FAMILIES = ("llava", "qwen2_vl")
 TEXT = dict(
     hidden_size=32,

@@ -89,12 +89,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   Tensor state = allocate(p_logits, shape, dtype);
   f.kl = static_cast<R*>(result.mutable_data_ptr());
   f.state = states_of<R>(state);
-  // Allocated for each call: two streams, or two replays of a graph, never share it.
-  const int64_t partials = f.grid.chunks > 1 && !f.grid.cluster ? int64_t(f.pairs.rows) * f.grid.chunks : 0;
-  Tensor partial = allocate(p_logits, {partials, 5}, dtype);
-  Tensor arrived = allocate(p_logits, {partials > 0 ? f.pairs.rows : 0}, ScalarType::Int);
-  f.partial = states_of<R>(partial);
-  f.arrived = static_cast<unsigned*>(arrived.mutable_data_ptr());
+  std::vector<Tensor> workspace;
+  if (f.grid.chunks > 1 && !f.grid.cluster) {
+    // Allocated for each call: two streams, or two replays of a graph, never share it.
+    workspace = {allocate(p_logits, {pairs.rows, f.grid.chunks, 5}, dtype),
+                 allocate(p_logits, {pairs.rows}, ScalarType::Int)};
+    f.partial = states_of<R>(workspace[0]);
+    f.arrived = static_cast<unsigned*>(workspace[1].mutable_data_ptr());
+  }
   kl::forward(f, on.stream);
   return {result, state};
 }

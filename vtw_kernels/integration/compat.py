@@ -39,11 +39,12 @@ def rows_left(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
     return kwargs if position is None else kwargs | {"cache_position": position[-rows:]}
 
 
-def tokens_removed(argument: int, tokens: int) -> int:
-    """By ``crop(argument)`` of a cache with so many tokens."""
-    if argument < 0:
-        return min(-argument, tokens)
-    return max(0, tokens - argument) if CROPS_TO_LENGTH else 0
+def tokens_removed(argument: int | Tensor, tokens: int) -> int:
+    """By ``crop(argument)`` of a cache with so many tokens. A positive number is a length, up to 5.17."""
+    argument = int(argument)  # 5.17 counts the candidates that it rejects in a tensor
+    if argument > 0 or CROPS_TO_LENGTH and argument == 0:
+        return max(0, tokens - argument)
+    return min(-argument, tokens)
 
 
 def slots_filled(window: CacheLayerMixin) -> int:

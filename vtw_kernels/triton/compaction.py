@@ -5,6 +5,10 @@ contiguous; a row of a lane is a *block* of contiguous bytes. Tensors of one lis
 and values of all layers do, go in one launch, at most ``GROUP`` of them; their addresses are plain arguments of the
 kernel, so nothing is copied to the device first. Offsets are 64-bit, and any value of a plan or a block table keeps to
 the tensors.
+
+Triton compiles a kernel anew for each combination of integers that are or are not multiples of 16. That would be once
+for almost every length of a prompt, and tells it nothing: what all strides and addresses are multiples of is said by
+VECTOR. So it is kept from looking.
 """
 
 from collections.abc import Iterator
@@ -77,8 +81,9 @@ def describe(source: Tensor, target: Tensor, token_dim: int, batch_dim: int) -> 
     count = 1
     for size, _ in kept:
         count *= size
+    first = source.data_ptr() or target.data_ptr()  # an empty tensor has no address, and nothing is read of it
     for from_offset, to_offset in offsets:
-        addresses = source.data_ptr() + from_offset, target.data_ptr() + to_offset
+        addresses = first + from_offset, target.data_ptr() + to_offset
         vector = next(v for v in ELEMENTS if all(x % v == 0 for x in (*addresses, block, *steps)))
         lanes = Lanes(
             vector,
@@ -94,7 +99,7 @@ def describe(source: Tensor, target: Tensor, token_dim: int, batch_dim: int) -> 
 
 
 def launches(described: list[tuple[Lanes, int, int]]) -> Iterator[tuple[Lanes, int, tuple[int, ...], tuple[int, ...]]]:
-    """Lanes, the number of tensors, and their addresses, filled up to ``GROUP``."""
+    """Lanes, the number of tensors, and their addresses, filled up to ``GROUP`` and as ``pointer`` takes them."""
     groups: dict[Lanes, list[tuple[int, int]]] = {}
     for lanes, *addresses in described:
         groups.setdefault(lanes, []).append(addresses)
@@ -102,7 +107,8 @@ def launches(described: list[tuple[Lanes, int, int]]) -> Iterator[tuple[Lanes, i
         for first in range(0, len(pairs), GROUP):
             some = pairs[first : first + GROUP]
             full = some + some[:1] * (GROUP - len(some))
-            yield lanes, len(some), tuple(a for a, _ in full), tuple(b for _, b in full)
+            # Odd numbers, because the elements of a tuple are looked at in any case.
+            yield lanes, len(some), tuple(2 * a + 1 for a, _ in full), tuple(2 * b + 1 for _, b in full)
 
 
 def tile_vectors(lanes: Lanes) -> int:
@@ -117,10 +123,10 @@ def power_of_2(size: int, most: int) -> int:
 @triton.jit
 def pointer(addresses, index, ELEMENT: tl.constexpr, VECTOR: tl.constexpr):
     """The tensor of this program."""
-    address = addresses[0].to(tl.int64)  # that of an empty tensor is 0, which would have 32 bits
+    address = addresses[0]
     for i in tl.static_range(1, len(addresses)):
-        address = tl.where(index == i, addresses[i].to(tl.int64), address)
-    return tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), VECTOR)
+        address = tl.where(index == i, addresses[i], address)
+    return tl.multiple_of((address >> 1).to(tl.pointer_type(ELEMENT)), VECTOR)
 
 
 @triton.jit
@@ -131,7 +137,7 @@ def lane_offset(lane, size_0, size_1, stride_0, stride_1, stride_2):
 # --- plan -----------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["keep_batch", "keep_token", "limit_stride", "tokens", "rows"])
 def plan_kernel(
     keep, keep_batch, keep_token, limits, limit_stride, tokens, rows, source, lengths,
     PAD_LEFT: tl.constexpr, LIMITED: tl.constexpr, TILE: tl.constexpr,
@@ -160,7 +166,7 @@ def plan_kernel(
     tl.store(lengths + sequence, kept.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["plan_batch", "plan_row", "rows", "length", "tiles"])
 def invert_kernel(plan, plan_batch, plan_row, rows, length, inverse, tiles, TILE: tl.constexpr):
     """inverse[row] = the slot that holds it: what turns expand into a gather."""
     sequence = tl.program_id(0).to(tl.int64) // tiles
@@ -184,10 +190,15 @@ def make_plan(keep: Tensor, limits: Tensor | None, rows: int, pad_left: bool) ->
 # --- gather ---------------------------------------------------------------------------------------
 
 
-@triton.jit
+OF_PLAN = ["plan_batch", "plan_row", "rows", "batch"]
+OF_LANES = ["columns", "limit", "count", "size_0", "size_1"]
+STEPS = ["from_0", "from_1", "from_2", "to_0", "to_1", "to_2", "from_batch", "to_batch", "from_row", "to_row"]
+
+
+@triton.jit(do_not_specialize_on_alignment=[*OF_PLAN, *OF_LANES, *STEPS])
 def gather_kernel(
-    sources, targets, plan, plan_batch, plan_row, rows, batch,
-    columns, limit, count, sizes, from_strides, to_strides, from_batch, to_batch, from_row, to_row,
+    sources, targets, plan, plan_batch, plan_row, rows, batch, columns, limit, count, size_0, size_1,
+    from_0, from_1, from_2, to_0, to_1, to_2, from_batch, to_batch, from_row, to_row,
     ELEMENT: tl.constexpr, VECTOR: tl.constexpr, PER_VECTOR: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of positions (the rows of all lanes of a sequence, one after another) by columns."""
@@ -204,9 +215,9 @@ def gather_kernel(
     exists = position < count * rows
     source = tl.load(plan + sequence * plan_batch + row * plan_row, mask=exists, other=-1).to(tl.int64)
     start = sequence * from_batch + source * from_row
-    start += lane_offset(lane, sizes[0], sizes[1], from_strides[0], from_strides[1], from_strides[2])
+    start += lane_offset(lane, size_0, size_1, from_0, from_1, from_2)
     end = sequence * to_batch + row * to_row
-    end += lane_offset(lane, sizes[0], sizes[1], to_strides[0], to_strides[1], to_strides[2])
+    end += lane_offset(lane, size_0, size_1, to_0, to_1, to_2)
     inside = column[None, :] < columns * PER_VECTOR
     read = ((source >= 0) & (source < limit) & exists)[:, None] & inside
     source_pointer, target_pointer = (
@@ -230,9 +241,10 @@ def gather(tensors: list[Tensor], dims: list[tuple[int, int]], plan: Tensor) -> 
         tile_columns = power_of_2(lanes.columns, 256)
         tile_positions = power_of_2(lanes.count * rows, tile_vectors(lanes) // tile_columns)
         tiles = triton.cdiv(lanes.columns, tile_columns) * triton.cdiv(lanes.count * rows, tile_positions)
-        _, columns, *geometry = (getattr(lanes, name) for name in lanes.__dataclass_fields__)
         launch(
-            gather_kernel, number * batch * tiles, plan, sources, targets, plan, *plan.stride(), rows, batch, columns, *geometry,
+            gather_kernel, number * batch * tiles, plan, sources, targets, plan, *plan.stride(), rows, batch,
+            lanes.columns, lanes.limit, lanes.count, *lanes.sizes, *lanes.from_strides, *lanes.to_strides,
+            lanes.from_batch, lanes.to_batch, lanes.from_row, lanes.to_row,
             POSITIONS=tile_positions, COLUMNS=tile_columns, **kernel_options(lanes),
         )  # fmt: skip
     return results
@@ -262,10 +274,14 @@ def row_offset(lanes_batch, lanes_row, limit, table, table_batch, table_column, 
     return sequence * lanes_batch + row * lanes_row, exists & (row >= 0) & (row < limit)
 
 
-@triton.jit
+OF_TABLE = ["table_batch", "table_column", "table_columns", "page_size"]
+STRIDES = ["stride_0", "stride_1", "stride_2", "lanes_batch", "lanes_row"]
+
+
+@triton.jit(do_not_specialize_on_alignment=[*OF_PLAN, *OF_TABLE, *OF_LANES, *STRIDES])
 def move_kernel(
     addresses, plan, plan_batch, plan_row, rows, batch, table, table_batch, table_column, table_columns, page_size,
-    columns, limit, count, sizes, strides, lanes_batch, lanes_row,
+    columns, limit, count, size_0, size_1, stride_0, stride_1, stride_2, lanes_batch, lanes_row,
     ELEMENT: tl.constexpr, VECTOR: tl.constexpr, PER_VECTOR: tl.constexpr, PAGED: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
@@ -283,7 +299,7 @@ def move_kernel(
     sequence = program % batch
     base = pointer(addresses, program // batch, ELEMENT, VECTOR)
     plan += sequence * plan_batch
-    lane_start = lane_offset(lane, sizes[0], sizes[1], strides[0], strides[1], strides[2])
+    lane_start = lane_offset(lane, size_0, size_1, stride_0, stride_1, stride_2)
     inside = column[None, :] < columns * PER_VECTOR
 
     # What stands before the first dropped row stays as it is: only there does a row come from itself.
@@ -324,7 +340,7 @@ def move(described: list[tuple[Lanes, int, int]], plan: Tensor, table: Tensor | 
         strips = triton.cdiv(lanes.columns, columns) * triton.cdiv(lanes.count, across)
         launch(
             move_kernel, number * batch * strips, plan, addresses, plan, *plan.stride(), rows, batch, *pages, page_size,
-            lanes.columns, lanes.limit, lanes.count, lanes.sizes, lanes.from_strides, lanes.from_batch, lanes.from_row,
+            lanes.columns, lanes.limit, lanes.count, *lanes.sizes, *lanes.from_strides, lanes.from_batch, lanes.from_row,
             PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE, **kernel_options(lanes),
         )  # fmt: skip
 
