@@ -427,9 +427,10 @@ def test_tokens_removed_by_crop():
 
 def test_generate_second_turn(family, model):
     """The answer and a second question with a new image, on the cache of the first."""
+    if family == "qwen2_vl" and TRANSFORMERS_5 and older_than("5.18"):
+        pytest.skip("transformers 5.17 takes no features of images that are encoded already")
     first = make_batch(family, ONE)
-    takes_image = not older_than("5.18" if family == "qwen2_vl" else "5")
-    question = make_batch(family, [[2, 8, 4]] if takes_image else [[6]], seed=3)
+    question = make_batch(family, [[2, 8, 4]] if TRANSFORMERS_5 else [[6]], seed=3)
 
     def turns():
         options = {"return_dict_in_generate": True, "max_new_tokens": 5, "do_sample": False}
