@@ -73,8 +73,8 @@ def logits(model, inputs: dict, **options) -> torch.Tensor:
 
 
 def caches_of(family: str) -> tuple[str, ...]:
-    """With a static cache, 4.57 makes PaliGemma's prompts causal, and 5.22 gives Gemma 4 other logits."""
-    wrong = {"paligemma": "5", "gemma4": "5.23"}
+    """With a static cache, 4.57 makes PaliGemma's prompts causal, and 5.22 gives Gemma 4 and Molmo 2 other logits."""
+    wrong = {"paligemma": "5", "gemma4": "5.23", "molmo2": "5.23"}
     return ("dynamic",) if family in wrong and older_than(wrong[family]) else CACHES
 
 
