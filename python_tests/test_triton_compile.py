@@ -14,13 +14,30 @@ PROGRAM = Path(__file__).with_name("triton_kernels.py")
 LOADS, STORES = r"LDG\.E\.(?:\w+\.)*128\S*", r"STG\.E\.(?:\w+\.)*128\S*"
 
 
+def compiled(*arguments) -> str:
+    """What a program prints whose kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="session")
 def sass(tmp_path_factory):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", PROGRAM, tmp_path_factory.mktemp("cubins")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(compiled(PROGRAM, tmp_path_factory.mktemp("cubins")))
+
+
+def test_compaction_is_compiled_for_all_lengths_and_alignments():
+    """Triton looks at no integer but for being 1: only at tensors, and at addresses, which all look alike."""
+    code = (
+        "from vtw_kernels.triton import compaction as c;"
+        "kernels = (c.plan_kernel, c.invert_kernel, c.gather_kernel, c.move_kernel);"
+        "looks = {x.name for k in kernels for x in k.params if not (x.is_constexpr or x.do_not_specialize_on_alignment)};"
+        "[(_, number, sources, targets)] = c.launches([('lanes', 16, 32), ('lanes', 2, 24)]);"
+        "print(*sorted(looks), number, {x % 2 for x in sources + targets})"
+    )
+    tensors = "keep lengths limits plan source table inverse".split()
+    assert compiled("-c", code).strip() == " ".join([*sorted([*tensors, "addresses", "sources", "targets"]), "2 {1}"])
 
 
 def test_no_spills(sass):

@@ -105,9 +105,9 @@ def machine_code(name: str, arch: int, folder: Path) -> str:
     for i, argument in enumerate(kernel.arg_names):
         if argument in types or isinstance(values.get(argument), tuple):
             type_ = signature[argument] = types.get(argument, values.get(argument))
-            # Triton looks whether tensors and the elements of tuples are multiples of 16. Tensors are, as are the strides
-            # of logits whose rows are whole vectors.
-            if isinstance(type_, str) and type_.startswith("*"):
+            # Where Triton looks, it finds multiples of 16: tensors, and the strides of logits whose rows are whole vectors.
+            looks = not (kernel.params[i].do_not_specialize or kernel.params[i].do_not_specialize_on_alignment)
+            if isinstance(type_, str) and looks:
                 multiples[i,] = [["tt.divisibility", 16]]
             elif isinstance(type_, tuple) and type_ is not ADDRESSES:
                 multiples |= {(i, j): [["tt.divisibility", 16]] for j in range(len(type_))}

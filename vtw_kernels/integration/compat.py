@@ -40,7 +40,7 @@ def rows_left(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def tokens_removed(argument: int | Tensor, tokens: int) -> int:
-    """By ``crop(argument)`` of a cache with so many tokens. A positive number is a length, up to 5.17."""
+    """By ``crop(argument)`` of a cache with so many tokens. A positive number is a length, up to 5.19."""
     argument = int(argument)  # 5.17 counts the candidates that it rejects in a tensor
     if argument > 0 or CROPS_TO_LENGTH and argument == 0:
         return max(0, tokens - argument)

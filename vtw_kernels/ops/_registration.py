@@ -189,9 +189,9 @@ def backend_info() -> dict[str, Any]:
 
     Returns:
         ``build``: torch, compiler, CUDA and architectures of the compiled extension, or why it has no CUDA, and the
-        vector set that its CPU kernels chose on this machine; ``forced``: the value of VTW_KERNELS_BACKEND, if any; ``backends``: for each
-        backend "available", or why it is not; ``ops``: for each op and device type the backend that runs it, or
-        None when a call would raise.
+        vector set that its CPU kernels chose on this machine; ``forced``: the value of VTW_KERNELS_BACKEND, if any;
+        ``backends``: for each backend "available", or why it is not; ``ops``: for each op and device type the backend
+        that runs it, or None when a call would raise.
     """
     build = _C.build_info()
     prefix = "vtw_kernels::"

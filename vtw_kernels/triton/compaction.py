@@ -6,9 +6,9 @@ and values of all layers do, go in one launch, at most ``GROUP`` of them; their 
 kernel, so nothing is copied to the device first. Offsets are 64-bit, and any value of a plan or a block table keeps to
 the tensors.
 
-Triton compiles a kernel anew for each combination of integers that are or are not multiples of 16. That would be once
-for almost every length of a prompt, and tells it nothing: what all strides and addresses are multiples of is said by
-VECTOR. So it is kept from looking.
+Triton compiles a kernel anew for each combination of integers that are or are not multiples of 16, here lengths, strides
+and every address of a list. It would learn nothing: what strides and addresses are multiples of is said by VECTOR. So it
+is kept from looking.
 """
 
 from collections.abc import Iterator
