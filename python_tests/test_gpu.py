@@ -1,13 +1,15 @@
 """What only a GPU can show: CUDA graphs, other streams, more than 2^31 elements, equal bits run after run, and the public
 functions there. ``pytest -m gpu`` runs these, and the cases of the other files on each backend of the GPU."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+import vlm
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import vtw_kernels as vtw
 
@@ -324,3 +326,35 @@ def check_withdrawal(device: str) -> None:
 def test_withdrawal():
     """A prefill of two prompts that keep different numbers of rows, and a token more."""
     check_withdrawal("cuda")
+
+
+@GPU
+@pytest.mark.parametrize("family", vlm.FAMILIES)
+def test_withdrawal_does_not_make_the_host_wait(family):
+    """Not more often than the plain model does, in a prefill with images and a step of decoding."""
+    model, batch = vlm.make_model(family).cuda(), vlm.make_batch(family, vlm.RAGGED)
+    longer = vlm.append(batch, vlm.make_batch(family, [[1]] * len(batch.ids), seed=1))
+    positions, length = longer.positions(model).cuda(), batch.ids.shape[1]
+    steps = [
+        {name: x.cuda() for name, x in inputs.items()} | {"position_ids": positions[..., span]}
+        for inputs, span in ((batch.inputs(), slice(length)), (longer.inputs(length), slice(length, None)))
+    ]
+
+    @torch.inference_mode()
+    def waits() -> int:
+        cache = DynamicCache(config=model.config)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for inputs in steps:
+                    model(**inputs, past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(x.message) for x in caught)
+
+    waits()  # what is done but once
+    plain = waits()
+    with vtw.withdraw(model, 2):
+        waits()
+        assert waits() == plain > 0

@@ -191,8 +191,15 @@ def _lookup(config: Any, path: str) -> Any:
     return config
 
 
+# Embeddings without one may have been made from text alone, or merged with an image.
+NO_PLACEHOLDER = (
+    "visual_mask: expected bool [B, S], as inputs_embeds without placeholder tokens do not tell which tokens are visual "
+    "(none at all: pass a mask of False); got None"
+)
+
+
 def find_visual_tokens(parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
-    """The visual tokens among a batch of inputs: bool ``[B, S]``.
+    """The placeholders of visual tokens among a batch of inputs: bool ``[B, S]``.
 
     Args:
         parts: of the model.
@@ -207,15 +214,10 @@ def find_visual_tokens(parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
             "got None"
         )
     input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if input_ids is not None:
-        return torch.isin(input_ids, torch.tensor(parts.token_ids, device=input_ids.device))
-    if embeds is None:
+    if input_ids is None and embeds is None:
         raise ValueError("inputs: expected input_ids [B, S] or inputs_embeds [B, S, H], got neither")
-    placeholders = parts.body.get_input_embeddings()(torch.tensor(parts.token_ids, device=embeds.device))
-    visual = (embeds[:, :, None] == placeholders).all(-1).any(-1)
-    if not visual.any():
-        raise ValueError(
-            "visual_mask: expected bool [B, S], as inputs_embeds without placeholder tokens do not tell which tokens are "
-            "visual (none at all: pass a mask of False); got None"
-        )
-    return visual
+    device = embeds.device if input_ids is None else input_ids.device
+    ids = torch.stack([torch.full((), x, device=device) for x in parts.token_ids])  # a copy would make the host wait
+    if input_ids is not None:
+        return torch.isin(input_ids, ids)
+    return (embeds[:, :, None] == parts.body.get_input_embeddings()(ids)).all(-1).any(-1)

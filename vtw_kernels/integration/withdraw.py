@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from vtw_kernels.integration import compat
 from vtw_kernels.integration.cache import Slots, shifted, slots_of, wrap_layers
-from vtw_kernels.integration.families import find_parts, find_visual_tokens
+from vtw_kernels.integration.families import NO_PLACEHOLDER, find_parts, find_visual_tokens
 from vtw_kernels.integration.masks import attended_tokens, check_mask, kind_of_masks, take_blocks, take_columns
 from vtw_kernels.ops import CompactionPlan, compact, expand, plan_compaction
 
@@ -222,11 +222,23 @@ class LayerCompaction:
 class _Forward:
     sequence: Tensor  # [B, S, ...]
     slots: Slots  # of the withdrawn layers, before this forward
-    plan: CompactionPlan | None
-    padded: bool  # whether a row of the plan may be padding
     masks: str  # what kind of them the attention gets
+    keep: Tensor | None = None  # bool [B, S], if there may be visual tokens
+    counts: Tensor | None = None  # int64 [4, B], until read: how many rows are kept, and three things to look at
+    counted: torch.cuda.Event | None = None  # after which they are on the host
+    end: int = 0  # tokens seen after this forward
+    embedded: bool = False  # whether visual tokens are looked for among embeddings
+    plan: CompactionPlan | None = None
+    padded: bool = False  # whether a row of the plan may be padding
     compaction: LayerCompaction | None = None
     windows: dict[str, tuple[int, int, int] | None] = field(default_factory=dict)  # by type of layer
+
+    def count(self, counts: Tensor) -> None:
+        """Copies them to the host, which goes on meanwhile."""
+        self.counts = counts
+        if counts.is_cuda and not torch.compiler.is_compiling():
+            self.counts, self.counted = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # to pinned memory
+            self.counted.record(torch.cuda.current_stream(counts.device))
 
     @property
     def rows(self) -> int:
@@ -331,15 +343,21 @@ class Withdrawal:
         self._labels[_thread()] = kwargs.get("labels")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Decides, before anything is computed or cached, which rows this forward drops."""
-        if self._forwards.get(_thread()) is not None:
-            return self._keep_all_rows(module, args, kwargs)  # the decoder, within the body
+        if self._forwards.get(_thread()) is None:
+            self._begin(module, dict(zip(self._names[module], args)) | kwargs)
+        forward = self._forwards.get(_thread())
+        if module is not self.parts.decoder or forward is None:
+            return None
+        self._decide(forward)
+        return self._keep_all_rows(forward, args, kwargs)
+
+    def _begin(self, module: nn.Module, inputs: dict) -> None:
+        """Looks, before anything is computed, at what a forward is given, and has the device count its rows."""
         makes_logits = _thread() in self._labels
         labels = self._labels.pop(_thread(), None)
-        inputs = dict(zip(self._names[module], args)) | kwargs
         sequence = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if sequence is None:
-            return None  # the model says it better
+            return  # the model says it better
         masks = kind_of_masks(self.parts.decoder.config._attn_implementation)
         layer = self._draw(module)
         kinds = set(self.parts.layer_types[layer:]) - {"full_attention"}
@@ -357,42 +375,56 @@ class Withdrawal:
             # cache has moved on: transformers' own static caches go wrong with it.
             attention = self.parts.decoder.config._attn_implementation
             raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
+        forward = _Forward(sequence, slots, masks)
         visual = None
         if layer < len(self.parts.layers):
             visual = self._visual_tokens(inputs, batch, tokens, slots, device)
-        plan, padded = None, False
         if visual is not None:
             past = int(slots.tokens)
             attended = attended_tokens(inputs.get("attention_mask"), visual, past)
-            last = attended.long().cumsum(1).argmax(1)
-            keep = attended & ~visual  # padding is of no more use than a visual token is
-            ends = visual.gather(1, last[:, None])[:, 0]
-            labelled = torch.zeros_like(ends) if labels is None else (visual[:, :-1] & (labels[:, 1:] != -100)).any(1)
-            counts = torch.stack([keep.sum(1), visual.any(1), ends, labelled])
-            kept, withdrawn, ends_visual, wrongly_labelled = counts.tolist()  # the one synchronisation of a prefill
-            if any(wrongly_labelled):
-                raise ValueError(
-                    "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a "
-                    f"label in row {wrongly_labelled.index(1)}"
-                )
-            goes_on = past + tokens < self._prompts.get(_thread(), 0)
-            if makes_logits and labels is None and any(ends_visual) and not goes_on:
-                raise ValueError(
-                    "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a "
-                    f"visual one in row {ends_visual.index(1)}; for chunks of a prompt that end in an image, there are "
-                    "generate(prefill_chunk_size=) and model.base_model, which makes no logits"
-                )
-            if any(withdrawn):
-                self.parts.check_tokens(past + tokens)
-                length = max(1, *kept)  # layers do not run on no rows at all
-                plan = plan_compaction(keep, length, pad="left")
-                padded = min(kept) < length
-        self._forwards[_thread()] = _Forward(sequence, slots, plan, padded, masks)
+            forward.keep = attended & ~visual  # padding is of no more use than a visual token is
+            ends, labelled = torch.zeros(2, batch, dtype=torch.bool, device=device)
+            if labels is not None:
+                labelled = (visual[:, :-1] & (labels[:, 1:] != -100)).any(1)
+            elif makes_logits and past + tokens >= self._prompts.get(_thread(), 0):
+                last = attended.long().cumsum(1).argmax(1)
+                ends = visual.gather(1, last[:, None])[:, 0]
+            forward.count(torch.stack([forward.keep.sum(1), visual.any(1), ends, labelled]))
+            forward.end = past + tokens
+            forward.embedded = self.visual_mask is None and inputs.get("input_ids") is None
+        self._forwards[_thread()] = forward
         if compat.RECOMPUTES_HOOKS and module.training:
             for x in self.parts.layers[layer:]:
                 if getattr(x, "_gradient_checkpointing_func", None) and self._own_checkpoint(x) is None:
                     x._gradient_checkpointing_func = partial(self._checkpoint, x._gradient_checkpointing_func)
-        return self._keep_all_rows(module, args, kwargs)
+
+    def _decide(self, forward: _Forward) -> None:
+        """Which rows a forward drops. Nothing has been cached, and the host has long waited for the device: models look
+        themselves whether there is a placeholder for each visual feature."""
+        if forward.counts is None:
+            return
+        if forward.counted is not None:
+            forward.counted.synchronize()
+        kept, withdrawn, ends_visual, wrongly_labelled = forward.counts.tolist()
+        forward.counts = None
+        if forward.embedded and not any(withdrawn):
+            raise ValueError(NO_PLACEHOLDER)
+        if any(wrongly_labelled):
+            raise ValueError(
+                "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a "
+                f"label in row {wrongly_labelled.index(1)}"
+            )
+        if any(ends_visual):
+            raise ValueError(
+                "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a "
+                f"visual one in row {ends_visual.index(1)}; for chunks of a prompt that end in an image, there are "
+                "generate(prefill_chunk_size=) and model.base_model, which makes no logits"
+            )
+        if any(withdrawn):
+            self.parts.check_tokens(forward.end)
+            length = max(1, *kept)  # layers do not run on no rows at all
+            forward.plan = plan_compaction(forward.keep, length, pad="left")
+            forward.padded = min(kept) < length
 
     def _draw(self, module: nn.Module) -> int:
         if isinstance(self.layer, int):
@@ -401,12 +433,9 @@ class Withdrawal:
             raise ValueError(f"layer: expected an int where a model is not in training mode, got {self.layer}")
         return self.layer[int(torch.randint(len(self.layer), ()))]
 
-    def _keep_all_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _keep_all_rows(self, forward: _Forward, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Gemma 4's decoder would drop rows itself: all but those of the logits, in layers without keys of their own."""
-        forward = self._forwards[_thread()]
-        if module is not self.parts.decoder or not kwargs.get("logits_to_keep"):
-            return None
-        if forward.plan is None and forward.slots.columns is None:
+        if not kwargs.get("logits_to_keep") or (forward.plan is None and forward.slots.columns is None):
             return None
         return args, kwargs | {"logits_to_keep": 0}
 
@@ -466,6 +495,7 @@ class Withdrawal:
                     f"them, visual ones included, got {tokens}"
                 )
             if forward.compaction is None:  # else it is recomputed
+                self._decide(forward)  # if the decoder has not been called, only its layers
                 self._start(forward, cache)
         kind = self.parts.layer_types[index]  # layers that share keys have those of the last one of their type
         if cache is not None and index < self.parts.num_cached:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtw_kernels.integration.families import Parts, find_visual_tokens
+from vtw_kernels.integration.families import NO_PLACEHOLDER, Parts, find_visual_tokens
 
 
 def prepare(
@@ -23,7 +23,10 @@ def prepare(
         inputs.pop("token_type_ids", None)  # tokenizers return them to models without, whose generate refuses them
     given = inputs.pop("visual_mask", None)
     if visual_mask is None and given is None:
-        return inputs, find_visual_tokens(parts, inputs)
+        visual = find_visual_tokens(parts, inputs)
+        if inputs.get("input_ids") is None and not visual.any():
+            raise ValueError(NO_PLACEHOLDER)
+        return inputs, visual
     visual = (given if visual_mask is None else visual_mask).to(model.device)
     sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     if visual.dtype != torch.bool or visual.shape != sequence.shape[:2]:
