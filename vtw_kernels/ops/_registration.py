@@ -150,15 +150,14 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable | N
             return *(first if takes_list else [first]), *rest, None
 
     def record(keyset, *args):
-        args += tuple(x.default_value for x in arguments[len(args) :])  # which the dispatcher leaves out
         below = keyset & torch._C._after_autograd_keyset
+        if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return op._handle.redispatch_boxed(below, *args)
+        args += tuple(x.default_value for x in arguments[len(args) :])  # which the dispatcher leaves out
         first, *rest = args
         refuse_tangents(name, first if takes_list else args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            output = Recorded.apply(*(first if takes_list else [first]), *rest, below)
-            return list(output) if gives_list else output
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(below, *args)
+        output = Recorded.apply(*(first if takes_list else [first]), *rest, below)
+        return list(output) if gives_list else output
 
     register_autograd_kernel(name, record)
 
