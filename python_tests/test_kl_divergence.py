@@ -294,6 +294,10 @@ def test_special_values(backend, dtype, vocabulary):
     assert not wrong, "\n".join(wrong)
     p, q = (torch.stack([row[i] for row in rows.values()]).to(backend.device) for i in (0, 1))
     check_forward(backend, p, q)  # together: nothing may go to a neighbour
+    # One row of p for all of q, but for those in whose least numbers its divergence would overflow.
+    q = torch.stack([q for name, (_, q, _) in rows.items() if not name.startswith("least")]).to(backend.device)
+    for name in ("q_zero", "p_zero", "one_hot_p", "nan_p_middle", "inf_p"):
+        check_forward(backend, rows[name][0].to(backend.device), q)
 
 
 def test_empty_vocabulary_is_the_neutral_state(backend):
@@ -404,6 +408,22 @@ def test_equal_bits_for_any_number_of_threads(host_backend, dtype, rows, vocabul
         at_once = host_backend.kl_divergence_with_gradients(p, q, None, 1.0, True, True)
         seen.add(tuple(bytes_of(x) for x in (kl, state, merged, *grads, *at_once)))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("vocabulary", [31, 2048, 5001, 20000])
+def test_equal_bits_in_any_company(dtype, vocabulary):
+    """On the CPU, rows that share a row of p are computed together."""
+    rows = special_rows(vocabulary, dtype)
+    q = torch.cat([torch.stack([q for _, q, _ in rows.values()]), logits((7, vocabulary), dtype, seed=2)])
+    for name in ("q_zero", "p_zero", "nan_p_middle"):
+        p = rows[name][0]
+        alone = torch.stack([vtw.kl_state(p, x) for x in q])
+        for count in (1, 2, 8, 9, 27, len(q)):
+            assert bytes_of(vtw.kl_state(p, q[-count:])) == bytes_of(alone[-count:])
+        assert bytes_of(vtw.kl_state(p.repeat(len(q), 1), q)) == bytes_of(alone)
+        pairs = vtw.kl_state(torch.stack([p, q[0]])[:, None], q)  # two groups, one after the other
+        assert bytes_of(pairs[0]) == bytes_of(alone)
 
 
 # --- gradients ------------------------------------------------------------------------------------

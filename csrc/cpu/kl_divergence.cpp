@@ -24,6 +24,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlock = 2048;
 // A segment is one thread's piece of work: 2 to 3 microseconds.
 constexpr int64_t kSegment = 4 * kBlock;
+// How many rows of q one look at their row of p serves at most, where they share it: enough for its exponentials to
+// cost next to nothing, and few enough to leave work for every thread.
+constexpr int64_t kSharing = 8;
 
 // KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py.
 struct State {
@@ -99,11 +102,11 @@ VTW_INLINE typename Simd<Bytes>::Two load_tail(const T* x, int64_t i, int64_t co
   return V::load(padded);
 }
 
-// Asks for the `i`-th step of the next block: its maxima are looked for as soon as this block is done.
+// Asks for the step that will be read at `next`: its maxima are looked for as soon as this block is done.
 template <int Bytes, typename T>
-VTW_INLINE void prefetch_next_block(const T* x, int64_t i) {
-  const auto* next = reinterpret_cast<const char*>(x + i + kBlock);
-  for (size_t at = 0; at < Simd<Bytes>::kStep * sizeof(T); at += 64) __builtin_prefetch(next + at);
+VTW_INLINE void prefetch_step(const T* next) {
+  const auto* bytes = reinterpret_cast<const char*>(next);
+  for (size_t at = 0; at < Simd<Bytes>::kStep * sizeof(T); at += 64) __builtin_prefetch(bytes + at);
 }
 
 template <int Bytes, bool careful, typename T>
@@ -117,8 +120,8 @@ VTW_INLINE void add_block(const T* p, const T* q, int64_t count, float scale, Su
   int64_t i = 0;
   for (; i + V::kStep <= count; i += V::kStep) {
     const auto ps = V::load(p + i), qs = V::load(q + i);
-    prefetch_next_block<Bytes>(p, i);
-    prefetch_next_block<Bytes>(q, i);
+    prefetch_step<Bytes>(p + i + kBlock);
+    prefetch_step<Bytes>(q + i + kBlock);
     for (int h = 0; h < 2; ++h) add_pairs<Bytes, careful>(ps.half[h], qs.half[h], m_p, m_q, scale, z_p, a, z_q);
   }
   if (i < count) {
@@ -141,37 +144,93 @@ VTW_INLINE float block_max(const T* x, int64_t count) {
   return V::reduce_max(V::max(m.half[0], m.half[1]));
 }
 
+// A block of p that several rows of q share: e^(p - m_p) in the order in which add_shared_block takes it, and the sum.
 template <int Bytes, typename T>
-VTW_INLINE Sums block_sums(const T* p, const T* q, int64_t count, float scale) {
-  Sums sums{block_max<Bytes>(p, count), block_max<Bytes>(q, count), 0, 0, 0};
-  add_block<Bytes, false>(p, q, count, scale, sums);
-  if (!std::isfinite(sums.a)) add_block<Bytes, true>(p, q, count, scale, sums);
-  return sums;
+VTW_INLINE double exponentials(const T* p, int64_t count, float m_p, float scale, float* e_p) {
+  using V = Simd<Bytes>;
+  using F = typename V::F;
+  F z_p{}, none{};
+  int64_t i = 0;
+  for (; i + V::kStep <= count; i += V::kStep) {
+    auto ps = V::load(p + i);
+    for (int h = 0; h < 2; ++h) {
+      ps.half[h] = V::exp2(ps.half[h] - m_p, scale);
+      z_p += ps.half[h];
+    }
+    V::store(e_p + i, ps);
+  }
+  if (i < count) {
+    const auto ps = load_tail<Bytes>(p, i, count);
+    for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], ps.half[h], m_p, m_p, scale, z_p, none, none);
+  }
+  return V::reduce_add(z_p);
 }
 
+// add_block for one of them; the next one's logits are at `next`.
 template <int Bytes, typename T>
-VTW_INLINE State segment_state(const T* p, const T* q, int64_t count, double inverse_temperature) {
-  State state;
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const float scale = static_cast<float>(kLog2e * inverse_temperature);
-    const Sums sums = block_sums<Bytes>(p + i, q + i, std::min(kBlock, count - i), scale);
-    state.merge({sums.m_p * inverse_temperature, sums.z_p, sums.a * inverse_temperature, sums.m_q * inverse_temperature,
-                 sums.z_q});
+VTW_INLINE void add_shared_block(const T* p, const float* e_p, const T* q, const T* next, int64_t count, float scale,
+                                 Sums& sums) {
+  using V = Simd<Bytes>;
+  using F = typename V::F;
+  const float m_p = sums.m_p == -kInfinity ? 0.0f : sums.m_p;
+  const float m_q = sums.m_q == -kInfinity ? 0.0f : sums.m_q;
+  F none{}, a{}, z_q{};
+  int64_t i = 0;
+  for (; i + V::kStep <= count; i += V::kStep) {
+    const auto ps = V::load(p + i), qs = V::load(q + i), weights = V::load(e_p + i);
+    prefetch_step<Bytes>(next + i);
+    for (int h = 0; h < 2; ++h) {
+      a += weights.half[h] * (ps.half[h] - qs.half[h]);
+      z_q += V::exp2(qs.half[h] - m_q, scale);
+    }
   }
-  return state;
+  if (i < count) {
+    const auto ps = load_tail<Bytes>(p, i, count), qs = load_tail<Bytes>(q, i, count);
+    for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], qs.half[h], m_p, m_q, scale, none, a, z_q);
+  }
+  sums.a = V::reduce_add(a);
+  sums.z_q = V::reduce_add(z_q);
+}
+
+// The states of a segment of `rows` rows of q, each against the same row of p. Their bits are those that each would
+// have alone.
+template <int Bytes, typename T>
+VTW_INLINE void segment_states(const T* p, const T* const* q, int64_t rows, int64_t count, double inverse_temperature,
+                               State* const* states) {
+  const float scale = static_cast<float>(kLog2e * inverse_temperature);
+  alignas(64) float e_p[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t length = std::min(kBlock, count - i);
+    const float m_p = block_max<Bytes>(p + i, length);
+    const bool shared = rows > 1;
+    const double z_p = shared ? exponentials<Bytes>(p + i, length, m_p == -kInfinity ? 0.0f : m_p, scale, e_p) : 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* block = q[row] + i;
+      Sums sums{m_p, block_max<Bytes>(block, length), z_p, 0, 0};
+      if (shared) {
+        const T* next = row + 1 < rows ? q[row + 1] + i : q[0] + i + kBlock;
+        add_shared_block<Bytes>(p + i, e_p, block, next, length, scale, sums);
+      } else {
+        add_block<Bytes, false>(p + i, block, length, scale, sums);
+      }
+      if (!std::isfinite(sums.a)) add_block<Bytes, true>(p + i, block, length, scale, sums);
+      states[row]->merge({sums.m_p * inverse_temperature, sums.z_p, sums.a * inverse_temperature,
+                          sums.m_q * inverse_temperature, sums.z_q});
+    }
+  }
 }
 
 // fp64 is for checks of gradients, not for speed.
 template <int Bytes>
-VTW_INLINE State segment_state(const double* p, const double* q, int64_t count, double inverse_temperature) {
-  State state;
-  for (int64_t i = 0; i < count; ++i) {
-    const double x = p[i] * inverse_temperature, y = q[i] * inverse_temperature;
+VTW_INLINE void segment_states(const double* p, const double* const* q, int64_t rows, int64_t count,
+                               double inverse_temperature, State* const* states) {
+  for (int64_t i = 0; i < rows * count; ++i) {
+    const int64_t row = i / count, at = i % count;
+    const double x = p[at] * inverse_temperature, y = q[row][at] * inverse_temperature;
     const double nan_p = x == -INFINITY ? 0 : x - x, nan_q = y == -INFINITY ? 0 : y - y;
     const double term = x == -INFINITY ? 0 : y == -INFINITY ? INFINITY : x - y;
-    state.merge({x, (x == -INFINITY ? 0 : 1) + nan_p, term, y, (y == -INFINITY ? 0 : 1) + nan_q});
+    states[row]->merge({x, (x == -INFINITY ? 0 : 1) + nan_p, term, y, (y == -INFINITY ? 0 : 1) + nan_q});
   }
-  return state;
 }
 
 // Gradient of z_p, a and z_q with respect to the logits, per row; the slopes have the temperature in them:
@@ -248,13 +307,13 @@ template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
-using ForwardFn = State (*)(const T*, const T*, int64_t, double);
+using ForwardFn = void (*)(const T*, const T* const*, int64_t, int64_t, double, State* const*);
 template <typename T>
 using BackwardFn = void (*)(const T*, const T*, int64_t, Slope<Real<T>>, T*, T*);
 
 template <typename T>
-State forward_default(const T* p, const T* q, int64_t n, double c) {
-  return segment_state<16>(p, q, n, c);
+void forward_default(const T* p, const T* const* q, int64_t rows, int64_t n, double c, State* const* states) {
+  segment_states<16>(p, q, rows, n, c, states);
 }
 template <typename T>
 void backward_default(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
@@ -263,16 +322,16 @@ void backward_default(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* gr
 
 #if defined(__x86_64__)
 template <typename T>
-VTW_AVX2 State forward_avx2(const T* p, const T* q, int64_t n, double c) {
-  return segment_state<32>(p, q, n, c);
+VTW_AVX2 void forward_avx2(const T* p, const T* const* q, int64_t rows, int64_t n, double c, State* const* states) {
+  segment_states<32>(p, q, rows, n, c, states);
 }
 template <typename T>
 VTW_AVX2 void backward_avx2(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
   segment_backward<32>(p, q, n, s, grad_p, grad_q);
 }
 template <typename T>
-VTW_AVX512 State forward_avx512(const T* p, const T* q, int64_t n, double c) {
-  return segment_state<64>(p, q, n, c);
+VTW_AVX512 void forward_avx512(const T* p, const T* const* q, int64_t rows, int64_t n, double c, State* const* states) {
+  segment_states<64>(p, q, rows, n, c, states);
 }
 template <typename T>
 VTW_AVX512 void backward_avx512(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
@@ -322,6 +381,18 @@ struct RowPairs {
 
   int64_t segments() const { return std::max<int64_t>(1, (vocabulary + kSegment - 1) / kSegment); }
 
+  // Where groups of at most kSharing rows begin that have one row of p, and where the last one ends.
+  std::vector<int64_t> sharing_p() const {
+    std::vector<int64_t> first{0};
+    for (int64_t begin = 0, end; begin < rows; begin = end) {
+      end = begin + 1;
+      while (end < rows && p_offsets[end] == p_offsets[begin]) ++end;
+      const int64_t groups = (end - begin + kSharing - 1) / kSharing;  // of like size, as threads take the same number
+      for (int64_t i = 1; i <= groups; ++i) first.push_back(begin + (end - begin) * i / groups);
+    }
+    return first;
+  }
+
  private:
   static Tensor unit_stride(const Tensor& x) {
     return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
@@ -346,13 +417,13 @@ struct RowPairs {
   }
 };
 
-// Calls work(row, segment) for every segment of every row, in parallel.
+// Calls work(i, segment) for every segment of `count` rows, or groups of them, in parallel.
 template <typename Work>
-void for_each_segment(const RowPairs& pairs, const Work& work) {
+void for_each_segment(const RowPairs& pairs, int64_t count, const Work& work) {
   const int64_t segments = pairs.segments();
   const int64_t shortest = std::max<int64_t>(1, std::min(pairs.vocabulary, kSegment));
   const int64_t grain = std::max<int64_t>(1, kSegment / shortest);
-  torch::stable::parallel_for(0, pairs.rows * segments, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count * segments, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) work(i / segments, i % segments);
   });
 }
@@ -371,11 +442,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   const int64_t segments = pairs.segments();
   std::vector<State> partial(pairs.rows * segments);
   const ForwardFn<T> segment_fn = choose_forward<T>();
-  for_each_segment(pairs, [&](int64_t row, int64_t segment) {
-    const int64_t begin = segment * kSegment;
-    const int64_t count = std::min(kSegment, pairs.vocabulary - begin);
-    partial[row * segments + segment] =
-        segment_fn(p + pairs.p_offsets[row] + begin, q + pairs.q_offsets[row] + begin, count, 1.0 / temperature);
+  const std::vector<int64_t> groups = pairs.sharing_p();
+  const int64_t count_of_groups = static_cast<int64_t>(groups.size()) - 1;
+  for_each_segment(pairs, count_of_groups, [&](int64_t group, int64_t segment) {
+    const int64_t begin = segment * kSegment, first = groups[group], rows = groups[group + 1] - first;
+    const T* q_rows[kSharing];
+    State* states[kSharing];
+    for (int64_t i = 0; i < rows; ++i) {
+      q_rows[i] = q + pairs.q_offsets[first + i] + begin;
+      states[i] = &partial[(first + i) * segments + segment];
+    }
+    segment_fn(p + pairs.p_offsets[first] + begin, q_rows, rows, std::min(kSegment, pairs.vocabulary - begin),
+               1.0 / temperature, states);
   });
 
   auto* kl_data = static_cast<Real<T>*>(kl.mutable_data_ptr());
@@ -418,7 +496,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   auto* to_q = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
 
   const BackwardFn<T> segment_fn = choose_backward<T>();
-  for_each_segment(pairs, [&](int64_t row, int64_t segment) {
+  for_each_segment(pairs, pairs.rows, [&](int64_t row, int64_t segment) {
     const int64_t begin = segment * kSegment;
     const int64_t count = std::min(kSegment, pairs.vocabulary - begin);
     const int64_t at = row * pairs.vocabulary + begin;
@@ -489,7 +567,10 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
     const int64_t n = pairs.vocabulary;
     State whole;
     for (int64_t i = 0; i < n; i += kSegment) {
-      whole.merge(forward_fn(p + i, q + i, std::min(kSegment, n - i), 1.0 / temperature));
+      State segment, *const to = &segment;
+      const T* const from = q + i;
+      forward_fn(p + i, &from, 1, std::min(kSegment, n - i), 1.0 / temperature, &to);
+      whole.merge(segment);
     }
     kl_data[row] = static_cast<R>(whole.divergence());
     T* to_p = grad_p_data ? grad_p_data + row * n : nullptr;
