@@ -294,10 +294,12 @@ def test_special_values(backend, dtype, vocabulary):
     assert not wrong, "\n".join(wrong)
     p, q = (torch.stack([row[i] for row in rows.values()]).to(backend.device) for i in (0, 1))
     check_forward(backend, p, q)  # together: nothing may go to a neighbour
-    # One row of p for all of q, but for those in whose least numbers its divergence would overflow.
-    q = torch.stack([q for name, (_, q, _) in rows.items() if not name.startswith("least")]).to(backend.device)
-    for name in ("q_zero", "p_zero", "one_hot_p", "nan_p_middle", "inf_p"):
-        check_forward(backend, rows[name][0].to(backend.device), q)
+    # One row against all, but for those in whose least numbers the divergence would overflow.
+    finite = [name for name in rows if not name.startswith("least")]
+    p, q = (torch.stack([rows[name][i] for name in finite]).to(backend.device) for i in (0, 1))
+    for name in ("p_zero", "q_zero", "one_hot_apart", "nan_p_middle", "inf_q"):
+        check_forward(backend, p[finite.index(name)], q)
+        check_forward(backend, p, q[finite.index(name)])
 
 
 def test_empty_vocabulary_is_the_neutral_state(backend):
@@ -412,18 +414,19 @@ def test_equal_bits_for_any_number_of_threads(host_backend, dtype, rows, vocabul
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("vocabulary", [31, 2048, 5001, 20000])
-def test_equal_bits_in_any_company(dtype, vocabulary):
-    """On the CPU, rows that share a row of p are computed together."""
-    rows = special_rows(vocabulary, dtype)
-    q = torch.cat([torch.stack([q for _, q, _ in rows.values()]), logits((7, vocabulary), dtype, seed=2)])
-    for name in ("q_zero", "p_zero", "nan_p_middle"):
-        p = rows[name][0]
-        alone = torch.stack([vtw.kl_state(p, x) for x in q])
-        for count in (1, 2, 8, 9, 27, len(q)):
-            assert bytes_of(vtw.kl_state(p, q[-count:])) == bytes_of(alone[-count:])
-        assert bytes_of(vtw.kl_state(p.repeat(len(q), 1), q)) == bytes_of(alone)
-        pairs = vtw.kl_state(torch.stack([p, q[0]])[:, None], q)  # two groups, one after the other
-        assert bytes_of(pairs[0]) == bytes_of(alone)
+@pytest.mark.parametrize("shared", ["p", "q"])
+def test_equal_bits_in_any_company(dtype, vocabulary, shared):
+    """On the CPU, pairs that share a row are computed together."""
+    state_of = vtw.kl_state if shared == "p" else lambda x, y: vtw.kl_state(y, x)
+    pairs = [(p, q) if shared == "p" else (q, p) for p, q, _ in special_rows(vocabulary, dtype).values()]
+    others = torch.cat([torch.stack([x for _, x in pairs]), logits((7, vocabulary), dtype, seed=2)])
+    for one, _ in pairs[:3]:
+        alone = torch.stack([state_of(one, x) for x in others])
+        for count in (1, 2, 8, 9, 27, len(others)):
+            assert bytes_of(state_of(one, others[-count:])) == bytes_of(alone[-count:])
+        assert bytes_of(state_of(one.repeat(len(others), 1), others)) == bytes_of(alone)
+        two = state_of(torch.stack([one, others[-1]])[:, None], others)  # one group after the other
+        assert bytes_of(two[0]) == bytes_of(alone)
 
 
 # --- gradients ------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlock = 2048;
 // A segment is one thread's piece of work: 2 to 3 microseconds.
 constexpr int64_t kSegment = 4 * kBlock;
-// How many rows of q one look at their row of p serves at most, where they share it: enough for its exponentials to
-// cost next to nothing, and few enough to leave work for every thread.
+// How many rows one look at a row that they all are compared with serves at most: enough for its exponentials to cost
+// next to nothing, and few enough to leave work for every thread.
 constexpr int64_t kSharing = 8;
 
 // KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py.
@@ -144,92 +144,124 @@ VTW_INLINE float block_max(const T* x, int64_t count) {
   return V::reduce_max(V::max(m.half[0], m.half[1]));
 }
 
-// A block of p that several rows of q share: e^(p - m_p) in the order in which add_shared_block takes it, and the sum.
+// Σ e^(x - m) of a block that several pairs share, and the exponentials in the order in which add_shared_block takes
+// them.
 template <int Bytes, typename T>
-VTW_INLINE double exponentials(const T* p, int64_t count, float m_p, float scale, float* e_p) {
+VTW_INLINE double exponentials(const T* x, int64_t count, float m, float scale, float* e) {
   using V = Simd<Bytes>;
   using F = typename V::F;
-  F z_p{}, none{};
+  m = m == -kInfinity ? 0.0f : m;
+  F z{}, none{};
   int64_t i = 0;
   for (; i + V::kStep <= count; i += V::kStep) {
-    auto ps = V::load(p + i);
+    auto xs = V::load(x + i);
     for (int h = 0; h < 2; ++h) {
-      ps.half[h] = V::exp2(ps.half[h] - m_p, scale);
-      z_p += ps.half[h];
+      xs.half[h] = V::exp2(xs.half[h] - m, scale);
+      z += xs.half[h];
     }
-    V::store(e_p + i, ps);
+    V::store(e + i, xs);
   }
   if (i < count) {
-    const auto ps = load_tail<Bytes>(p, i, count);
-    for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], ps.half[h], m_p, m_p, scale, z_p, none, none);
+    const auto xs = load_tail<Bytes>(x, i, count);
+    for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(xs.half[h], xs.half[h], m, m, scale, z, none, none);
   }
-  return V::reduce_add(z_p);
+  return V::reduce_add(z);
 }
 
-// add_block for one of them; the next one's logits are at `next`.
-template <int Bytes, typename T>
-VTW_INLINE void add_shared_block(const T* p, const float* e_p, const T* q, const T* next, int64_t count, float scale,
+// add_block for one of the pairs that share p or else q, whose sum of exponentials is known. The row of the next pair
+// is at `next`.
+template <int Bytes, bool of_p, typename T>
+VTW_INLINE void add_shared_block(const T* p, const T* q, const float* e_p, const T* next, int64_t count, float scale,
                                  Sums& sums) {
   using V = Simd<Bytes>;
   using F = typename V::F;
   const float m_p = sums.m_p == -kInfinity ? 0.0f : sums.m_p;
   const float m_q = sums.m_q == -kInfinity ? 0.0f : sums.m_q;
-  F none{}, a{}, z_q{};
+  F z_p{}, a{}, z_q{};
   int64_t i = 0;
   for (; i + V::kStep <= count; i += V::kStep) {
-    const auto ps = V::load(p + i), qs = V::load(q + i), weights = V::load(e_p + i);
+    const auto ps = V::load(p + i), qs = V::load(q + i);
+    typename V::Two known;
+    if (of_p) known = V::load(e_p + i);
     prefetch_step<Bytes>(next + i);
     for (int h = 0; h < 2; ++h) {
-      a += weights.half[h] * (ps.half[h] - qs.half[h]);
-      z_q += V::exp2(qs.half[h] - m_q, scale);
+      const F weight = of_p ? known.half[h] : V::exp2(ps.half[h] - m_p, scale);
+      a += weight * (ps.half[h] - qs.half[h]);
+      if (of_p) {
+        z_q += V::exp2(qs.half[h] - m_q, scale);
+      } else {
+        z_p += weight;
+      }
     }
   }
   if (i < count) {
     const auto ps = load_tail<Bytes>(p, i, count), qs = load_tail<Bytes>(q, i, count);
-    for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], qs.half[h], m_p, m_q, scale, none, a, z_q);
+    for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], qs.half[h], m_p, m_q, scale, z_p, a, z_q);
   }
   sums.a = V::reduce_add(a);
-  sums.z_q = V::reduce_add(z_q);
+  if (of_p) {
+    sums.z_q = V::reduce_add(z_q);
+  } else {
+    sums.z_p = V::reduce_add(z_p);
+  }
 }
 
-// The states of a segment of `rows` rows of q, each against the same row of p. Their bits are those that each would
-// have alone.
-template <int Bytes, typename T>
-VTW_INLINE void segment_states(const T* p, const T* const* q, int64_t rows, int64_t count, double inverse_temperature,
-                               State* const* states) {
+VTW_INLINE void add_block_to(State& state, const Sums& sums, double inverse_temperature) {
+  state.merge({sums.m_p * inverse_temperature, sums.z_p, sums.a * inverse_temperature, sums.m_q * inverse_temperature,
+               sums.z_q});
+}
+
+// The states of a segment of some pairs of rows, which all have the same p (or else the same q). Their bits are those
+// that each would have alone.
+template <int Bytes, bool of_p, typename T>
+VTW_INLINE void shared_segment_states(const T* const* p, const T* const* q, int64_t pairs, int64_t count,
+                                      double inverse_temperature, State* const* states) {
   const float scale = static_cast<float>(kLog2e * inverse_temperature);
-  alignas(64) float e_p[kBlock];
+  alignas(64) float e[kBlock];
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t length = std::min(kBlock, count - i);
-    const float m_p = block_max<Bytes>(p + i, length);
-    const bool shared = rows > 1;
-    const double z_p = shared ? exponentials<Bytes>(p + i, length, m_p == -kInfinity ? 0.0f : m_p, scale, e_p) : 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* block = q[row] + i;
-      Sums sums{m_p, block_max<Bytes>(block, length), z_p, 0, 0};
-      if (shared) {
-        const T* next = row + 1 < rows ? q[row + 1] + i : q[0] + i + kBlock;
-        add_shared_block<Bytes>(p + i, e_p, block, next, length, scale, sums);
-      } else {
-        add_block<Bytes, false>(p + i, block, length, scale, sums);
-      }
-      if (!std::isfinite(sums.a)) add_block<Bytes, true>(p + i, block, length, scale, sums);
-      states[row]->merge({sums.m_p * inverse_temperature, sums.z_p, sums.a * inverse_temperature,
-                          sums.m_q * inverse_temperature, sums.z_q});
+    const float m = block_max<Bytes>((of_p ? p : q)[0] + i, length);
+    const double z = exponentials<Bytes>((of_p ? p : q)[0] + i, length, m, scale, e);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const T *x = p[pair] + i, *y = q[pair] + i;
+      const float other = block_max<Bytes>(of_p ? y : x, length);
+      const T* next = pair + 1 < pairs ? (of_p ? q : p)[pair + 1] + i : (of_p ? q : p)[0] + i + kBlock;
+      Sums sums = of_p ? Sums{m, other, z, 0, 0} : Sums{other, m, 0, 0, z};
+      add_shared_block<Bytes, of_p>(x, y, e, next, length, scale, sums);
+      if (!std::isfinite(sums.a)) add_block<Bytes, true>(x, y, length, scale, sums);
+      add_block_to(*states[pair], sums, inverse_temperature);
     }
+  }
+}
+
+template <int Bytes, typename T>
+VTW_INLINE void segment_states(const T* const* p, const T* const* q, int64_t pairs, int64_t count,
+                               double inverse_temperature, State* const* states) {
+  if (pairs > 1 && p[0] == p[1]) {
+    return shared_segment_states<Bytes, true>(p, q, pairs, count, inverse_temperature, states);
+  }
+  if (pairs > 1) return shared_segment_states<Bytes, false>(p, q, pairs, count, inverse_temperature, states);
+  const float scale = static_cast<float>(kLog2e * inverse_temperature);
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const T *x = *p + i, *y = *q + i;
+    const int64_t length = std::min(kBlock, count - i);
+    Sums sums{block_max<Bytes>(x, length), block_max<Bytes>(y, length), 0, 0, 0};
+    add_block<Bytes, false>(x, y, length, scale, sums);
+    if (!std::isfinite(sums.a)) add_block<Bytes, true>(x, y, length, scale, sums);
+    add_block_to(**states, sums, inverse_temperature);
   }
 }
 
 // fp64 is for checks of gradients, not for speed.
 template <int Bytes>
-VTW_INLINE void segment_states(const double* p, const double* const* q, int64_t rows, int64_t count,
+VTW_INLINE void segment_states(const double* const* p, const double* const* q, int64_t pairs, int64_t count,
                                double inverse_temperature, State* const* states) {
-  for (int64_t i = 0; i < rows * count; ++i) {
-    const int64_t row = i / count, at = i % count;
-    const double x = p[at] * inverse_temperature, y = q[row][at] * inverse_temperature;
+  for (int64_t i = 0; i < pairs * count; ++i) {
+    const int64_t pair = i / count, at = i % count;
+    const double x = p[pair][at] * inverse_temperature, y = q[pair][at] * inverse_temperature;
     const double nan_p = x == -INFINITY ? 0 : x - x, nan_q = y == -INFINITY ? 0 : y - y;
     const double term = x == -INFINITY ? 0 : y == -INFINITY ? INFINITY : x - y;
-    states[row]->merge({x, (x == -INFINITY ? 0 : 1) + nan_p, term, y, (y == -INFINITY ? 0 : 1) + nan_q});
+    states[pair]->merge({x, (x == -INFINITY ? 0 : 1) + nan_p, term, y, (y == -INFINITY ? 0 : 1) + nan_q});
   }
 }
 
@@ -307,13 +339,13 @@ template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
-using ForwardFn = void (*)(const T*, const T* const*, int64_t, int64_t, double, State* const*);
+using ForwardFn = void (*)(const T* const*, const T* const*, int64_t, int64_t, double, State* const*);
 template <typename T>
 using BackwardFn = void (*)(const T*, const T*, int64_t, Slope<Real<T>>, T*, T*);
 
 template <typename T>
-void forward_default(const T* p, const T* const* q, int64_t rows, int64_t n, double c, State* const* states) {
-  segment_states<16>(p, q, rows, n, c, states);
+void forward_default(const T* const* p, const T* const* q, int64_t pairs, int64_t n, double c, State* const* states) {
+  segment_states<16>(p, q, pairs, n, c, states);
 }
 template <typename T>
 void backward_default(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
@@ -322,16 +354,18 @@ void backward_default(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* gr
 
 #if defined(__x86_64__)
 template <typename T>
-VTW_AVX2 void forward_avx2(const T* p, const T* const* q, int64_t rows, int64_t n, double c, State* const* states) {
-  segment_states<32>(p, q, rows, n, c, states);
+VTW_AVX2 void forward_avx2(const T* const* p, const T* const* q, int64_t pairs, int64_t n, double c,
+                           State* const* states) {
+  segment_states<32>(p, q, pairs, n, c, states);
 }
 template <typename T>
 VTW_AVX2 void backward_avx2(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
   segment_backward<32>(p, q, n, s, grad_p, grad_q);
 }
 template <typename T>
-VTW_AVX512 void forward_avx512(const T* p, const T* const* q, int64_t rows, int64_t n, double c, State* const* states) {
-  segment_states<64>(p, q, rows, n, c, states);
+VTW_AVX512 void forward_avx512(const T* const* p, const T* const* q, int64_t pairs, int64_t n, double c,
+                               State* const* states) {
+  segment_states<64>(p, q, pairs, n, c, states);
 }
 template <typename T>
 VTW_AVX512 void backward_avx512(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
@@ -381,12 +415,12 @@ struct RowPairs {
 
   int64_t segments() const { return std::max<int64_t>(1, (vocabulary + kSegment - 1) / kSegment); }
 
-  // Where groups of at most kSharing rows begin that have one row of p, and where the last one ends.
-  std::vector<int64_t> sharing_p() const {
+  // Where groups of at most kSharing pairs begin that have one row of p, or one of q, and where the last one ends.
+  std::vector<int64_t> sharing() const {
     std::vector<int64_t> first{0};
+    first.reserve(rows + 1);
     for (int64_t begin = 0, end; begin < rows; begin = end) {
-      end = begin + 1;
-      while (end < rows && p_offsets[end] == p_offsets[begin]) ++end;
+      end = std::max(end_of_run(p_offsets, begin), end_of_run(q_offsets, begin));
       const int64_t groups = (end - begin + kSharing - 1) / kSharing;  // of like size, as threads take the same number
       for (int64_t i = 1; i <= groups; ++i) first.push_back(begin + (end - begin) * i / groups);
     }
@@ -396,6 +430,11 @@ struct RowPairs {
  private:
   static Tensor unit_stride(const Tensor& x) {
     return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+  }
+
+  static int64_t end_of_run(const std::vector<int64_t>& offsets, int64_t begin) {
+    const auto differs = [&](int64_t offset) { return offset != offsets[begin]; };
+    return std::find_if(offsets.begin() + begin, offsets.end(), differs) - offsets.begin();
   }
 
   static int64_t size_at(const Tensor& x, int64_t d, int64_t rank) {
@@ -442,18 +481,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   const int64_t segments = pairs.segments();
   std::vector<State> partial(pairs.rows * segments);
   const ForwardFn<T> segment_fn = choose_forward<T>();
-  const std::vector<int64_t> groups = pairs.sharing_p();
-  const int64_t count_of_groups = static_cast<int64_t>(groups.size()) - 1;
-  for_each_segment(pairs, count_of_groups, [&](int64_t group, int64_t segment) {
-    const int64_t begin = segment * kSegment, first = groups[group], rows = groups[group + 1] - first;
-    const T* q_rows[kSharing];
+  const std::vector<int64_t> groups = pairs.sharing();
+  for_each_segment(pairs, static_cast<int64_t>(groups.size()) - 1, [&](int64_t group, int64_t segment) {
+    const int64_t begin = segment * kSegment, first = groups[group], count = groups[group + 1] - first;
+    const T *p_rows[kSharing], *q_rows[kSharing];
     State* states[kSharing];
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
+      p_rows[i] = p + pairs.p_offsets[first + i] + begin;
       q_rows[i] = q + pairs.q_offsets[first + i] + begin;
       states[i] = &partial[(first + i) * segments + segment];
     }
-    segment_fn(p + pairs.p_offsets[first] + begin, q_rows, rows, std::min(kSegment, pairs.vocabulary - begin),
-               1.0 / temperature, states);
+    segment_fn(p_rows, q_rows, count, std::min(kSegment, pairs.vocabulary - begin), 1.0 / temperature, states);
   });
 
   auto* kl_data = static_cast<Real<T>*>(kl.mutable_data_ptr());
@@ -567,9 +605,9 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
     const int64_t n = pairs.vocabulary;
     State whole;
     for (int64_t i = 0; i < n; i += kSegment) {
-      State segment, *const to = &segment;
-      const T* const from = q + i;
-      forward_fn(p + i, &from, 1, std::min(kSegment, n - i), 1.0 / temperature, &to);
+      State segment, *const state = &segment;
+      const T *const x = p + i, *const y = q + i;
+      forward_fn(&x, &y, 1, std::min(kSegment, n - i), 1.0 / temperature, &state);
       whole.merge(segment);
     }
     kl_data[row] = static_cast<R>(whole.divergence());
