@@ -201,6 +201,14 @@ inline void check_row_states(const char* argument, const Tensor& x, const std::v
               text("shape ", list_text(shape)), shape_text(x));
 }
 
+// The gradient of a state, or of the divergence itself; returns whether it is the latter.
+inline bool check_gradient(const Tensor& grad, std::vector<int64_t> state_shape, const Tensor& logits) {
+  const bool of_divergence = grad.dim() + 1 == static_cast<int64_t>(state_shape.size());
+  if (of_divergence) state_shape.pop_back();
+  check_row_states("grad", grad, state_shape, logits);
+  return of_divergence;
+}
+
 inline void check_scaled(const std::vector<Tensor>& tensors, const Tensor& factor) {
   const char* op = "scale_";
   VTW_REQUIRE(factor.dim() == 0, op, "factor", "a scalar", shape_text(factor));

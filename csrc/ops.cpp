@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
   m.def("kl_from_state(Tensor state) -> Tensor");
   m.def("kl_divergence_with_state(Tensor p_logits, Tensor q_logits, float temperature) -> (Tensor kl, Tensor state)");
   m.def(
-      "kl_divergence_backward(Tensor grad_state, Tensor p_logits, Tensor q_logits, Tensor state, float temperature, "
+      "kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor state, float temperature, "
       "bool need_p, bool need_q) -> (Tensor grad_p, Tensor grad_q)");
 
   // As a loss: the gradient is computed with the divergence, and the backward scales it.

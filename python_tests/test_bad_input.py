@@ -36,7 +36,7 @@ def valid_calls() -> dict[str, dict[str, Any]]:
     narrow = [x.narrow(d, 0, 4).clone() for x, d in zip(tensors, (1, 2, 2))]
     logits = dict(p_logits=torch.randn(2, 1, 7), q_logits=torch.randn(3, 7), temperature=1.0)
     state = torch.rand(2, 3, 5)
-    backward = dict(grad_state=state, state=state, need_p=True, need_q=True)
+    backward = dict(grad=state, state=state, need_p=True, need_q=True)
     weighted = dict(logits, weight=torch.rand(2, 3), temperature=1.0)
     weighted = {name: weighted[name] for name in ("p_logits", "q_logits", "weight", "temperature")}
     projections = dict(
@@ -250,8 +250,10 @@ BAD = {
         for value in (0.0, -0.0, -1.0, float("nan"), float("inf"), float("-inf"))
     },
     # what autograd hands to the backward
-    "slope_shape": Bad(BACKWARD, {"grad_state": zeros(3, 5)}, "grad_state", "[2, 3, 5]", "[3, 5]"),
-    "slope_dtype": Bad(BACKWARD, {"grad_state": zeros(2, 3, 5).double()}, "grad_state", "float32", "float64"),
+    "slope_shape": Bad(BACKWARD, {"grad": zeros(2, 3, 4)}, "grad", "[2, 3, 5]", "[2, 3, 4]"),
+    "slope_shape_of_divergence": Bad(BACKWARD, {"grad": zeros(3, 5)}, "grad", "[2, 3]", "[3, 5]"),
+    "slope_rank": Bad(BACKWARD, {"grad": zeros(3)}, "grad", "[2, 3, 5]", "[3]"),
+    "slope_dtype": Bad(BACKWARD, {"grad": zeros(2, 3, 5).double()}, "grad", "float32", "float64"),
     "state_shape": Bad(BACKWARD, {"state": zeros(2, 5)}, "state", "[2, 3, 5]", "[2, 5]"),
     "state_dtype_": Bad(BACKWARD, {"state": zeros(2, 3, 5).double()}, "state", "float32", "float64"),
     # the loss
@@ -322,7 +324,7 @@ def on_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
 
 def call(backend, op: str, arguments: dict[str, Any]):
     if op == "kl_divergence_backward":
-        names = ("grad_state", "p_logits", "q_logits", "state", "temperature", "need_p", "need_q")
+        names = ("grad", "p_logits", "q_logits", "state", "temperature", "need_p", "need_q")
         arguments = {name: arguments[name] for name in names}
     if op in LINEAR:  # the same for every backend
         return vtw.linear_kl_divergence(**arguments)

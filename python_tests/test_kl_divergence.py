@@ -453,9 +453,11 @@ def assert_grad(actual, expected, dtype):
     assert (error <= tolerance).all(), f"error {error.max()}, at most {(error / tolerance).max():.2f} of the tolerance"
 
 
-def gradients(backend, p, q, temperature=1.0, need_p=True, need_q=True):
-    """What autograd does: the slope of KL in its state, then the op."""
-    _, state = backend.kl_divergence_with_state(p, q, temperature)
+def gradients(backend, p, q, temperature=1.0, need_p=True, need_q=True, of_state=False):
+    """What autograd does: by the gradient of KL, or by its slope in the state."""
+    kl, state = backend.kl_divergence_with_state(p, q, temperature)
+    if not of_state:
+        return backend.kl_divergence_backward(torch.ones_like(kl), p, q, state, temperature, need_p, need_q)
     _, z_p, a, _, z_q = state.double().unbind(-1)
     zero = torch.zeros_like(z_p)
     slope = torch.stack((zero, -(a / z_p + 1) / z_p, 1 / z_p, zero, 1 / z_q), -1).to(state.dtype)
@@ -472,8 +474,13 @@ def test_backward(backend, dtype, rows, vocabulary, temperature):
     p = logits((rows, vocabulary), dtype, seed=0, device=backend.device)
     q = logits((rows, vocabulary), dtype, seed=1, device=backend.device)
     expected = grad_oracle(p, q, temperature)
-    for need_p, need_q in ((True, True), (True, False), (False, True)):
-        grad_p, grad_q = gradients(backend, p, q, temperature, need_p, need_q)
+    for need_p, need_q, of_state in (
+        (True, True, False),
+        (True, True, True),
+        (True, False, True),
+        (False, True, False),
+    ):
+        grad_p, grad_q = gradients(backend, p, q, temperature, need_p, need_q, of_state)
         for needed, actual, want in ((need_p, grad_p, expected[0]), (need_q, grad_q, expected[1])):
             assert actual.dtype == dtype
             if needed:
@@ -489,11 +496,12 @@ def test_backward_of_strided_and_broadcast_logits(backend, dtype):
     q = logits((2, 1, 202), dtype, seed=1, device=backend.device)[..., ::2]
     _, state = backend.kl_divergence_with_state(p, q, 1.0)
     grad = logits((2, 1, 5), state.dtype, 1.0, 2, backend.device).expand_as(state)
-    actual = backend.kl_divergence_backward(grad, p, q, state, 1.0, True, True)
     plain = [x.expand(2, 3, 101).contiguous() for x in (p, q)]
-    expected = backend.kl_divergence_backward(grad.contiguous(), *plain, state, 1.0, True, True)
-    for x, y in zip(actual, expected):
-        torch.testing.assert_close(x, y)
+    for slope in (grad, grad[..., 1]):  # of the state, of the divergence
+        actual = backend.kl_divergence_backward(slope, p, q, state, 1.0, True, True)
+        expected = backend.kl_divergence_backward(slope.contiguous(), *plain, state, 1.0, True, True)
+        for x, y in zip(actual, expected):
+            torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])

@@ -116,6 +116,7 @@ def samples() -> dict[str, list[tuple]]:
         "kl_divergence_backward": [
             (state(3), normal(3, 7), normal(3, 7, seed=1), state(3), 1.0, True, True),
             (state(3), normal(1, 7), normal(3, 7, seed=1), state(3), 0.5, True, False),
+            (normal(3), normal(1, 7), normal(3, 7, seed=1), state(3), 0.5, True, False),
             (state(3), normal(3, 7).half(), normal(7).half(), state(3), 0.5, False, True),
         ],
         "kl_divergence_with_gradients": [

@@ -75,14 +75,15 @@ KERNELS = {
         for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4))
     },
     **{
-        f"gradient_{dtype}": (
+        f"gradient{name}_{dtype}": (
             kl_divergence.gradient_kernel,
             logits(dtype, "state_ptr", "slope_ptr")
             | dict.fromkeys(("grad_p_ptr", "grad_q_ptr"), f"*{dtype}")
             | {"tiles": "i32"},
-            tile(vector),
+            tile(vector) | {"OF_DIVERGENCE": name == ""},
         )
         for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4))
+        for name in ("", "_of_state")
     },
     "scale": (
         kl_divergence.scale_kernel,

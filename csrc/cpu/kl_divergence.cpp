@@ -512,24 +512,26 @@ bool counts_for_nothing(const R* g) {
   return g[1] == 0 && g[2] == 0 && g[4] == 0;
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_logits, const Tensor& q_logits,
-                                    const Tensor& state, double temperature, bool need_p, bool need_q) {
+// The gradient of the state `s` of a row whose divergence has the gradient `weight`. The maxima get none: what the
+// divergence gains through them it loses through the exponentials that they scale.
+template <typename R>
+void weigh_row(const R* s, R weight, R* gradient) {
+  const R values[5] = {0, -weight / s[1] * (s[2] / s[1] + 1), weight / s[1], 0, weight / s[4]};
+  for (int i = 0; i < 5; ++i) gradient[i] = weight == 0 ? R(0) : values[i];
+}
+
+// Calls gradient_of(row, to) for the gradient of a row's state.
+template <typename T, typename GradientOf>
+std::tuple<Tensor, Tensor> backward(const RowPairs& pairs, const Real<T>* states, const GradientOf& gradient_of,
+                                    const Tensor& like, double temperature, bool need_p, bool need_q) {
   using R = Real<T>;
-  const RowPairs pairs(p_logits, q_logits);
   std::vector<int64_t> shape = pairs.shape;
-  shape.push_back(5);
-  check_row_states("state", state, shape, p_logits);
-  check_row_states("grad_state", grad_state, shape, p_logits);
-  shape.back() = pairs.vocabulary;
+  shape.push_back(pairs.vocabulary);
   const std::vector<int64_t> nothing{0};
-  Tensor grad_p = allocate(p_logits, need_p ? shape : nothing);
-  Tensor grad_q = allocate(q_logits, need_q ? shape : nothing);
-  const Tensor states = torch::stable::contiguous(state), slopes = torch::stable::contiguous(grad_state);
+  Tensor grad_p = allocate(like, need_p ? shape : nothing);
+  Tensor grad_q = allocate(like, need_q ? shape : nothing);
   const auto* p = static_cast<const T*>(pairs.p.const_data_ptr());
   const auto* q = static_cast<const T*>(pairs.q.const_data_ptr());
-  const auto* state_data = static_cast<const R*>(states.const_data_ptr());
-  const auto* slope_data = static_cast<const R*>(slopes.const_data_ptr());
   auto* to_p = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
   auto* to_q = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
 
@@ -538,27 +540,43 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
     const int64_t begin = segment * kSegment;
     const int64_t count = std::min(kSegment, pairs.vocabulary - begin);
     const int64_t at = row * pairs.vocabulary + begin;
-    if (counts_for_nothing(slope_data + row * 5)) {
+    R gradient[5];
+    gradient_of(row, gradient);
+    if (counts_for_nothing(gradient)) {
       if (to_p) std::fill_n(to_p + at, count, T(0));
       if (to_q) std::fill_n(to_q + at, count, T(0));
       return;
     }
-    const Slope<R> slope(state_data + row * 5, slope_data + row * 5, static_cast<R>(temperature));
+    const Slope<R> slope(states + row * 5, gradient, static_cast<R>(temperature));
     segment_fn(p + pairs.p_offsets[row] + begin, q + pairs.q_offsets[row] + begin, count, slope,
                to_p ? to_p + at : nullptr, to_q ? to_q + at : nullptr);
   });
   return {grad_p, grad_q};
 }
 
-// --- forward and backward at once ------------------------------------------------------------------------------------
-
-// The gradient of the state `s` of a row that weighs `weight` in the loss. The maxima get none: what the divergence
-// gains through them it loses through the exponentials that they scale.
-template <typename R>
-void weigh_row(const R* s, R weight, R* gradient) {
-  const R values[5] = {0, -weight / s[1] * (s[2] / s[1] + 1), weight / s[1], 0, weight / s[4]};
-  for (int i = 0; i < 5; ++i) gradient[i] = weight == 0 ? R(0) : values[i];
+template <typename T>
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& p_logits, const Tensor& q_logits,
+                                    const Tensor& state, double temperature, bool need_p, bool need_q) {
+  using R = Real<T>;
+  const RowPairs pairs(p_logits, q_logits);
+  std::vector<int64_t> shape = pairs.shape;
+  shape.push_back(5);
+  check_row_states("state", state, shape, p_logits);
+  const bool of_divergence = check_gradient(grad, shape, p_logits);
+  const Tensor states = torch::stable::contiguous(state), grads = torch::stable::contiguous(grad);
+  const auto* s = static_cast<const R*>(states.const_data_ptr());
+  const auto* g = static_cast<const R*>(grads.const_data_ptr());
+  const auto gradient_of = [&](int64_t row, R* to) {
+    if (of_divergence) {
+      weigh_row(s + row * 5, g[row], to);
+    } else {
+      std::copy_n(g + row * 5, 5, to);
+    }
+  };
+  return backward<T>(pairs, s, gradient_of, p_logits, temperature, need_p, need_q);
 }
+
+// --- forward and backward at once ------------------------------------------------------------------------------------
 
 // The divergence and the gradients of Σ weight·KL; without weights, of the mean. A thread takes whole rows, so that the
 // backward of a row finds it in the cache. Where there are fewer rows than threads, the caches have room for all of
@@ -578,11 +596,9 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
 
   if (!(need_p || need_q) || pairs.rows < torch::stable::get_num_threads()) {
     auto [kl, state] = forward<T>(p_logits, q_logits, temperature, type);
-    Tensor slopes = allocate(state, {state.sizes().begin(), state.sizes().end()});
-    const auto* from = static_cast<const R*>(state.const_data_ptr());
-    auto* to = static_cast<R*>(slopes.mutable_data_ptr());
-    for (int64_t row = 0; row < pairs.rows; ++row) weigh_row(from + row * 5, weight_of(row), to + row * 5);
-    auto [grad_p, grad_q] = backward<T>(slopes, p_logits, q_logits, state, temperature, need_p, need_q);
+    const auto* states = static_cast<const R*>(state.const_data_ptr());
+    const auto gradient_of = [&](int64_t row, R* to) { weigh_row(states + row * 5, weight_of(row), to); };
+    auto [grad_p, grad_q] = backward<T>(pairs, states, gradient_of, p_logits, temperature, need_p, need_q);
     return {kl, grad_p, grad_q};
   }
 
@@ -640,12 +656,11 @@ std::tuple<Tensor, Tensor> kl_divergence_with_state(const Tensor& p_logits, cons
   VTW_DISPATCH_LOGITS(dtype, Half, BFloat16, forward<T>(p_logits, q_logits, temperature, result_type));
 }
 
-std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, const Tensor& p_logits,
-                                                  const Tensor& q_logits, const Tensor& state, double temperature,
-                                                  bool need_p, bool need_q) {
+std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad, const Tensor& p_logits, const Tensor& q_logits,
+                                                  const Tensor& state, double temperature, bool need_p, bool need_q) {
   check_logits("kl_divergence_backward", p_logits, q_logits, temperature);
   VTW_DISPATCH_LOGITS(p_logits.scalar_type(), Half, BFloat16,
-                      backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
+                      backward<T>(grad, p_logits, q_logits, state, temperature, need_p, need_q));
 }
 
 std::tuple<Tensor, Tensor, Tensor> kl_divergence_with_gradients(const Tensor& p_logits, const Tensor& q_logits,

@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_logits, const Tensor& q_logits,
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& p_logits, const Tensor& q_logits,
                                     const Tensor& state, double temperature, bool need_p, bool need_q) {
   using R = kl::Real<T>;
   const OnDeviceOf on(p_logits);
@@ -110,11 +110,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_state, const Tensor& p_lo
   const auto pairs = pairs_of<T>("kl_divergence_backward", p_logits, q_logits, shape);
   shape.push_back(5);
   check_row_states("state", state, shape, p_logits);
-  check_row_states("grad_state", grad_state, shape, p_logits);
+  const bool of_divergence = check_gradient(grad, shape, p_logits);
   kl::Backward<T> b{pairs, kl::choose_grid<T>(pairs.rows, pairs.vocabulary, current_device(), false), temperature};
-  const Tensor states = torch::stable::contiguous(state), slopes = torch::stable::contiguous(grad_state);
+  const Tensor states = torch::stable::contiguous(state), grads = torch::stable::contiguous(grad);
   b.state = states_of<R>(states);
-  b.gradient = states_of<R>(slopes);
+  if (of_divergence) {
+    b.weights.each = static_cast<const R*>(grads.const_data_ptr());
+  } else {
+    b.gradient = states_of<R>(grads);
+  }
   shape.back() = pairs.vocabulary;
   const std::vector<int64_t> nothing{0};
   Tensor grad_p = allocate(p_logits, need_p ? shape : nothing);
@@ -177,12 +181,11 @@ std::tuple<Tensor, Tensor> kl_divergence_with_state(const Tensor& p_logits, cons
   VTW_DISPATCH_LOGITS(p_logits.scalar_type(), __half, __nv_bfloat16, forward<T>(p_logits, q_logits, temperature));
 }
 
-std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad_state, const Tensor& p_logits,
-                                                  const Tensor& q_logits, const Tensor& state, double temperature,
-                                                  bool need_p, bool need_q) {
+std::tuple<Tensor, Tensor> kl_divergence_backward(const Tensor& grad, const Tensor& p_logits, const Tensor& q_logits,
+                                                  const Tensor& state, double temperature, bool need_p, bool need_q) {
   check_logits("kl_divergence_backward", p_logits, q_logits, temperature);
   VTW_DISPATCH_LOGITS(p_logits.scalar_type(), __half, __nv_bfloat16,
-                      backward<T>(grad_state, p_logits, q_logits, state, temperature, need_p, need_q));
+                      backward<T>(grad, p_logits, q_logits, state, temperature, need_p, need_q));
 }
 
 std::tuple<Tensor, Tensor, Tensor> kl_divergence_with_gradients(const Tensor& p_logits, const Tensor& q_logits,

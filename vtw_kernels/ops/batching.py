@@ -32,12 +32,12 @@ def _with_state(info, in_dims, p_logits: Tensor, q_logits: Tensor, temperature: 
     return OPS.kl_divergence_with_state(*_batched_pair(p_logits, q_logits, *in_dims[:2]), temperature), (0, 0)
 
 
-def _backward(info, in_dims, grad_state, p_logits, q_logits, state, temperature, need_p, need_q):
+def _backward(info, in_dims, grad, p_logits, q_logits, state, temperature, need_p, need_q):
     grad_dim, p_dim, q_dim, state_dim = in_dims[:4]
     if p_dim is None and q_dim is None:  # many gradients of one result
         p_logits, p_dim = p_logits.expand(info.batch_size, *p_logits.shape), 0
     grads = OPS.kl_divergence_backward(
-        _batched(grad_state, grad_dim, info.batch_size),
+        _batched(grad, grad_dim, info.batch_size),
         *_batched_pair(p_logits, q_logits, p_dim, q_dim),
         _batched(state, state_dim, info.batch_size),
         *(temperature, need_p, need_q),

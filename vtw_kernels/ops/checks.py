@@ -256,10 +256,14 @@ def check_row_states(op: str, p_logits: Tensor, q_logits: Tensor, *last: int, **
         require(x.shape == (*rows, *last), op, argument, f"shape {[*rows, *last]}", f"shape {list(x.shape)}")
 
 
-def check_backward(grad_state: Tensor, p_logits: Tensor, q_logits: Tensor, state: Tensor, temperature: float) -> None:
+def check_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, state: Tensor, temperature: float) -> bool:
+    """Returns whether ``grad`` is that of the divergence, and not of its state."""
     op = "kl_divergence_backward"
     check_logits(op, p_logits, q_logits, temperature)
-    check_row_states(op, p_logits, q_logits, 5, state=state, grad_state=grad_state)
+    check_row_states(op, p_logits, q_logits, 5, state=state)
+    of_divergence = grad.dim() == state.dim() - 1
+    check_row_states(op, p_logits, q_logits, *([] if of_divergence else [5]), grad=grad)
+    return of_divergence
 
 
 def check_loss(op: str, p_logits: Tensor, q_logits: Tensor, weight: Tensor | None, temperature: float) -> None:

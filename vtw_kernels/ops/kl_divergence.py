@@ -86,8 +86,8 @@ def _from_state_fake(state: Tensor) -> Tensor:
     return state.new_empty(state.shape[:-1])
 
 
-def _backward_fake(grad_state, p_logits, q_logits, state, temperature, need_p, need_q):
-    check_backward(grad_state, p_logits, q_logits, state, temperature)
+def _backward_fake(grad, p_logits, q_logits, state, temperature, need_p, need_q):
+    check_backward(grad, p_logits, q_logits, state, temperature)
     shape = torch.broadcast_shapes(p_logits.shape, q_logits.shape)
     return p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
 
@@ -100,14 +100,14 @@ def _with_state_setup(ctx, inputs, output):
 
 def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None):
     p_logits, q_logits, state = ctx.saved_tensors
-    if grad_kl is not None:
-        through_kl = reference.grad_of_kl(state, grad_kl)
-        grad_state = through_kl if grad_state is None else grad_state + through_kl
-    if grad_state is None:
+    grad = grad_kl if grad_state is None else grad_state
+    if grad is None:
         return None, None, None
+    if grad_kl is not None and grad_state is not None:
+        grad = grad_state + reference.grad_of_kl(state, grad_kl)
     need_p, need_q = ctx.needs_input_grad[:2]
     grad_p, grad_q = torch.ops.vtw_kernels.kl_divergence_backward(
-        grad_state, p_logits, q_logits, state, ctx.temperature, need_p, need_q
+        grad, p_logits, q_logits, state, ctx.temperature, need_p, need_q
     )
     return (
         _sum_to(grad_p, p_logits) if need_p else None,

@@ -160,7 +160,7 @@ def kl_from_state(state: Tensor) -> Tensor:
 
 
 def kl_divergence_backward(
-    grad_state: Tensor,
+    grad: Tensor,
     p_logits: Tensor,
     q_logits: Tensor,
     state: Tensor,
@@ -168,10 +168,11 @@ def kl_divergence_backward(
     need_p: bool,
     need_q: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_backward(grad_state, p_logits, q_logits, state, temperature)
+    if check_backward(grad, p_logits, q_logits, state, temperature):
+        grad = grad_of_kl(state, grad)
     p, q = torch.broadcast_tensors(_scaled(p_logits, temperature), _scaled(q_logits, temperature))
     m_p, _, _, m_q, _ = state.unsqueeze(-2).unbind(-1)
-    _, g_zp, g_a, _, g_zq = grad_state.unsqueeze(-2).unbind(-1)
+    _, g_zp, g_a, _, g_zq = grad.unsqueeze(-2).unbind(-1)
     # A row that counts for nothing has no gradient, not even that of a NaN.
     counts = (g_zp != 0) | (g_a != 0) | (g_zq != 0)
     e_p = torch.where(p == -torch.inf, 0.0, (p - m_p).exp())
@@ -195,12 +196,9 @@ def grad_of_kl(state: Tensor, grad_kl: Tensor) -> Tensor:
     return torch.where((grad_kl == 0).unsqueeze(-1), 0.0, grad)
 
 
-def grad_of_loss(state: Tensor, weight: Tensor | None) -> Tensor:
-    """Gradient of ``Σ weight·KL``, or without weights of the mean, with respect to the states of its rows."""
-    if weight is None:
-        rows = state.shape[:-1]
-        weight = state.new_full(rows, 1 / max(1, rows.numel()))
-    return grad_of_kl(state, weight)
+def weights_of(kl: Tensor, weight: Tensor | None) -> Tensor:
+    """What rows weigh in a loss: ``weight``, or as much as in their mean."""
+    return kl.new_full(kl.shape, 1 / max(1, kl.numel())) if weight is None else weight
 
 
 def kl_divergence_with_gradients(
@@ -208,8 +206,8 @@ def kl_divergence_with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_loss("kl_divergence_with_gradients", p_logits, q_logits, weight, temperature)
     kl, state = kl_divergence_with_state(p_logits, q_logits, temperature)
-    slope = grad_of_loss(state, weight)
-    return kl, *kl_divergence_backward(slope, p_logits, q_logits, state, temperature, need_p, need_q)
+    grad = weights_of(kl, weight)
+    return kl, *kl_divergence_backward(grad, p_logits, q_logits, state, temperature, need_p, need_q)
 
 
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtw_kernels.ops.checks import check_backward, check_logits, check_loss, check_scaled, check_state, check_states
-from vtw_kernels.ops.reference import grad_of_loss
+from vtw_kernels.ops.reference import weights_of
 from vtw_kernels.triton.launch import launch
 
 # A tile is shared out to one lane per thread. A lane has its own maxima, so threads exchange nothing before the end of
@@ -228,9 +228,9 @@ def merge_kernel(parts_ptr, state_ptr, kl_ptr, parts, inverse_bits, MERGED: tl.c
 def gradient_kernel(
     p_ptr, q_ptr, grad_p_ptr, grad_q_ptr, state_ptr, slope_ptr,
     sizes, p_strides, q_strides, p_step, q_step, vocabulary, tiles, inverse_bits,
-    VECTOR: tl.constexpr, LANES: tl.constexpr, ENTRIES: tl.constexpr,
+    OF_DIVERGENCE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of a row, from the gradient of its state; with p and q divided by the temperature
+    """Of one tile of a row, from the gradient of its divergence or else its state; with p and q divided by the temperature
     dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
     """
     TILE: tl.constexpr = LANES * ENTRIES
@@ -253,9 +253,18 @@ def gradient_kernel(
     # The state's maxima are those of the scaled logits.
     m_p = tl.load(state_ptr + row * 5) / inverse
     m_q = tl.load(state_ptr + row * 5 + 3) / inverse
-    g_zp = tl.load(slope_ptr + row * 5 + 1) * inverse
-    g_a = tl.load(slope_ptr + row * 5 + 2) * inverse
-    g_zq = tl.load(slope_ptr + row * 5 + 4) * inverse
+    if OF_DIVERGENCE:
+        g = tl.load(slope_ptr + row)
+        z_p, z_q = tl.load(state_ptr + row * 5 + 1), tl.load(state_ptr + row * 5 + 4)
+        # The maxima get none: what the divergence gains through them it loses through the exponentials that they scale.
+        g_a = tl.where(g == 0, 0.0, g / z_p)
+        g_zp = tl.where(g == 0, 0.0, -g_a * (tl.load(state_ptr + row * 5 + 2) / z_p + 1))
+        g_zq = tl.where(g == 0, 0.0, g / z_q)
+    else:
+        g_zp = tl.load(slope_ptr + row * 5 + 1)
+        g_a = tl.load(slope_ptr + row * 5 + 2)
+        g_zq = tl.load(slope_ptr + row * 5 + 4)
+    g_zp, g_a, g_zq = g_zp * inverse, g_a * inverse, g_zq * inverse
     # A row that counts for nothing has no gradient, not even that of a NaN.
     counts = entries * 0 != tl.abs(g_zp) + tl.abs(g_a) + tl.abs(g_zq)
     p, q = tl.where(counts, p, -INF), tl.where(counts, q, -INF)
@@ -358,7 +367,7 @@ def kl_divergence_with_state(p_logits: Tensor, q_logits: Tensor, temperature: fl
 
 
 def kl_divergence_backward(
-    grad_state: Tensor,
+    grad: Tensor,
     p_logits: Tensor,
     q_logits: Tensor,
     state: Tensor,
@@ -366,15 +375,15 @@ def kl_divergence_backward(
     need_p: bool,
     need_q: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_backward(grad_state, p_logits, q_logits, state, temperature)
+    of_divergence = check_backward(grad, p_logits, q_logits, state, temperature)
     pairs, vocabulary = Pairs.of(p_logits, q_logits), p_logits.shape[-1]
     shape = (*pairs.shape, vocabulary)
     grad_p, grad_q = p_logits.new_empty(shape if need_p else 0), q_logits.new_empty(shape if need_q else 0)
     tiles = triton.cdiv(vocabulary, pairs.tile) if need_p or need_q else 0
     launch(
         gradient_kernel, pairs.shape.numel() * tiles, p_logits, p_logits, q_logits, grad_p if need_p else None,
-        grad_q if need_q else None, state.contiguous(), grad_state.contiguous(), *pairs.geometry,
-        vocabulary, tiles, inverse_bits(temperature), *pairs.options, num_warps=WARPS,
+        grad_q if need_q else None, state.contiguous(), grad.contiguous(), *pairs.geometry,
+        vocabulary, tiles, inverse_bits(temperature), of_divergence, *pairs.options, num_warps=WARPS,
     )  # fmt: skip
     return grad_p, grad_q
 
@@ -384,8 +393,8 @@ def kl_divergence_with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_loss("kl_divergence_with_gradients", p_logits, q_logits, weight, temperature)
     kl, state = kl_divergence_with_state(p_logits, q_logits, temperature)
-    slope = grad_of_loss(state, weight)
-    return kl, *kl_divergence_backward(slope, p_logits, q_logits, state, temperature, need_p, need_q)
+    grad = weights_of(kl, weight)
+    return kl, *kl_divergence_backward(grad, p_logits, q_logits, state, temperature, need_p, need_q)
 
 
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
