@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Case, Choice, Speed, check, clone, device_clock, name_of, observe, time_on_cuda
+from harness import Case, Choice, Speed, check, clone, device_clock, keep_freed_memory, name_of, observe, time_on_cuda
 
 import vtw_kernels
 from vtw_kernels.bench import DTYPES, MODELS, OPS, OURS, ROOF, Model, plot, report
@@ -21,6 +21,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("vtw_kernels")
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the benchmarks run")
     several = {"action": "append", "default": []}
+    group.addoption(
+        "--fresh-memory",
+        action="store_true",
+        help="on the CPU, leave glibc's malloc as it is, which returns large blocks to the system: peers are then timed "
+        "with the page faults of their results",
+    )
     group.addoption("--op", choices=OPS, help="these ops only; may be given several times", **several)
     group.addoption(
         "--model-shape", choices=list(MODELS), help="shapes of these models instead of the usual ones", **several
@@ -33,6 +39,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "op(name): what --op selects it by")
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device; leave it out for cpu")
+    if config.getoption("device") == "cpu" and not config.getoption("fresh_memory"):
+        keep_freed_memory()
 
 
 def choice_of(config) -> Choice:
@@ -164,6 +172,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["build"] = vtw_kernels.backend_info()["build"]
     for package in ("torch", "triton", "transformers", "liger_kernel"):
         machine_info[package] = version_of(package)
+    if device == "cpu":
+        machine_info["fresh_memory"] = config.getoption("fresh_memory")
     if device == "cuda":
         machine_info |= {"gpu": torch.cuda.get_device_name(), "driver": driver(), "cuda": torch.version.cuda}
     machine_info |= measured_speeds(device)
@@ -193,7 +203,9 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     device = config.getoption("device")
     machine = {"torch": torch.__version__, **measured_speeds(device)}
-    machine["gpu"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    memory = ", fresh memory" * config.getoption("fresh_memory")
+    on_cpu = f"CPU, {torch.get_num_threads()} threads{memory}"
+    machine["gpu"] = torch.cuda.get_device_name() if device == "cuda" else on_cpu
     run = {"machine_info": machine, "benchmarks": [bench.as_dict(include_data=False) for bench in measured]}
     text = report(run)
     terminalreporter.section("report", sep="-")

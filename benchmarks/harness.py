@@ -4,7 +4,9 @@ On the CPU these are plain calls. On CUDA they are calls inside a CUDA graph, ov
 whatever a call touches has left the L2 cache before the next call on the same copy.
 """
 
+import ctypes
 import math
+import platform
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -97,6 +99,19 @@ def traits(*, syncs: bool = False, rtol: float | None = None) -> Callable:
         return function
 
     return mark
+
+
+def keep_freed_memory() -> None:
+    """Has glibc give freed memory out again, however large the block, as jemalloc and tcmalloc do.
+
+    By itself it gives blocks of 32 MiB and more back to the system. Whoever allocates the next one then waits for as many
+    page faults, which take longer than most of what is measured here, and as long for every peer.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc = ctypes.CDLL(None)
+        if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1)):
+            raise OSError("mallopt: glibc refused; run with --fresh-memory")
 
 
 def clone(args: tuple) -> tuple:

@@ -53,6 +53,15 @@ def test_run(saved, run):
     assert machine["device"] == "cpu" and machine["torch"] == version("torch")
     assert min(*machine["bandwidth_gb_per_second"].values(), *machine["matmul_tflop_per_second"].values()) > 0
     assert "node" not in machine
+    assert machine["fresh_memory"] is False
+
+
+def test_fresh_memory(tmp_path):
+    chosen = ["--op", "kl_divergence", "--dtype", "bf16", "--json", "run.json"]
+    result = run_command(tmp_path, *chosen, *QUICK, "--fresh-memory", "-k", "against and vtw_kernels")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "threads, fresh memory; torch" in result.stdout
+    assert json.loads((tmp_path / "run.json").read_text())["machine_info"]["fresh_memory"] is True
 
 
 def test_what_is_reported_of_a_case(run):
