@@ -157,6 +157,53 @@ def training(choice: Choice) -> Iterator[Case]:
             yield Case(f"kl loss and gradient of q, {title}, {name}", peers, make, moved, rtol=rtol, grad=True)
 
 
+# A vocabulary in shards: the state of each, and the divergence from all of them.
+
+
+def state_by_hand(p: Tensor, q: Tensor) -> Tensor:
+    m_p, m_q = p.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
+    e_p, e_q = (p - m_p).exp(), (q - m_q).exp()
+    parts = m_p.squeeze(-1), e_p.sum(-1), (e_p * (p - q)).sum(-1), m_q.squeeze(-1), e_q.sum(-1)
+    return torch.stack(parts, dim=-1)
+
+
+def merged(states: list[Tensor]) -> Tensor:
+    return vtw.kl_from_state(vtw.merge_kl_states(states))
+
+
+def merged_by_hand(states: list[Tensor]) -> Tensor:
+    m_p, z_p, a, m_q, z_q = torch.stack(states).unbind(-1)
+    top_p, top_q = m_p.amax(0), m_q.amax(0)
+    weight = (m_p - top_p).exp()
+    z_p, a, z_q = (weight * z_p).sum(0), (weight * a).sum(0), ((m_q - top_q).exp() * z_q).sum(0)
+    return a / z_p - (top_p + z_p.log()) + (top_q + z_q.log())
+
+
+def beside(ours: Callable, by_hand: Callable) -> dict[str, Callable]:
+    return {OURS: ours, "eager": by_hand, "compiled eager": torch.compile(by_hand, dynamic=False)}
+
+
+def states(choice: Choice) -> Iterator[Case]:
+    """An eighth of the vocabulary: what each of eight ranks has."""
+    for vocab in vocabularies(choice) or [151_936]:
+        for rows in (1, 1024):
+            moved, make = 2 * rows * (vocab // 8) * 4, logits(rows, rows, vocab // 8, torch.float32, grad=False)
+            title = f"state of a shard, {rows} x {vocab // 8}, fp32"
+            yield Case(title, beside(vtw.kl_state, state_by_hand), make, moved, rtol=1e-3, reads=True)
+
+
+def merges(choice: Choice) -> Iterator[Case]:
+    for shards, rows in ((2, 128), (8, 128), (8, 8192)):
+
+        def make(device: str, shards=shards, rows=rows) -> tuple:
+            halves = (torch.randn(2, rows, 4096, device=device).unbind() for _ in range(shards))
+            return ([vtw.kl_state(p, q) for p, q in halves],)
+
+        moved = (shards * 5 + 1) * rows * 4
+        title = f"divergence from states, {shards} shards of {rows} rows"
+        yield Case(title, beside(merged, merged_by_hand), make, moved, rtol=1e-3)
+
+
 # KL of two projections: hidden states and weights in.
 
 
@@ -230,6 +277,18 @@ def test_forward_and_backward(measure, case, peer):
 @pytest.mark.op("kl_divergence_loss")
 @cases(training)
 def test_training(measure, case, peer):
+    measure(case, peer)
+
+
+@pytest.mark.op("kl_state")
+@cases(states)
+def test_state(measure, case, peer):
+    measure(case, peer)
+
+
+@pytest.mark.op("merge_kl_states")
+@cases(merges)
+def test_merge(measure, case, peer):
     measure(case, peer)
 
 

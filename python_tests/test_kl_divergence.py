@@ -429,6 +429,18 @@ def test_equal_bits_in_any_company(dtype, vocabulary, shared):
         assert bytes_of(two[0]) == bytes_of(alone)
 
 
+def test_equal_bits_of_many_rows(num_threads):
+    """Which threads share, of a merge too."""
+    shards = [vtw.kl_state(logits((700, 9), torch.float32, seed=i), logits((700, 9), torch.float32)) for i in range(3)]
+    num_threads(3)
+    merged = vtw.merge_kl_states(shards)
+    kl = vtw.kl_from_state(merged)
+    num_threads(1)
+    for rows in (slice(100), slice(100, 700)):
+        alone = vtw.merge_kl_states([x[rows] for x in shards])
+        assert bytes_of(alone) == bytes_of(merged[rows]) and bytes_of(vtw.kl_from_state(alone)) == bytes_of(kl[rows])
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ OPS = (
     "expand",
     "kl_divergence",
     "kl_divergence_loss",
+    "kl_state",
+    "merge_kl_states",
     "linear_kl_divergence",
     "withdraw",
     "search",

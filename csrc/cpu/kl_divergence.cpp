@@ -27,6 +27,8 @@ constexpr int64_t kSegment = 4 * kBlock;
 // How many rows one look at a row that they all are compared with serves at most: enough for its exponentials to cost
 // next to nothing, and few enough to leave work for every thread.
 constexpr int64_t kSharing = 8;
+// States that a thread merges, or finishes, at least: some 20 microseconds.
+constexpr int64_t kRows = 256;
 
 // KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py.
 struct State {
@@ -700,12 +702,16 @@ Tensor merge(const std::vector<Tensor>& states) {
   const std::vector<int64_t> shape(states[0].sizes().begin(), states[0].sizes().end());
   Tensor result = allocate(states[0], shape);
   auto* to = static_cast<R*>(result.mutable_data_ptr());
-  for (int64_t i = 0; i < result.numel(); i += 5) {
-    State whole;
-    for (const Tensor& part : parts) whole.merge(read_state(static_cast<const R*>(part.const_data_ptr()) + i));
-    const double values[5] = {whole.m_p, whole.z_p, whole.a, whole.m_q, whole.z_q};
-    std::copy_n(values, 5, to + i);
-  }
+  std::vector<const R*> from;
+  for (const Tensor& part : parts) from.push_back(static_cast<const R*>(part.const_data_ptr()));
+  torch::stable::parallel_for(0, result.numel() / 5, kRows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      State whole;
+      for (const R* part : from) whole.merge(read_state(part + row * 5));
+      const double values[5] = {whole.m_p, whole.z_p, whole.a, whole.m_q, whole.z_q};
+      std::copy_n(values, 5, to + row * 5);
+    }
+  });
   return result;
 }
 
@@ -722,7 +728,9 @@ Tensor from_state(const Tensor& state) {
   Tensor kl = allocate(state, shape);
   const auto* from = static_cast<const R*>(states.const_data_ptr());
   auto* to = static_cast<R*>(kl.mutable_data_ptr());
-  for (int64_t row = 0; row < kl.numel(); ++row) to[row] = static_cast<R>(read_state(from + row * 5).divergence());
+  torch::stable::parallel_for(0, kl.numel(), kRows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) to[row] = static_cast<R>(read_state(from + row * 5).divergence());
+  });
   return kl;
 }
 
