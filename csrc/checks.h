@@ -153,15 +153,15 @@ inline void check_paged(const std::vector<Tensor>& caches, const Tensor& block_t
   VTW_REQUIRE(layout == "NHD" || layout == "HND", op, "layout", "NHD or HND", layout);
   const int64_t slots = layout == "NHD" ? 1 : 2;
   for (size_t i = 0; i < caches.size(); ++i) {
-    const std::string argument = text("caches[", i, "]");
-    VTW_REQUIRE(caches[i].dim() == 4, op, argument, text("4 dimensions in the order ", layout, " behind the pages"),
+    const auto argument = [&] { return text("caches[", i, "]"); };
+    VTW_REQUIRE(caches[i].dim() == 4, op, argument(), text("4 dimensions in the order ", layout, " behind the pages"),
                 shape_text(caches[i]));
     const bool same = caches[i].size(0) == caches[0].size(0) && caches[i].size(slots) == caches[0].size(slots);
-    VTW_REQUIRE(same, op, argument,
+    VTW_REQUIRE(same, op, argument(),
                 text("the ", caches[0].size(0), " pages of ", caches[0].size(slots), " slots of caches[0]"),
                 shape_text(caches[i]));
-    VTW_REQUIRE(caches[i].size(slots) > 0, op, argument, "pages of at least 1 slot", shape_text(caches[i]));
-    VTW_REQUIRE(caches[i].device() == keep.device(), op, argument, "the device of keep", "another one");
+    VTW_REQUIRE(caches[i].size(slots) > 0, op, argument(), "pages of at least 1 slot", shape_text(caches[i]));
+    VTW_REQUIRE(caches[i].device() == keep.device(), op, argument(), "the device of keep", "another one");
   }
 }
 
@@ -214,15 +214,15 @@ inline void check_scaled(const std::vector<Tensor>& tensors, const Tensor& facto
   VTW_REQUIRE(factor.dim() == 0, op, "factor", "a scalar", shape_text(factor));
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& x = tensors[i];
-    const std::string argument = text("tensors[", i, "]");
+    const auto argument = [&] { return text("tensors[", i, "]"); };
     const auto dtype = x.scalar_type(), of_factor = factor.scalar_type();
     const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-    VTW_REQUIRE(half || dtype == ScalarType::Float || dtype == ScalarType::Double, op, argument,
+    VTW_REQUIRE(half || dtype == ScalarType::Float || dtype == ScalarType::Double, op, argument(),
                 "a dtype of fp32, fp16, bf16 or fp64", dtype_name(dtype));
     VTW_REQUIRE(of_factor == real_type(dtype), op, "factor", text("dtype ", dtype_name(real_type(dtype))),
                 dtype_name(of_factor));
-    VTW_REQUIRE(x.device() == factor.device(), op, argument, "the device of factor", "another one");
-    VTW_REQUIRE(x.is_contiguous(), op, argument, "contiguous memory", shape_text(x));
+    VTW_REQUIRE(x.device() == factor.device(), op, argument(), "the device of factor", "another one");
+    VTW_REQUIRE(x.is_contiguous(), op, argument(), "contiguous memory", shape_text(x));
   }
 }
 

@@ -465,6 +465,25 @@ def assert_grad(actual, expected, dtype):
     assert (error <= tolerance).all(), f"error {error.max()}, at most {(error / tolerance).max():.2f} of the tolerance"
 
 
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)])
+def test_cpu_backward_around_the_caches(needs):
+    """Gradients of more than 10 MiB, whose rows begin anywhere in a vector, have the bits of each row's alone."""
+    p, q = logits((301, 10_007), torch.float32, seed=0), logits((301, 10_007), torch.float32, seed=1)
+    p[3, :5000], q[4, 7::2], p[5] = -INF, -INF, 1e4
+    ops = torch.ops.vtw_kernels
+    kl, state = ops.kl_divergence_with_state(p, q, 0.7)
+    weight = logits((301,), torch.float32, seed=2)
+    for whole in (
+        ops.kl_divergence_backward(weight, p, q, state, 0.7, *needs),
+        ops.kl_divergence_with_gradients(p, q, weight, 0.7, *needs)[1:],
+    ):
+        for row in range(301):
+            one = slice(row, row + 1)
+            alone = ops.kl_divergence_backward(weight[one], p[one], q[one], state[one], 0.7, *needs)
+            for all_rows, own, needed in zip(whole, alone, needs):
+                assert not needed or bytes_of(all_rows[one]) == bytes_of(own), row
+
+
 def gradients(backend, p, q, temperature=1.0, need_p=True, need_q=True, of_state=False):
     """What autograd does: by the gradient of KL, or by its slope in the state."""
     kl, state = backend.kl_divergence_with_state(p, q, temperature)

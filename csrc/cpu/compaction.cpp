@@ -9,10 +9,6 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -24,17 +20,16 @@
 namespace vtw {
 namespace {
 
-// A task moves about this much: enough to hide the cost of starting it, little enough to share out evenly.
+// A task moves at least this much, to hide the cost of starting it,
 constexpr int64_t kTaskBytes = 32 * 1024;
+// and there are about so many for each thread, to share them out evenly.
+constexpr int64_t kTasksPerThread = 16;
 // In place, a task is a whole lane, and one with more bytes than this is split by columns, which costs locality,
 constexpr int64_t kLaneBytes = 128 * 1024;
 // and not into strips narrower than this.
 constexpr int64_t kStripBytes = 2 * 1024;
 // Below this many bytes in all, waking a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 64 * 1024;
-// An op that moves more than this writes around the caches: little of it would still be there when it is next read, and
-// a store that goes through a cache first reads the line that it overwrites. Up to twice as fast where it applies.
-constexpr int64_t kStreamBytes = 10 * 1024 * 1024;
 // How far ahead of a long run that is streamed its source is fetched.
 constexpr int64_t kAheadBytes = 4 * 1024;
 
@@ -61,76 +56,73 @@ struct Source {
   int32_t at(int64_t b, int64_t j) const { return data[b * batch_stride + j * row_stride]; }
 };
 
-// One ascending run of rows per sequence, padding on one side, every row below `limit`.
-template <typename LimitOf>
-void check_rows(Op which, const Source& source, int64_t limit, const LimitOf& limit_of) {
-  const char* op = op_name(which);
+// Runs are as long as they can be, those of padding too.
+Runs compact_runs(const Source& source) {
+  Runs runs(source.batch);
   for (int64_t b = 0; b < source.batch; ++b) {
+    for (int64_t j = 0; j < source.rows;) {
+      const int64_t row = source.at(b, j), step = row < 0 ? 0 : 1;
+      int64_t count = 1;
+      while (j + count < source.rows && source.at(b, j + count) == row + count * step) ++count;
+      runs[b].push_back({row, j, count});
+      j += count;
+    }
+  }
+  return runs;
+}
+
+// The rows of a sequence ascend, with padding on one side, and lie below `limit`.
+template <typename LimitOf>
+void check_runs(Op which, const Runs& runs, int64_t limit, const LimitOf& limit_of) {
+  const char* op = op_name(which);
+  for (const auto& sequence : runs) {
     int64_t previous = -1;
     bool padding_after = false;
-    for (int64_t j = 0; j < source.rows; ++j) {
-      const int64_t row = source.at(b, j);
-      VTW_REQUIRE(row >= -1, op, "source", "rows, or -1 for padding", text(row));
-      VTW_REQUIRE(row < limit, op, "source", text("rows below ", limit, " of ", limit_of()), text(row));
-      if (row < 0) {
-        padding_after = padding_after || previous >= 0;
+    for (const Run& run : sequence) {
+      VTW_REQUIRE(run.from >= -1, op, "source", "rows, or -1 for padding", text(run.from));
+      if (run.from < 0) {
+        padding_after = previous >= 0;
         continue;
       }
-      VTW_REQUIRE(row > previous && !padding_after, op, "source", "ascending rows with padding on one side",
+      const int64_t last = run.from + run.count - 1;
+      VTW_REQUIRE(last < limit, op, "source", text("rows below ", limit, " of ", limit_of()),
+                  text(std::max(run.from, limit)));
+      VTW_REQUIRE(run.from > previous && !padding_after, op, "source", "ascending rows with padding on one side",
                   "another order");
-      const bool padding_before = previous < 0 && j > 0;
+      const bool padding_before = previous < 0 && run.to > 0;
       VTW_REQUIRE(!(padding_before && which == Op::kCompactInPlace), op, "source", "a right-padded plan",
                   "a left-padded one");
-      previous = row;
+      previous = last;
     }
   }
 }
 
 // The same for a list: what fits the shortest of its tensors fits all.
-void check_rows(Op which, const Source& source, const std::vector<Tensor>& tensors,
-                const std::vector<TokenDims>& dims) {
+void check_runs(Op which, const Runs& runs, const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims) {
   size_t shortest = 0;
   for (size_t i = 1; i < tensors.size(); ++i) {
     if (tensors[i].size(dims[i].token) < tensors[shortest].size(dims[shortest].token)) shortest = i;
   }
   if (tensors.empty()) return;
-  check_rows(which, source, tensors[shortest].size(dims[shortest].token),
+  check_runs(which, runs, tensors[shortest].size(dims[shortest].token),
              [&] { return text("tensors[", shortest, "]"); });
 }
 
-void append(std::vector<Run>& runs, int64_t from, int64_t to, int64_t count) {
-  if (count == 0) return;
-  if (!runs.empty()) {
-    Run& last = runs.back();
-    const bool continues = from < 0 ? last.from < 0 : last.from >= 0 && last.from + last.count == from;
-    if (continues) {
-      last.count += count;
-      return;
-    }
-  }
-  runs.push_back({from, to, count});
-}
-
-Runs compact_runs(const Source& source) {
-  Runs runs(source.batch);
-  for (int64_t b = 0; b < source.batch; ++b) {
-    for (int64_t j = 0; j < source.rows; ++j) append(runs[b], source.at(b, j), j, 1);
-  }
-  return runs;
-}
-
-Runs expand_runs(const Source& source, int64_t length) {
-  Runs runs(source.batch);
-  for (int64_t b = 0; b < source.batch; ++b) {
+// The way back of checked runs, with zero rows wherever none comes from.
+Runs expand_runs(const Runs& compacted, int64_t length) {
+  Runs runs(compacted.size());
+  for (size_t b = 0; b < runs.size(); ++b) {
     int64_t next = 0;
-    for (int64_t j = 0; j < source.rows; ++j) {
-      const int64_t row = source.at(b, j);
-      if (row < 0) continue;
-      append(runs[b], -1, next, row - next);
-      append(runs[b], j, row, 1);
-      next = row + 1;
+    const auto clear_until = [&](int64_t row) {
+      if (next < row) runs[b].push_back({-1, next, row - next});
+    };
+    for (const Run& run : compacted[b]) {
+      if (run.from < 0) continue;
+      clear_until(run.from);
+      runs[b].push_back({run.to, run.from, run.count});
+      next = run.from + run.count;
     }
-    append(runs[b], -1, next, length - next);
+    clear_until(length);
   }
   return runs;
 }
@@ -173,27 +165,18 @@ void copy(char* to, const char* from, int64_t bytes, int64_t ahead) {
   copy_by<16>(to, from, bytes, ahead);
 }
 
-// The same with stores that bypass the caches.
+// The same around the caches.
 void stream(char* to, const char* from, int64_t bytes, int64_t ahead) {
-#if defined(__SSE2__)
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
-  std::memmove(to, from, head);
-  int64_t i = head;
+  using V = Simd<16>;
+  const auto load = [&](int64_t at) { return V::read<V::F>(from + at); };
+  int64_t i = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
+  std::memmove(to, from, i);
   for (; i + 64 <= bytes; i += 64) {
     __builtin_prefetch(from + ahead + i, 0, 2);
-    const auto* source = reinterpret_cast<const __m128i*>(from + i);
-    auto* target = reinterpret_cast<__m128i*>(to + i);
-    const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
-    const __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
-    _mm_stream_si128(target, a);
-    _mm_stream_si128(target + 1, b);
-    _mm_stream_si128(target + 2, c);
-    _mm_stream_si128(target + 3, d);
+    const V::F a = load(i), b = load(i + 16), c = load(i + 32), d = load(i + 48);
+    V::stream(to + i, a), V::stream(to + i + 16, b), V::stream(to + i + 32, c), V::stream(to + i + 48, d);
   }
   std::memmove(to + i, from + i, bytes - i);
-#else
-  copy(to, from, bytes, ahead);
-#endif
 }
 
 // Rows go forward, and in place `to` never lies above `from`: a row is read before anything is written over it. A run
@@ -236,9 +219,7 @@ void for_each_task(const std::vector<int64_t>& counts, int64_t bytes, const Task
       while (i >= ends[tensor]) ++tensor;
       task(tensor, i - (tensor == 0 ? 0 : ends[tensor - 1]));
     }
-#if defined(__SSE2__)
-    _mm_sfence();  // streaming stores become visible to the thread that reads the result next
-#endif
+    finish_streams();
   });
 }
 
@@ -256,11 +237,12 @@ void move_lanes(const std::vector<Lanes>& lanes, const Runs& runs, int64_t first
   counts.reserve(lanes.size());
   int64_t bytes = 0;
   const int64_t batch = static_cast<int64_t>(runs.size()), rows = last - first;
+  for (const Lanes& view : lanes) bytes += batch * view.count * rows * view.block;
+  const int64_t task_bytes = std::max(kTaskBytes, bytes / (kTasksPerThread * torch::stable::get_num_threads()));
   for (const Lanes& view : lanes) {
-    const int64_t chunk = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, view.block));
+    const int64_t chunk = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, view.block));
     rows_per_task.push_back(chunk);
     counts.push_back(batch * view.count * ((rows + chunk - 1) / chunk));
-    bytes += batch * view.count * rows * view.block;
   }
 
   const bool streams = bytes > kStreamBytes;
@@ -344,29 +326,28 @@ std::tuple<Tensor, Tensor> plan_compaction(const Tensor& keep, int64_t length, b
 std::vector<Tensor> compact(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
                             const std::vector<int64_t>& batch_dims, const Tensor& source) {
   const auto dims = check_tensors(Op::kCompact, tensors, token_dims, batch_dims, source);
-  const Source rows(source);
-  check_rows(Op::kCompact, rows, tensors, dims);
-  return gather(tensors, dims, compact_runs(rows), rows.rows);
+  const Runs runs = compact_runs(Source(source));
+  check_runs(Op::kCompact, runs, tensors, dims);
+  return gather(tensors, dims, runs, source.size(1));
 }
 
 std::vector<Tensor> expand(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
                            const std::vector<int64_t>& batch_dims, const Tensor& source, int64_t length) {
   const auto dims = check_tensors(Op::kExpand, tensors, token_dims, batch_dims, source);
   VTW_REQUIRE(length >= 0, "expand", "length", "a number of rows", text(length));
-  const Source rows(source);
-  check_rows(Op::kExpand, rows, length, [] { return "length"; });
-  return gather(tensors, dims, expand_runs(rows, length), length);
+  const Runs compacted = compact_runs(Source(source));
+  check_runs(Op::kExpand, compacted, length, [] { return "length"; });
+  return gather(tensors, dims, expand_runs(compacted, length), length);
 }
 
 void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
               const std::vector<int64_t>& batch_dims, const Tensor& source) {
   const auto dims = check_tensors(Op::kCompactInPlace, tensors, token_dims, batch_dims, source);
-  const Source rows(source);
-  check_rows(Op::kCompactInPlace, rows, tensors, dims);
+  Runs runs = compact_runs(Source(source));
+  check_runs(Op::kCompactInPlace, runs, tensors, dims);
   check_disjoint("compact_", "tensors", tensors);
 
   // What already stands in its place (all before the first dropped row) and padding are not runs to move.
-  Runs runs = compact_runs(rows);
   int64_t first = INT64_MAX, last = 0;
   bool apart = true;
   for (auto& sequence : runs) {
@@ -391,6 +372,7 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
   // Else a lane is moved by one thread, from its first row to its last, because its rows overwrite one another. Lanes,
   // and column tiles of one lane, share no bytes.
   std::vector<int64_t> counts, tile_bytes;
+  const int64_t batch = static_cast<int64_t>(runs.size());
   int64_t bytes = 0;
   counts.reserve(lanes.size());
   tile_bytes.reserve(lanes.size());
@@ -398,8 +380,8 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
     const int64_t lane_bytes = (last - first) * view.block;
     const int64_t tiles = std::min(view.block / kStripBytes, (lane_bytes + kLaneBytes - 1) / kLaneBytes);
     tile_bytes.push_back(tiles > 1 ? (view.block / tiles + 63) / 64 * 64 : view.block);
-    counts.push_back(rows.batch * view.count * ((view.block + tile_bytes.back() - 1) / tile_bytes.back()));
-    bytes += rows.batch * view.count * lane_bytes;
+    counts.push_back(batch * view.count * ((view.block + tile_bytes.back() - 1) / tile_bytes.back()));
+    bytes += batch * view.count * lane_bytes;
   }
 
   const bool streams = bytes > kStreamBytes;
@@ -452,6 +434,7 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
   const auto* lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   const Source table(block_table);  // the same shape of thing: int32 [B, ...] of any strides
   const auto* kept = static_cast<const uint8_t*>(keep.const_data_ptr());
+  const int64_t keep_batch = keep.stride(0), keep_token = keep.stride(1);
 
   Tensor lengths = allocate(seq_lens, {batch});
   auto* new_lens = static_cast<int32_t*>(lengths.mutable_data_ptr());
@@ -476,9 +459,10 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
     std::vector<Run> runs;
     int64_t count = 0;
     for (int64_t t = 0; t < tokens; ++t) {
-      if (!kept[b * keep.stride(0) + t * keep.stride(1)]) continue;
-      if (t != count) append(runs, t, count, 1), ++rows;
-      ++count;
+      const int64_t start = t;
+      while (t < tokens && kept[b * keep_batch + t * keep_token]) ++t;
+      if (start < t && start != count) runs.push_back({start, count, t - start}), rows += t - start;
+      count += t - start;
     }
     new_lens[b] = static_cast<int32_t>(count);
     if (!caches.empty()) moves[b] = paged_runs(runs, page_size, [&](int64_t column) { return table.at(b, column); });

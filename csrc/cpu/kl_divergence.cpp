@@ -284,8 +284,21 @@ struct Slope {
 };
 
 template <int Bytes, typename T>
+VTW_INLINE void write_step(T* to, typename Simd<Bytes>::Two x, bool around_caches) {
+  using V = Simd<Bytes>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (around_caches) {
+      V::stream(to, x.half[0]);
+      V::stream(to + V::kLanes, x.half[1]);
+      return;
+    }
+  }
+  V::store(to, x);
+}
+
+template <int Bytes, typename T>
 VTW_INLINE void backward_step(typename Simd<Bytes>::Two p, typename Simd<Bytes>::Two q, const Slope<float>& s,
-                              T* grad_p, T* grad_q) {
+                              T* grad_p, T* grad_q, bool around_caches) {
   using V = Simd<Bytes>;
   using F = typename V::F;
   const F none = V::splat(-kInfinity), zero = V::splat(0.0f);
@@ -302,30 +315,41 @@ VTW_INLINE void backward_step(typename Simd<Bytes>::Two p, typename Simd<Bytes>:
       to_q.half[h] = s.to_q * e_q - s.to_p * e_p;
     }
   }
-  if (grad_p) V::store(grad_p, to_p);
-  if (grad_q) V::store(grad_q, to_q);
+  if (grad_p) write_step<Bytes>(grad_p, to_p, around_caches);
+  if (grad_q) write_step<Bytes>(grad_q, to_q, around_caches);
+}
+
+// Fewer pairs than a step has.
+template <int Bytes, typename T>
+VTW_INLINE void backward_part(const T* p, const T* q, int64_t begin, int64_t end, const Slope<float>& slope, T* grad_p,
+                              T* grad_q) {
+  T part_p[Simd<Bytes>::kStep], part_q[Simd<Bytes>::kStep];
+  backward_step<Bytes>(load_tail<Bytes>(p, begin, end), load_tail<Bytes>(q, begin, end), slope,
+                       grad_p ? part_p : nullptr, grad_q ? part_q : nullptr, false);
+  if (grad_p) std::copy_n(part_p, end - begin, grad_p + begin);
+  if (grad_q) std::copy_n(part_q, end - begin, grad_q + begin);
 }
 
 template <int Bytes, typename T>
-VTW_INLINE void segment_backward(const T* p, const T* q, int64_t count, Slope<float> slope, T* grad_p, T* grad_q) {
+VTW_INLINE void segment_backward(const T* p, const T* q, int64_t count, Slope<float> slope, T* grad_p, T* grad_q,
+                                 bool around_caches) {
   using V = Simd<Bytes>;
   int64_t i = 0;
+  if (around_caches) {  // from the first whole vector on
+    const auto misplaced = reinterpret_cast<uintptr_t>(grad_p ? grad_p : grad_q) % Bytes / sizeof(T);
+    if (misplaced) i = std::min<int64_t>(count, Bytes / sizeof(T) - misplaced);
+    if (misplaced) backward_part<Bytes>(p, q, 0, i, slope, grad_p, grad_q);
+  }
   for (; i + V::kStep <= count; i += V::kStep) {
     backward_step<Bytes>(V::load(p + i), V::load(q + i), slope, grad_p ? grad_p + i : nullptr,
-                         grad_q ? grad_q + i : nullptr);
+                         grad_q ? grad_q + i : nullptr, around_caches);
   }
-  if (i < count) {
-    T tail_p[V::kStep], tail_q[V::kStep];
-    backward_step<Bytes>(load_tail<Bytes>(p, i, count), load_tail<Bytes>(q, i, count), slope, grad_p ? tail_p : nullptr,
-                         grad_q ? tail_q : nullptr);
-    if (grad_p) std::copy_n(tail_p, count - i, grad_p + i);
-    if (grad_q) std::copy_n(tail_q, count - i, grad_q + i);
-  }
+  if (i < count) backward_part<Bytes>(p, q, i, count, slope, grad_p, grad_q);
 }
 
 template <int Bytes>
 VTW_INLINE void segment_backward(const double* p, const double* q, int64_t count, Slope<double> s, double* grad_p,
-                                 double* grad_q) {
+                                 double* grad_q, bool) {
   for (int64_t i = 0; i < count; ++i) {
     const double scale = s.inverse_temperature;
     const double e_p = p[i] == -INFINITY ? 0 : std::exp((p[i] - s.m_p) * scale);
@@ -343,15 +367,15 @@ using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 using ForwardFn = void (*)(const T* const*, const T* const*, int64_t, int64_t, double, State* const*);
 template <typename T>
-using BackwardFn = void (*)(const T*, const T*, int64_t, Slope<Real<T>>, T*, T*);
+using BackwardFn = void (*)(const T*, const T*, int64_t, Slope<Real<T>>, T*, T*, bool);
 
 template <typename T>
 void forward_default(const T* const* p, const T* const* q, int64_t pairs, int64_t n, double c, State* const* states) {
   segment_states<16>(p, q, pairs, n, c, states);
 }
 template <typename T>
-void backward_default(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
-  segment_backward<16>(p, q, n, s, grad_p, grad_q);
+void backward_default(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q, bool around) {
+  segment_backward<16>(p, q, n, s, grad_p, grad_q, around);
 }
 
 #if defined(__x86_64__)
@@ -361,8 +385,8 @@ VTW_AVX2 void forward_avx2(const T* const* p, const T* const* q, int64_t pairs, 
   segment_states<32>(p, q, pairs, n, c, states);
 }
 template <typename T>
-VTW_AVX2 void backward_avx2(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
-  segment_backward<32>(p, q, n, s, grad_p, grad_q);
+VTW_AVX2 void backward_avx2(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q, bool around) {
+  segment_backward<32>(p, q, n, s, grad_p, grad_q, around);
 }
 template <typename T>
 VTW_AVX512 void forward_avx512(const T* const* p, const T* const* q, int64_t pairs, int64_t n, double c,
@@ -370,8 +394,9 @@ VTW_AVX512 void forward_avx512(const T* const* p, const T* const* q, int64_t pai
   segment_states<64>(p, q, pairs, n, c, states);
 }
 template <typename T>
-VTW_AVX512 void backward_avx512(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q) {
-  segment_backward<64>(p, q, n, s, grad_p, grad_q);
+VTW_AVX512 void backward_avx512(const T* p, const T* q, int64_t n, Slope<Real<T>> s, T* grad_p, T* grad_q,
+                                bool around) {
+  segment_backward<64>(p, q, n, s, grad_p, grad_q, around);
 }
 #endif
 
@@ -466,6 +491,7 @@ void for_each_segment(const RowPairs& pairs, int64_t count, const Work& work) {
   const int64_t grain = std::max<int64_t>(1, kSegment / shortest);
   torch::stable::parallel_for(0, count * segments, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) work(i / segments, i % segments);
+    finish_streams();
   });
 }
 
@@ -508,6 +534,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   return {kl, state};
 }
 
+// Whether gradients are written around the caches. Those of 16 bits wait for arithmetic, not for memory. The places of
+// rows in two gradients are alike if those of the tensors are, which torch aligns.
+template <typename T>
+bool go_around_caches(const Tensor& grad_p, const Tensor& grad_q) {
+  const auto bytes = [](const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); };
+  const auto aligned = [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 64 == 0; };
+  return std::is_same_v<T, float> && bytes(grad_p) + bytes(grad_q) > kStreamBytes && aligned(grad_p) && aligned(grad_q);
+}
+
 // By the gradient of its state. Such a row has no gradient, not even that of a NaN.
 template <typename R>
 bool counts_for_nothing(const R* g) {
@@ -537,6 +572,7 @@ std::tuple<Tensor, Tensor> backward(const RowPairs& pairs, const Real<T>* states
   auto* to_p = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
   auto* to_q = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
 
+  const bool around_caches = go_around_caches<T>(grad_p, grad_q);
   const BackwardFn<T> segment_fn = choose_backward<T>();
   for_each_segment(pairs, pairs.rows, [&](int64_t row, int64_t segment) {
     const int64_t begin = segment * kSegment;
@@ -551,7 +587,7 @@ std::tuple<Tensor, Tensor> backward(const RowPairs& pairs, const Real<T>* states
     }
     const Slope<R> slope(states + row * 5, gradient, static_cast<R>(temperature));
     segment_fn(p + pairs.p_offsets[row] + begin, q + pairs.q_offsets[row] + begin, count, slope,
-               to_p ? to_p + at : nullptr, to_q ? to_q + at : nullptr);
+               to_p ? to_p + at : nullptr, to_q ? to_q + at : nullptr, around_caches);
   });
   return {grad_p, grad_q};
 }
@@ -615,6 +651,7 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
   auto* kl_data = static_cast<R*>(kl.mutable_data_ptr());
   auto* grad_p_data = need_p ? static_cast<T*>(grad_p.mutable_data_ptr()) : nullptr;
   auto* grad_q_data = need_q ? static_cast<T*>(grad_q.mutable_data_ptr()) : nullptr;
+  const bool around_caches = go_around_caches<T>(grad_p, grad_q);
   const ForwardFn<T> forward_fn = choose_forward<T>();
   const BackwardFn<T> backward_fn = choose_backward<T>();
 
@@ -638,12 +675,13 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
       if (to_p) std::fill_n(to_p, n, T(0));
       if (to_q) std::fill_n(to_q, n, T(0));
     } else {
-      backward_fn(p, q, n, Slope<R>(state, gradient, static_cast<R>(temperature)), to_p, to_q);
+      backward_fn(p, q, n, Slope<R>(state, gradient, static_cast<R>(temperature)), to_p, to_q, around_caches);
     }
   };
   const int64_t grain = std::max<int64_t>(1, kSegment / std::max<int64_t>(1, pairs.vocabulary));
   torch::stable::parallel_for(0, pairs.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) work(row);
+    finish_streams();
   });
   return {kl, grad_p, grad_q};
 }

@@ -24,6 +24,17 @@ namespace vtw {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
+// An op that writes more than its caches are likely to keep writes around them: little of it would still be there when
+// it is next read, and a store that goes through a cache first reads the line that it overwrites.
+constexpr int64_t kStreamBytes = 10 * 1024 * 1024;
+
+// What a thread has written around the caches becomes visible to the thread that reads it next.
+inline void finish_streams() {
+#if defined(__x86_64__)
+  asm volatile("sfence" ::: "memory");
+#endif
+}
+
 // Spelt out, because compilers ignore a vector_size that depends on a template parameter.
 template <int Bytes>
 struct Vectors;
@@ -73,6 +84,20 @@ struct Simd {
   static VTW_INLINE void store(float* to, Two x) {
     std::memcpy(to, &x.half[0], sizeof(F));
     std::memcpy(to + kLanes, &x.half[1], sizeof(F));
+  }
+
+  // Around the caches; `to` is at a multiple of Bytes.
+  static VTW_INLINE void stream(void* to, F x) {
+#if defined(__x86_64__)
+    auto& bytes = *static_cast<char (*)[Bytes]>(to);
+    if (Bytes == 16) {
+      asm("movntps %1, %0" : "=m"(bytes) : "x"(x));
+    } else {
+      asm("vmovntps %1, %0" : "=m"(bytes) : "v"(x));
+    }
+#else
+    std::memcpy(to, &x, sizeof(F));
+#endif
   }
 
   static VTW_INLINE void store(BFloat16* to, Two x) {
