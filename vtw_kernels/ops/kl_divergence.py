@@ -14,6 +14,8 @@ from vtw_kernels.ops import reference
 from vtw_kernels.ops._registration import register, register_composite, register_gradient
 from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states
 
+_OPS = torch.ops.vtw_kernels
+
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """``KL(softmax(p/temperature) ‖ softmax(q/temperature))`` per row, in nats.
@@ -39,7 +41,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
     Raises:
         RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0.
     """
-    return torch.ops.vtw_kernels.kl_divergence_with_state(p_logits, q_logits, temperature)[0]
+    return _OPS.kl_divergence_with_state.default(p_logits, q_logits, temperature)[0]
 
 
 def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -49,7 +51,7 @@ def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Te
     shard (``V`` = 0) has the neutral state. Gradients flow through ``z`` and ``a``; the maxima are constants, which
     is exact for everything that doesn't depend on the choice of the maxima, as the divergence doesn't.
     """
-    return torch.ops.vtw_kernels.kl_divergence_with_state(p_logits, q_logits, temperature)[1]
+    return _OPS.kl_divergence_with_state.default(p_logits, q_logits, temperature)[1]
 
 
 def merge_kl_states(states: Sequence[Tensor] | Tensor) -> Tensor:
@@ -61,12 +63,12 @@ def merge_kl_states(states: Sequence[Tensor] | Tensor) -> Tensor:
     Returns:
         The state ``[..., 5]`` of the whole. Equal inputs in equal order give equal bits. Differentiable.
     """
-    return torch.ops.vtw_kernels.merge_kl_states(list(states))
+    return _OPS.merge_kl_states.default(list(states))
 
 
 def kl_from_state(state: Tensor) -> Tensor:
     """``KL(p‖q)`` ``[...]`` of a state ``[..., 5]``; computed in fp64, returned in the dtype of ``state``."""
-    return torch.ops.vtw_kernels.kl_from_state(state)
+    return _OPS.kl_from_state.default(state)
 
 
 def _with_state_fake(p_logits: Tensor, q_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,7 @@ def _with_state_backward(ctx, grad_kl: Tensor | None, grad_state: Tensor | None)
     if grad_kl is not None and grad_state is not None:
         grad = grad_state + reference.grad_of_kl(state, grad_kl)
     need_p, need_q = ctx.needs_input_grad[:2]
-    grad_p, grad_q = torch.ops.vtw_kernels.kl_divergence_backward(
+    grad_p, grad_q = _OPS.kl_divergence_backward.default(
         grad, p_logits, q_logits, state, ctx.temperature, need_p, need_q
     )
     return (
