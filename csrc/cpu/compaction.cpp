@@ -205,19 +205,21 @@ void clear_rows(char* to, int64_t to_row, int64_t rows, int64_t bytes) {
   }
 }
 
-// Calls task(tensor, index) for every index below counts[tensor], in parallel; `bytes` is what all of them move.
+// Calls task(tensor, index) for every index below counts[tensor], in parallel; each moves about bytes[tensor]. A thread
+// gets what begins in its share of all bytes: tensors of one list may be very unlike.
 template <typename Task>
-void for_each_task(const std::vector<int64_t>& counts, int64_t bytes, const Task& task) {
-  std::vector<int64_t> ends(counts.size());
-  int64_t total = 0;
-  for (size_t i = 0; i < counts.size(); ++i) ends[i] = total += counts[i];
-  if (total == 0) return;
-  const int64_t grain = std::max<int64_t>(1, total * kSerialBytes / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-    size_t tensor = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (int64_t i = begin; i < end; ++i) {
-      while (i >= ends[tensor]) ++tensor;
-      task(tensor, i - (tensor == 0 ? 0 : ends[tensor - 1]));
+void for_each_task(const std::vector<int64_t>& counts, const std::vector<int64_t>& bytes, const Task& task) {
+  std::vector<int64_t> starts;
+  starts.reserve(counts.size() + 1);
+  starts.push_back(0);
+  for (size_t i = 0; i < counts.size(); ++i) starts.push_back(starts[i] + counts[i] * bytes[i]);
+  torch::stable::parallel_for(0, starts.back(), kSerialBytes, [&](int64_t begin, int64_t end) {
+    size_t tensor = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; tensor < counts.size() && starts[tensor] < end; ++tensor) {
+      const auto first_at = [&](int64_t at) {  // the first task that begins there or later
+        return std::clamp<int64_t>((at - starts[tensor] + bytes[tensor] - 1) / bytes[tensor], 0, counts[tensor]);
+      };
+      for (int64_t index = first_at(begin), last = first_at(end); index < last; ++index) task(tensor, index);
     }
     finish_streams();
   });
@@ -232,20 +234,23 @@ int64_t fetched_ahead(const Lanes& view, bool whole, bool streams) {
 
 // Moves rows first..last-1 of every lane. Tasks are cut at will, so none may write what another one reads.
 void move_lanes(const std::vector<Lanes>& lanes, const Runs& runs, int64_t first, int64_t last) {
-  std::vector<int64_t> rows_per_task, counts;
+  const int64_t batch = static_cast<int64_t>(runs.size()), rows = last - first;
+  int64_t all_bytes = 0;
+  for (const Lanes& view : lanes) all_bytes += batch * view.count * rows * view.block;
+  const int64_t task_bytes = std::max(kTaskBytes, all_bytes / (kTasksPerThread * torch::stable::get_num_threads()));
+
+  std::vector<int64_t> rows_per_task, counts, bytes;
   rows_per_task.reserve(lanes.size());
   counts.reserve(lanes.size());
-  int64_t bytes = 0;
-  const int64_t batch = static_cast<int64_t>(runs.size()), rows = last - first;
-  for (const Lanes& view : lanes) bytes += batch * view.count * rows * view.block;
-  const int64_t task_bytes = std::max(kTaskBytes, bytes / (kTasksPerThread * torch::stable::get_num_threads()));
+  bytes.reserve(lanes.size());
   for (const Lanes& view : lanes) {
-    const int64_t chunk = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, view.block));
+    const int64_t chunk = std::clamp<int64_t>(task_bytes / view.block, 1, rows);
     rows_per_task.push_back(chunk);
     counts.push_back(batch * view.count * ((rows + chunk - 1) / chunk));
+    bytes.push_back(chunk * view.block);
   }
 
-  const bool streams = bytes > kStreamBytes;
+  const bool streams = all_bytes > kStreamBytes;
   for_each_task(counts, bytes, [&](size_t i, int64_t index) {
     const Lanes& view = lanes[i];
     const int64_t chunks = (rows + rows_per_task[i] - 1) / rows_per_task[i];
@@ -371,20 +376,22 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
 
   // Else a lane is moved by one thread, from its first row to its last, because its rows overwrite one another. Lanes,
   // and column tiles of one lane, share no bytes.
-  std::vector<int64_t> counts, tile_bytes;
+  std::vector<int64_t> tile_bytes, counts, bytes;
   const int64_t batch = static_cast<int64_t>(runs.size());
-  int64_t bytes = 0;
-  counts.reserve(lanes.size());
+  int64_t all_bytes = 0;
   tile_bytes.reserve(lanes.size());
+  counts.reserve(lanes.size());
+  bytes.reserve(lanes.size());
   for (const Lanes& view : lanes) {
     const int64_t lane_bytes = (last - first) * view.block;
     const int64_t tiles = std::min(view.block / kStripBytes, (lane_bytes + kLaneBytes - 1) / kLaneBytes);
     tile_bytes.push_back(tiles > 1 ? (view.block / tiles + 63) / 64 * 64 : view.block);
     counts.push_back(batch * view.count * ((view.block + tile_bytes.back() - 1) / tile_bytes.back()));
-    bytes += batch * view.count * lane_bytes;
+    bytes.push_back((last - first) * tile_bytes.back());
+    all_bytes += batch * view.count * lane_bytes;
   }
 
-  const bool streams = bytes > kStreamBytes;
+  const bool streams = all_bytes > kStreamBytes;
   for_each_task(counts, bytes, [&](size_t i, int64_t index) {
     const Lanes& view = lanes[i];
     const int64_t tiles = (view.block + tile_bytes[i] - 1) / tile_bytes[i];
@@ -476,13 +483,12 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
   }
 
   std::vector<Lanes> lanes;
-  std::vector<int64_t> counts;
-  int64_t bytes = 0;
+  std::vector<int64_t> counts, bytes;
   lanes.reserve(caches.size());
   for (const Tensor& cache : caches) {
     lanes.emplace_back(cache, cache, TokenDims{slots, 0});
     counts.push_back(cache.numel() == 0 ? 0 : batch * lanes.back().count);
-    bytes += cache.numel() == 0 ? 0 : rows * lanes.back().count * lanes.back().block;
+    bytes.push_back(std::max<int64_t>(1, rows * lanes.back().block / std::max<int64_t>(1, batch)));
   }
   // As in compact_, one thread walks the rows of a lane; here a lane ends with its sequence.
   for_each_task(counts, bytes, [&](size_t i, int64_t index) {
