@@ -337,8 +337,10 @@ VTW_INLINE void segment_backward(const T* p, const T* q, int64_t count, Slope<fl
   int64_t i = 0;
   if (around_caches) {  // from the first whole vector on
     const auto misplaced = reinterpret_cast<uintptr_t>(grad_p ? grad_p : grad_q) % Bytes / sizeof(T);
-    if (misplaced) i = std::min<int64_t>(count, Bytes / sizeof(T) - misplaced);
-    if (misplaced) backward_part<Bytes>(p, q, 0, i, slope, grad_p, grad_q);
+    if (misplaced) {
+      i = std::min<int64_t>(count, Bytes / sizeof(T) - misplaced);
+      backward_part<Bytes>(p, q, 0, i, slope, grad_p, grad_q);
+    }
   }
   for (; i + V::kStep <= count; i += V::kStep) {
     backward_step<Bytes>(V::load(p + i), V::load(q + i), slope, grad_p ? grad_p + i : nullptr,
