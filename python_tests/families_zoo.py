@@ -289,6 +289,8 @@ def make_config(family: str, **text):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     if family == "llama4" and TRANSFORMERS_5 and older_than("5.20"):
         pytest.skip("up to transformers 5.19, Llama 4 calls its masks with an argument that they do not take")
+    if family == "llama4" and transformers.__version__.startswith("5.24."):
+        pytest.skip("in transformers 5.24, Llama 4 looks for image outputs where its decoder has none")
     recipe = copy.deepcopy(RECIPES[family])
     defaults = AutoConfig.for_model(family)
     image_token = "image_token_index" if "image_token_index" in vars(defaults) else "image_token_id"

@@ -36,7 +36,8 @@ from vlm import (
 import vtw_kernels as vtw
 from vtw_kernels.integration.cache import WithdrawnLayer
 from vtw_kernels.integration.compat import CROPS_TO_LENGTH, RECOMPUTES_HOOKS, tokens_removed
-from vtw_kernels.integration.withdraw import LayerCompaction, Withdrawal, _Forward
+from vtw_kernels.integration.hooks import Forward
+from vtw_kernels.integration.stage import Stage
 
 TOLERANCE = 1e-4
 DECODE_STEPS = 8
@@ -553,8 +554,8 @@ class HostReads(TorchDispatchMode):
         for name in READS:
             self._log(monkeypatch, torch.Tensor, name)
         self._log(monkeypatch, torch, "tensor")  # from pageable memory
-        self._log(monkeypatch, _Forward, "count")  # the device is told to copy
-        self._log(monkeypatch, Withdrawal, "_decide")  # the host waits for the copy
+        self._log(monkeypatch, Forward, "count")  # the device is told to copy
+        self._log(monkeypatch, Forward, "decide")  # the host waits for the copy
 
     def _log(self, monkeypatch, owner, name):
         method = getattr(owner, name)
@@ -591,8 +592,8 @@ def test_what_the_host_reads(family, model, cache, rows, monkeypatch):
         plain = logged(batch, stops)
         with vtw.withdraw(model, 2):
             withdrawn = logged(batch, stops)
-        assert withdrawn.index("_decide") > withdrawn.index("count") + 1
-        assert Counter(x for x in withdrawn if x != "_decide") - Counter(plain) == {"count": 1, "tolist": 1}
+        assert withdrawn.index("decide") > withdrawn.index("count") + 1
+        assert Counter(x for x in withdrawn if x != "decide") - Counter(plain) == {"count": 1, "tolist": 1}
 
 
 def test_cache_is_smaller(family, model):
@@ -1009,7 +1010,7 @@ def test_context_errors(llava):
         with pytest.raises(ValueError, match="that transformers makes masks for.*got 'paged|sdpa'"):
             llava(input_ids=torch.tensor([[1, 2]]))
     with vtw.withdraw(llava, 2), pytest.raises(TypeError, match=r"attention_mask: expected \[B, heads, q, keys\]"):
-        compaction = LayerCompaction(2, vtw.plan_compaction(torch.tensor([[True, False]]), 1))
+        compaction = Stage(2, vtw.plan_compaction(torch.tensor([[True, False]]), 1))
         compaction({"attention_mask": torch.ones(1, 2, 3)})
 
 

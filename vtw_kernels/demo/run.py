@@ -20,6 +20,7 @@ from vtw_kernels.demo import data, smollm2
 from vtw_kernels.demo.data import Batch
 from vtw_kernels.demo.evaluate import accuracy, answer
 from vtw_kernels.integration import withdraw
+from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.layer_search import find_layer
 
 MODELS = {"digits": data, "smollm2": smollm2}
@@ -176,11 +177,12 @@ def prefill(
     model: LlavaForConditionalGeneration, batch: Batch, layers: list[int], runs: int
 ) -> tuple[list[float], list[int]]:
     """Median seconds and KV bytes of one prefill for each layer."""
-    caches = []
+    caches, cache_name = [], Arguments(model).cache
 
     def call() -> None:
         cache = DynamicCache(config=model.config.text_config)
-        caches.append(model(**batch.inputs, past_key_values=cache).past_key_values)
+        model(**batch.inputs, **{cache_name: cache})
+        caches.append(cache)
 
     seconds = take_turns(call, model, layers, runs)
     return seconds, [cache_bytes(cache) for cache in caches[: len(layers)]]

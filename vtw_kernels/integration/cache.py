@@ -5,8 +5,8 @@ tokens. So these report the number of *tokens* seen, and keep to themselves whic
 sliding window holds its last slots, which reach back at least as far as the window; masks hide what lies beyond it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from vtw_kernels.integration import compat
 
 @dataclass
 class Slots:
-    """Which tokens the withdrawn layers of a cache hold; these layers share it.
+    """The books of one stage: which tokens its layers of a cache hold; these layers share them.
 
     With a static cache all tensors stay where they are, so that a compiled step of decoding runs again as it is.
     """
@@ -37,6 +37,7 @@ class Slots:
     filled: Tensor | None = None  # of a static cache: how many of its slots, int64 []
     padded: bool = False  # whether a -1 may be among the filled ones
     open: bool = False  # while a forward under withdrawal runs
+    whole: bool = True  # whether the last forward came to its end, so that all layers hold what is written here
 
     def append(self, count: int, rows: Tensor | None, batch: int, device: torch.device, capacity: int | None) -> None:
         """Takes the tokens of a forward.
@@ -104,7 +105,7 @@ class WithdrawnLayer:
     """Mixed into a cache layer of transformers."""
 
     slots: Slots | None  # None: empty, or filled without withdrawal
-    leads: bool  # the first withdrawn layer keeps the books of all
+    leads: bool  # the first layer of a stage keeps its books
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.slots is not None and not self.slots.open:
@@ -214,48 +215,56 @@ KINDS = {
 }
 
 
-def slots_of(cache: Cache | None, layer: int, num_layers: int) -> Slots | None:
-    """What a cache holds for ``withdraw(layer)`` in the layers before ``num_layers``, None if it is empty.
+def slots_of(cache: Cache | None, boundaries: tuple[int, ...], num_layers: int) -> list[Slots]:
+    """What a cache holds for stages that begin at ``boundaries``, in the layers before ``num_layers``: empty books if it
+    is empty.
 
     Raises:
-        TypeError: not a ``Cache``.
-        ValueError: it has layers of a kind that is not supported, or was filled without withdrawal, or with another
-            layer.
+        ValueError: it has layers of a kind that is not supported, was filled without withdrawal or with other boundaries,
+            or by a forward that did not end.
     """
+    empty = [Slots(layer) for layer in boundaries]
     if cache is None:
-        return None
-    _check_layers(cache, layer, num_layers)
-    slots = next((x.slots for x in cache.layers if isinstance(x, WithdrawnLayer) and x.slots is not None), None)
-    if slots is not None and slots.layer == layer:
-        return slots
-    if slots is None and cache.get_seq_length() == 0:
-        return None
-    given = "one filled without withdrawal" if slots is None else f"one filled under withdraw(layer={slots.layer})"
-    raise ValueError(
-        f"past_key_values: expected a cache filled under withdraw(layer={layer}) or an empty one, got {given}"
-    )
+        return empty
+    _check_layers(cache, boundaries[0], num_layers)
+    kept = {x.slots.layer: x.slots for x in cache.layers if isinstance(x, WithdrawnLayer) and x.slots is not None}
+    if not kept and cache.get_seq_length() == 0:
+        return empty
+    wanted = _under(layer for layer in boundaries if layer < num_layers)
+    if not kept or tuple(kept) != tuple(layer for layer in boundaries if layer < num_layers):
+        given = f"one filled {_under(kept)}" if kept else "one filled without withdrawal"
+        raise ValueError(f"past_key_values: expected a cache filled {wanted} or an empty one, got {given}")
+    if not all(slots.whole for slots in kept.values()):
+        raise ValueError(
+            f"past_key_values: expected a cache filled {wanted} or an empty one, got one whose last forward did not end"
+        )
+    return [kept.get(slots.layer, slots) for slots in empty]
 
 
-def wrap_layers(cache: Cache, slots: Slots, num_layers: int) -> None:
-    """Replaces the cache layers ``slots.layer..num_layers-1``; the new ones share the tensors of the ones they replace.
+def wrap_layers(cache: Cache, books: list[Slots], num_layers: int) -> None:
+    """Replaces the cache layers from the first stage's first on, before ``num_layers``; the new ones share the tensors of
+    the ones they replace.
 
     Raises:
-        TypeError, ValueError: for a cache that the model has made itself, as ``slots_of``.
+        ValueError: for a cache that the model has made itself, as ``slots_of``.
     """
-    _check_layers(cache, slots.layer, num_layers)
+    _check_layers(cache, books[0].layer, num_layers)
     while len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
-    for i in range(slots.layer, num_layers):
-        inner = cache.layers[i]
-        if not isinstance(inner, WithdrawnLayer):
-            cache.layers[i] = KINDS[type(inner)].__new__(KINDS[type(inner)])
-            cache.layers[i].__dict__.update(inner.__dict__)
-        cache.layers[i].slots, cache.layers[i].leads = slots, i == slots.layer
+    for slots, end in zip(books, [*(x.layer for x in books[1:]), num_layers]):
+        for i in range(slots.layer, min(end, num_layers)):
+            inner = cache.layers[i]
+            if not isinstance(inner, WithdrawnLayer):
+                cache.layers[i] = KINDS[type(inner)].__new__(KINDS[type(inner)])
+                cache.layers[i].__dict__.update(inner.__dict__)
+            cache.layers[i].slots, cache.layers[i].leads = slots, i == slots.layer
 
 
-def _check_layers(cache: Any, first: int, end: int) -> None:
-    if not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
+def _under(layers: Iterable[int]) -> str:
+    return f"under withdraw(layer={', '.join(map(str, layers))})"
+
+
+def _check_layers(cache: Cache, first: int, end: int) -> None:
     kinds = [type(x) for x in cache.layers[:end]]
     kinds += [cache.layer_class_to_replicate or type(None)] * (end - len(kinds))
     for i, kind in enumerate(kinds[first:], first):

@@ -29,7 +29,11 @@ class Family:
 
 
 CROSS_ATTENTION = "images reach its text through cross-attention layers, not as tokens"
+RETRIEVAL = "it compares the last states of all tokens, the visual ones too"
 FAMILIES = {
+    "colmodernvbert": Family(refused=RETRIEVAL),
+    "colpali": Family(refused=RETRIEVAL),
+    "colqwen2": Family(refused=RETRIEVAL),
     "idefics": Family(refused=CROSS_ATTENTION),
     "mllama": Family(refused=CROSS_ATTENTION),
     "minimax_m3_vl": Family(refused="its layers choose blocks of keys by their place, which withdrawal moves"),
@@ -42,13 +46,14 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 class Parts(NamedTuple):
     """What withdrawal touches.
 
-    ``body`` is the module that sees ``input_ids``, ``decoder`` the one with ``layers``; ``token_ids`` are those of visual
-    placeholders. ``min_layer..max_layer``: before which layers they may be withdrawn, and ``limits``, why no others.
+    ``body`` is the module that sees ``input_ids``, ``decoder`` the one with ``layers``, ``config`` the decoder's own;
+    ``token_ids`` are those of visual placeholders. ``min_layer..max_layer``: before which layers they may be withdrawn, and ``limits``, why no others.
     ``layer_types``: per layer. ``num_cached``: the first layers, those with keys of their own.
     ``max_tokens``: that a sequence with visual tokens may have."""
 
     body: nn.Module
     decoder: nn.Module
+    config: Any
     layers: nn.ModuleList
     token_ids: list[int]
     min_layer: int
@@ -105,10 +110,10 @@ def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
         )
     ids = {_lookup(config, path) for path in family.token_ids} - {None}
     max_tokens = _lookup(config, family.max_tokens)
-    limits = _layer_limits(config, len(layers))
-    return Parts(
-        body, decoder, layers, sorted(ids), *limits, max_tokens=float("inf") if max_tokens is None else max_tokens
-    )
+    text = getattr(decoder, "config", None) or config.get_text_config(decoder=True)
+    limits = _layer_limits(config, text, len(layers))
+    max_tokens = float("inf") if max_tokens is None else max_tokens
+    return Parts(body, decoder, text, layers, sorted(ids), *limits, max_tokens=max_tokens)
 
 
 def describe(name: str) -> dict[str, str]:
@@ -157,9 +162,8 @@ def _find_decoder(module: nn.Module) -> nn.Module:
             return module
 
 
-def _layer_limits(config: Any, num_layers: int) -> tuple[int, int, tuple[str, ...], list[str], int]:
-    """``min_layer`` to ``num_cached`` of ``Parts``."""
-    text = config.get_text_config(decoder=True)
+def _layer_limits(config: Any, text: Any, num_layers: int) -> tuple[int, int, tuple[str, ...], list[str], int]:
+    """``min_layer`` to ``num_cached`` of ``Parts``, by the configs of the model and of its decoder."""
     first, last, num_cached, limits = 1, num_layers, num_layers, []
     injected = [0]
     for path in ("deepstack_visual_indexes", "vision_config.deepstack_visual_indexes"):

@@ -83,4 +83,6 @@ def attended_tokens(attention_mask: Any, visual: Tensor, past: int = 0) -> Tenso
         return attention_mask[:, past : past + tokens] != 0
     first = max(0, past + tokens - attention_mask.shape[-1])  # the token of a sliding window's first column
     itself = attention_mask[:, 0].diagonal(offset=past - first, dim1=-2, dim2=-1)[:, :tokens]
-    return (itself if itself.dtype == torch.bool else itself == 0).expand_as(visual)
+    if itself.dtype != torch.bool:
+        itself = itself > torch.finfo(itself.dtype).min / 2  # what is not hidden may have a bias
+    return itself.expand_as(visual)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, DynamicCache
 
+from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
@@ -93,12 +94,14 @@ def measure_costs(
     if not (attended & visual).any():
         raise ValueError("inputs: expected a sample with visual tokens, got none")
 
+    cache_name = Arguments(model).cache
+
     def withdrawn_before(layer: int):
         return withdraw(model, layer, visual_mask=visual_mask, decoder=decoder) if layer < last else nullcontext()
 
     def prefill() -> Cache:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = DynamicCache(config=parts.config)
+        model(**inputs, **{cache_name: cache}, use_cache=True, logits_to_keep=1)
         return cache
 
     timed = sorted({candidates[round(i)] for i in np.linspace(0, len(candidates) - 1, TIMED - 1)}) + [last]

@@ -6,7 +6,6 @@ each layer runs once, right after its full-length run. Rows in front of every vi
 that continuations only read their keys and values.
 """
 
-import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -17,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
-from vtw_kernels.integration.withdraw import LayerCompaction, unwrapped
+from vtw_kernels.integration.stage import Stage
+from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.layer_search.inputs import in_eval_mode, prepare
 from vtw_kernels.ops import compact, kl_divergence, linear_kl_divergence, plan_compaction
 
@@ -153,7 +154,7 @@ class Scorer:
 
     def _that_fit(self, samples: "_Samples", with_logits: bool) -> int:
         """How many candidates may run side by side: a rough count of what each of them adds to the memory in use."""
-        config = self.model.config.get_text_config(decoder=True)
+        config = self.parts.config
         rows, item = samples.plan.source.numel(), self.model.dtype.itemsize
         width = max(6 * config.hidden_size, 3 * (getattr(config, "intermediate_size", None) or 0))
         scores = rows * (samples.shared + samples.plan.source.shape[1]) * config.num_attention_heads * 4
@@ -162,7 +163,7 @@ class Scorer:
 
     def _logits_bytes(self, samples: "_Samples") -> int:
         """Of one candidate, twice."""
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size or 1
+        vocabulary = getattr(self.model.get_output_embeddings(), "out_features", None) or self.parts.config.vocab_size
         return 2 * len(samples.sequence) * vocabulary * self.model.dtype.itemsize
 
     def _memory(self) -> float:
@@ -230,8 +231,9 @@ class _Samples:
                 raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
         self.sequence, self.row = predicting.nonzero().unbind(1)
         differs = (self.attended & visual) | predicting  # from the first of these on
-        masks = kind_of_masks(parts.decoder.config._attn_implementation)
-        takes_cache = "past_key_values" in inspect.signature(type(parts.layers[0]).forward).parameters
+        masks = kind_of_masks(parts.config._attn_implementation)
+        self.arguments = [Arguments(layer) for layer in parts.layers]
+        takes_cache = all(x.cache is not None for x in self.arguments)
         self.share(int(differs.int().argmax(1).min()) if masks == "dense" and takes_cache else 0)
 
     def share(self, rows: int) -> None:
@@ -300,7 +302,7 @@ def _run(
     try:
         for i, layer in enumerate(parts.layers):
             hooks.append(layer.register_forward_pre_hook(partial(rows.before_layer, i), with_kwargs=True))
-            hooks.append(layer.register_forward_hook(rows.after_layer))
+            hooks.append(layer.register_forward_hook(partial(rows.after_layer, i)))
         hooks.append(parts.layers[-1].register_forward_hook(rows.after_last_layer))
         if head is not None:
             hooks.append(head.register_forward_pre_hook(keep_one_row))
@@ -343,7 +345,7 @@ class _Continuations:
     def __init__(self, samples: _Samples, candidates: list[int]):
         self.samples, self.candidates = samples, candidates
         written = samples.padded or samples.shared > 0  # rows and columns are no square any more
-        self.compaction = LayerCompaction(samples.visual.shape[1], samples.plan, samples.columns, padded=written)
+        self.stage = Stage(samples.visual.shape[1], samples.plan, samples.columns, padded=written)
         self.keys = _SharedKeys(samples.shared) if samples.shared else None
         self.hidden: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
@@ -351,32 +353,31 @@ class _Continuations:
 
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A candidate joins with the text rows that enter its layer in the full run."""
-        if len(args) > 1:
-            names = list(inspect.signature(module.forward).parameters)
-            args, kwargs = args[:1], dict(zip(names[1:], args[1:])) | kwargs
+        arguments = self.samples.arguments[index]
+        args, kwargs = args[:1], dict(zip(arguments.names[1:], args[1:])) | kwargs
         if index in self.candidates:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self.kwargs, joining = self.compaction(kwargs, hidden)
+            hidden = args[0] if args else kwargs[arguments.names[0]]
+            self.kwargs, joining = self.stage(kwargs, hidden)
             self.hidden = joining if self.hidden is None else torch.cat((self.hidden.to(joining.device), joining))
         elif self.hidden is not None:
-            self.kwargs, _ = self.compaction(kwargs)
+            self.kwargs, _ = self.stage(kwargs)
         if self.hidden is None:
             return None
-        self._check(kwargs.get("attention_mask"))
-        self.kwargs.pop("hidden_states", None)
+        self._check(kwargs.get(arguments.mask))
+        self.kwargs.pop(arguments.names[0], None)
         if self.keys is None:
             return args, kwargs
         self.keys.copies = 0
-        return args, kwargs | {"past_key_values": self.keys}
+        return args, kwargs | {arguments.cache: self.keys}
 
-    def after_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after_layer(self, index: int, module: nn.Module, args: tuple, output: Any) -> None:
         if self.hidden is None:
             return
         batch = len(self.samples.visual)
         copies = len(self.hidden) // batch
         kwargs = {name: _repeat(name, x, batch, copies) for name, x in self.kwargs.items()}
         if self.keys is not None:
-            self.keys.copies, kwargs["past_key_values"] = copies, self.keys
+            self.keys.copies, kwargs[self.samples.arguments[index].cache] = copies, self.keys
         result = module.forward(self.hidden, **kwargs)  # not module(...), which would run these hooks again
         self.hidden = result[0] if isinstance(result, tuple) else result
 

@@ -1,0 +1,424 @@
+"""The way of one forward under withdrawal, from its outermost module to its last layer: read from top to bottom.
+
+``Hooks`` stand in for ``forward`` of a model, of its body, of its decoder and of its layers. The outermost that is called
+makes a ``Forward`` and hands it on as a keyword argument, which modules of transformers pass to those inside, and the
+layers take out again. So what belongs to a forward is kept nowhere but in its own calls: it is another one in each
+thread and each call, the same one in traced and in eager code, and gone whatever ends the call.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticLayer
+
+from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.integration.cache import Slots, WithdrawnLayer, slots_of, wrap_layers
+from vtw_kernels.integration.families import NO_PLACEHOLDER, Parts, find_visual_tokens
+from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
+from vtw_kernels.integration.stage import Stage, Window, on_device
+from vtw_kernels.ops import CompactionPlan, expand, plan_compaction
+
+KEY = "vtw_forward"  # the keyword argument
+# In names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
+VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
+
+
+class _PerThread(threading.local):
+    forward: "Forward | None" = None  # for models whose modules do not pass keyword arguments on
+    prompt: int = 0  # how many tokens it generates from
+
+
+_per_thread = _PerThread()
+
+
+class Hooks:
+    """What stands in for ``forward`` of a model's modules.
+
+    Args:
+        model: of transformers, without wrappers.
+        parts: of it.
+        boundaries: gives the layers before which rows leave in this forward, ascending, when told whether the model is
+            in training mode.
+        first: the lowest of all that it may give.
+        visual_mask: as for ``withdraw``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        boundaries: Callable[[bool], tuple[int, ...]],
+        first: int,
+        visual_mask: Tensor | None,
+    ):
+        self.parts, self.boundaries, self.first, self.visual_mask = parts, boundaries, first, visual_mask
+        self.model = model
+        self.makes_logits = model is not parts.body or model.get_output_embeddings() is not None
+        self.entered = list(dict.fromkeys((model, parts.body, parts.decoder)))
+        self.arguments = {module: Arguments(module) for module in (*self.entered, *parts.layers)}
+        for layer in parts.layers[first:]:
+            self.arguments[layer].check_layer()
+        self.not_passing = next((x for x in _on_the_way(model, parts.decoder) if not Arguments(x).passes_on), None)
+        self.stood_before: dict[nn.Module, Any] = {}  # what another library had put into a module's own ``forward``
+        self.placed: dict[nn.Module, Callable] = {}
+        self.active = False
+
+    def place(self) -> None:
+        self.active = True
+        for module in self.entered:
+            self._stand_in(module, partial(self.enter, module))
+        for i, layer in enumerate(self.parts.layers):
+            self._stand_in(layer, partial(self.enter_layer, i, layer))
+
+    def _stand_in(self, module: nn.Module, function: partial) -> None:
+        function.__signature__ = inspect.signature(module.forward)  # which transformers and others look at
+        if "forward" in vars(module):
+            self.stood_before[module] = module.forward
+        module.forward = self.placed[module] = function
+
+    def remove(self) -> None:
+        """Where another library has wrapped a hook since, that goes on standing there, and does nothing."""
+        for module, function in self.placed.items():
+            if vars(module).get("forward") is not function:
+                continue
+            if module in self.stood_before:
+                module.forward = self.stood_before[module]
+            else:
+                del module.forward
+        self.active = False
+
+    def _call(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if module in self.stood_before:
+            return self.stood_before[module](*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------- the model, its body, its decoder
+
+    def enter(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = kwargs.pop(KEY, None)
+        if not self.active:
+            return self._call(module, args, kwargs)
+        if forward is None and self.not_passing is not None:
+            forward = _per_thread.forward
+        if forward is not None and not (forward.returned and module is self.parts.decoder):
+            return self._go_on(module, forward, args, kwargs)
+        # The outermost module: here a forward begins, and ends whatever ends it.
+        inputs = self.arguments[module].named(args, kwargs)
+        if torch.compiler.is_compiling():
+            self._check_compiled()
+            if self.may_be_visual(module, inputs):
+                return self._run_untraced(module, inputs, args, kwargs)
+            return self._run(module, Forward(self, module, inputs), args, kwargs)
+        forward = Forward(self, module, inputs)
+        forward.look(inputs)
+        return self._run(module, forward, args, kwargs)
+
+    def _check_compiled(self) -> None:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export: expected a model without withdrawal, whose number of rows is not known before it runs; "
+                "export its decoder layers instead, those from withdraw's layer on for the text alone"
+            )
+        if self.not_passing is not None:
+            raise RuntimeError(
+                f"torch.compile: expected modules that pass keyword arguments on, as {type(self.not_passing).__name__} "
+                "does not; compile the decoder's layers instead"
+            )
+
+    def may_be_visual(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether there may be visual tokens in a forward, as far as can be known without asking the device."""
+        cache = self.arguments[module].cache_among(inputs)
+        layers = () if cache is None else cache.layers
+        seen = next((x.slots.at_least for x in layers if isinstance(x, WithdrawnLayer) and x.slots is not None), 0)
+        if self.visual_mask is not None:
+            return seen < self.visual_mask.shape[1]
+        given = [name for name, value in inputs.items() if value is not None and NOT_VISUAL not in name]
+        has_features = any(word in name for name in given for word in VISUAL_INPUTS)
+        return not seen or has_features or inputs.get("input_ids") is None
+
+    @torch.compiler.disable(recursive=False)
+    def _run_untraced(self, module: nn.Module, inputs: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+        """How many rows are left is not traced, but found out beforehand; what is called is compiled as it would be."""
+        return self._run(module, self._decided(module, inputs), args, kwargs)
+
+    @torch.compiler.disable
+    def _decided(self, module: nn.Module, inputs: dict[str, Any]) -> "Forward":
+        forward = Forward(self, module, inputs)
+        forward.look(inputs)
+        forward.decide()
+        return forward
+
+    def _run(self, module: nn.Module, forward: "Forward", args: tuple, kwargs: dict) -> Any:
+        try:
+            return self._go_on(module, forward, args, kwargs)
+        finally:
+            forward.close()
+
+    def _go_on(self, module: nn.Module, forward: "Forward", args: tuple, kwargs: dict) -> Any:
+        decoder, as_tuple = self.parts.decoder, False
+        if forward.sequence is None:
+            return self._call(module, args, kwargs)  # the model says it better
+        if module is decoder:
+            forward.decide()
+            kwargs, as_tuple = forward.before_decoder(kwargs)
+        output = self._call_with(module, forward, args, kwargs)
+        if module is decoder or (module is self.parts.body and not forward.returned):
+            output = forward.put_back(output)
+        return output.to_tuple() if as_tuple else output
+
+    def _call_with(self, module: nn.Module, forward: "Forward", args: tuple, kwargs: dict) -> Any:
+        if self.not_passing is None:
+            return self._call(module, args, kwargs | {KEY: forward})
+        before, _per_thread.forward = _per_thread.forward, forward
+        try:
+            return self._call(module, args, kwargs)
+        finally:
+            _per_thread.forward = before
+
+    # ------------------------------------------------------------------------------------------------ decoder layers
+
+    def enter_layer(self, index: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = kwargs.pop(KEY, None)
+        if not self.active:
+            return self._call(module, args, kwargs)
+        if forward is None and self.not_passing is not None:
+            forward = _per_thread.forward
+        if forward is not None:
+            args, kwargs = forward.before_layer(index, args, kwargs)
+        elif index >= self.first:
+            raise RuntimeError(
+                f"withdraw: expected decoder layer {index} to run within a forward of its model, got a call of its own, "
+                f"or of {type(self.parts.decoder).__name__} without the keyword arguments that this was given"
+            )
+        return self._call(module, args, kwargs)
+
+
+class Forward:
+    """One call of a model under withdrawal.
+
+    Made of what its outermost module is given, before anything is computed.
+
+    Raises:
+        TypeError, ValueError: inputs or a cache that can't be handled.
+    """
+
+    def __init__(self, hooks: Hooks, module: nn.Module, inputs: dict[str, Any]):
+        self.hooks, self.parts, self.outermost = hooks, hooks.parts, module
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        self.sequence = embeds if ids is None else ids  # [B, S, ...]
+        self.embedded = hooks.visual_mask is None and ids is None  # visual tokens are looked for among embeddings
+        self.counts: Tensor | None = None  # int64 [4, B], until read: how many rows are kept, and three things to look at
+        self.counted: torch.cuda.Event | None = None  # after which they are on the host
+        self.keep: Tensor | None = None  # bool [B, S], which rows go on
+        self.plan: CompactionPlan | None = None
+        self.padded = False  # whether a row of the plan may be padding
+        self.stages: dict[int, Stage] = {}  # by the layer that they begin with
+        self.windows: dict[tuple[int, str], Window] = {}  # by stage and type of layer
+        self.returned = False  # whether the decoder has
+        attention, cache = self.parts.config._attn_implementation, hooks.arguments[module].cache_among(inputs)
+        self.masks = kind_of_masks(attention)
+        self.boundaries = tuple(x for x in hooks.boundaries(module.training) if x < len(self.parts.layers))
+        self.books: list[Slots] = []
+        self.router_logits = inputs.get("output_router_logits", getattr(self.parts.config, "output_router_logits", False))
+        if not self.boundaries:
+            return
+        kinds = set(self.parts.layer_types[self.boundaries[0] :]) - {"full_attention"}
+        if self.masks == "padding" and kinds:
+            raise ValueError(
+                f"model: expected attention that gets the window in its mask, as 'sdpa', in layers of type "
+                f"{', '.join(sorted(kinds))}, got {attention!r}"
+            )
+        self.books = slots_of(cache, self.boundaries, self.parts.num_cached)
+        if self.masks != "dense" and cache is not None and any(isinstance(x, StaticLayer) for x in cache.layers):
+            # Flash attention cuts a static cache by the length of its mask. Flex attention reads a mask late, when the
+            # cache has moved on: transformers' own static caches go wrong with it.
+            raise ValueError(f"past_key_values: expected a dynamic cache with {attention!r}, got a static one")
+
+    @property
+    def tokens(self) -> int:
+        return self.sequence.shape[1]
+
+    def look(self, inputs: dict[str, Any]) -> None:
+        """Has the device count, before the model computes anything, what ``decide`` will read."""
+        if not self.boundaries or self.sequence is None or not self.hooks.may_be_visual(self.outermost, inputs):
+            return
+        visual = self._visual_tokens(inputs)
+        past = int(self.books[0].tokens)
+        attended = attended_tokens(inputs.get("attention_mask"), visual, past)
+        self.keep = attended & ~visual  # padding is of no more use than a visual token is
+        self.end = past + self.tokens
+        ends, labelled = torch.zeros(2, len(visual), dtype=torch.bool, device=visual.device)
+        makes_logits = self.hooks.makes_logits and self.outermost is self.hooks.model
+        labels = inputs.get("labels") if makes_logits else None
+        if labels is not None and labels.shape == visual.shape and not labels.is_floating_point():  # one for each token
+            labelled = (visual[:, :-1] & (labels[:, 1:] != -100)).any(1)
+        elif makes_logits and self.end >= _per_thread.prompt:
+            last = attended.long().cumsum(1).argmax(1)
+            ends = visual.gather(1, last[:, None])[:, 0]
+        self.count(torch.stack([self.keep.sum(1), visual.any(1), ends, labelled]))
+
+    def _visual_tokens(self, inputs: dict[str, Any]) -> Tensor:
+        """Those of this forward, bool ``[B, q]``."""
+        mask = self.hooks.visual_mask
+        if mask is None:
+            return find_visual_tokens(self.parts, inputs)
+        past, batch = int(self.books[0].tokens), len(self.sequence)
+        visual = mask[:, past : past + self.tokens].to(self.sequence.device)
+        if batch % len(visual):
+            raise ValueError(f"visual_mask: expected {batch} rows, or a divisor, as the inputs have, got {len(visual)}")
+        return F.pad(visual, (0, self.tokens - visual.shape[1])).repeat_interleave(batch // len(visual), dim=0)
+
+    def count(self, counts: Tensor) -> None:
+        """Copies them to the host, which goes on meanwhile."""
+        self.counts = counts
+        if counts.is_cuda:
+            self.counts, self.counted = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # to pinned memory
+            self.counted.record(torch.cuda.current_stream(counts.device))
+
+    def decide(self) -> None:
+        """Which rows leave at the first boundary. Nothing has been cached, and the host has long waited for the device:
+        models look themselves whether there is a placeholder for each visual feature."""
+        if self.counts is None:
+            return
+        if self.counted is not None:
+            self.counted.synchronize()
+        kept, withdrawn, ends_visual, wrongly_labelled = self.counts.tolist()
+        self.counts = None
+        if self.embedded and not any(withdrawn):
+            raise ValueError(NO_PLACEHOLDER)
+        if any(wrongly_labelled):
+            raise ValueError(
+                "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a "
+                f"label in row {wrongly_labelled.index(1)}"
+            )
+        if any(ends_visual):
+            raise ValueError(
+                "input_ids: expected prompts whose last token is text, as no row is left to predict from, got a "
+                f"visual one in row {ends_visual.index(1)}; for chunks of a prompt that end in an image, there are "
+                "generate(prefill_chunk_size=) and model.base_model, which makes no logits"
+            )
+        if not any(withdrawn):
+            return
+        self.parts.check_tokens(self.end)
+        if self.router_logits:
+            raise ValueError(
+                "output_router_logits: expected False, as later layers have no rows of visual tokens whose experts "
+                "could be counted, got True"
+            )
+        length = max(1, *kept)  # layers do not run on no rows at all
+        self.plan = plan_compaction(self.keep, length, pad="left")
+        self.padded = min(kept) < length
+
+    def before_decoder(self, kwargs: dict) -> tuple[dict, bool]:
+        """The decoder's keyword arguments, and whether it was to return a tuple, which does not tell what is in it."""
+        if not self.boundaries or (self.plan is None and self.books[0].columns is None):
+            return kwargs, False
+        if kwargs.get("logits_to_keep"):  # Gemma 4's decoder would drop rows itself, in layers without keys of their own
+            kwargs = kwargs | {"logits_to_keep": 0}
+        return_dict = kwargs.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.parts.config, "return_dict", True)
+        return (kwargs, False) if return_dict else (kwargs | {"return_dict": True}, True)
+
+    def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a decoder layer: those that it is given or, from the first boundary on, the rows left."""
+        if not self.boundaries or index < self.boundaries[0]:
+            return args, kwargs
+        arguments = self.hooks.arguments[self.parts.layers[index]]
+        args, kwargs = args[:1], dict(zip(arguments.names[1:], args[1:])) | kwargs
+        cache, hidden = arguments.cache_among(kwargs), args[0] if args else kwargs[arguments.names[0]]
+        begin = max(x for x in self.boundaries if x <= index)
+        first = index == begin
+        if first:
+            if hidden.shape[-2] != self.tokens:
+                raise ValueError(
+                    f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
+                    f"them, visual ones included, got {self.tokens}"
+                )
+            if begin not in self.stages:  # else it is recomputed
+                self.decide()  # if the decoder has not been called, only its layers
+                self.stages[begin] = self._begin_stage(cache, arguments.mask)
+        stage = self.stages[begin]
+        kind = (begin, self.parts.layer_types[index])  # layers that share keys have those of the last one of their type
+        if cache is not None and index < self.parts.num_cached:
+            rows = self.tokens if stage.plan is None else stage.plan.source.shape[1]
+            self.windows[kind] = cache.layers[index].keys_returned(rows, self.tokens)
+        kwargs, gathered = stage(kwargs, hidden if first else None, self.windows.get(kind))
+        if not first:
+            return args, kwargs
+        return ((gathered,), kwargs) if args else ((), kwargs | {arguments.names[0]: gathered})
+
+    def _begin_stage(self, cache: Cache | None, mask: str) -> Stage:
+        """All that may raise has been looked at, so what is cached is written down."""
+        (slots,), plan = self.books, self.plan
+        padded = self.padded or slots.padded
+        batch, device = self.sequence.shape[0], self.sequence.device
+        past = slots.tokens if isinstance(slots.tokens, int) else slots.tokens.clone()
+        capacity = None
+        if cache is not None:
+            wrap_layers(cache, self.books, self.parts.num_cached)
+            # Windows alone do not say how long the sequence may become; their books grow as those of dynamic layers.
+            static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
+            capacity = max(static, default=None)
+        slots.past, slots.open, slots.whole = past, True, False
+        slots.append(self.tokens, None if plan is None else plan.source, batch, device, capacity)
+        slots.padded = padded
+        # With a single row, None no longer means causal to sdpa but all slots, and the rest are not filled yet.
+        is_static = cache is not None and isinstance(cache.layers[slots.layer], StaticLayer)
+        padded = padded or (is_static and plan is not None and plan.source.shape[1] == 1)
+        return Stage(self.tokens, plan, slots.columns, past, padded, self.masks == "padding", mask)
+
+    def put_back(self, output: Any) -> Any:
+        """The output of the decoder, or of the body, with the rows that have left as zeros."""
+        self.returned = True
+        for slots in self.books:
+            slots.whole = True
+        if self.plan is None:
+            return output
+        if not self.stages:
+            raise RuntimeError(
+                f"withdraw: the decoder did not run its layer {self.boundaries[0]}; nothing was withdrawn"
+            )
+        layer = self.boundaries[0]
+        states = [output[0], *(getattr(output, "hidden_states", None) or ())[layer + 1 :]]
+        short = [x for x in states if x is not None]
+        plan = on_device(self.plan, short[0].device)
+        full = iter(expand(short, plan, self.tokens, token_dims=-2, batch_dims=-3))
+        states = [x if x is None else next(full) for x in states]
+        if isinstance(output, tuple):
+            return (states[0], *output[1:])
+        output.last_hidden_state = states[0]
+        if len(states) > 1:
+            output.hidden_states = (*output.hidden_states[: layer + 1], *states[1:])
+        return output
+
+    def close(self) -> None:
+        for slots in self.books:
+            slots.open = False
+
+
+@contextmanager
+def generating(prompt: int) -> Iterator[None]:
+    """Meanwhile, a forward of this thread may see but a part of so many tokens, and then nobody reads its logits."""
+    before, _per_thread.prompt = _per_thread.prompt, prompt
+    try:
+        yield
+    finally:
+        _per_thread.prompt = before
+
+
+def _on_the_way(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
+    """The modules that call one another, from a model to its decoder."""
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    yield model
+    for name in path.split(".") if path else ():
+        model = getattr(model, name)
+        if not isinstance(model, nn.ModuleList | nn.ModuleDict):
+            yield model
