@@ -69,7 +69,7 @@ def test_seconds_between_measured_layers(monkeypatch):
 
     def seconds(prefill, devices):
         lengths = []
-        hooks = [layer.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1])) for layer in rows]
+        hooks = [layer.register_forward_hook(lambda m, args, x: lengths.append(x.shape[1])) for layer in rows]
         prefill()
         for hook in hooks:
             hook.remove()

@@ -21,6 +21,9 @@ class Arguments:
     def __init__(self, module: nn.Module):
         self.module = module
         parameters = inspect.signature(module.forward).parameters.values()
+        if any(x.kind is x.VAR_POSITIONAL for x in parameters):  # a library's wrapper, which takes anything
+            module = getattr(module, "_orig_mod", module)
+            parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         self.names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
         self.passes_on = any(x.kind is x.VAR_KEYWORD for x in parameters)
         typed = [x.name for x in parameters if "Cache" in str(x.annotation)]

@@ -94,7 +94,7 @@ def measure_costs(
     if not (attended & visual).any():
         raise ValueError("inputs: expected a sample with visual tokens, got none")
 
-    cache_name = Arguments(model).cache
+    cache_name = Arguments(parts.decoder).cache
 
     def withdrawn_before(layer: int):
         return withdraw(model, layer, visual_mask=visual_mask, decoder=decoder) if layer < last else nullcontext()
