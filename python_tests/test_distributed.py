@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from vlm import RAGGED, make_batch, make_model
 
@@ -74,9 +75,9 @@ def generated(model, family):
     return torch.stack(output.logits)
 
 
-def searched(model, family):
+def searched(model, family, positions=3):
     inputs = make_batch(family, [row for row in RAGGED if len(row) > 1]).inputs()
-    return vtw.find_layer(model, [inputs], positions=3, threshold=1e9, progress=False).per_sample
+    return vtw.find_layer(model, [inputs], positions=positions, threshold=1e9, progress=False).per_sample
 
 
 def test_tensor_parallel(tmp_path):
@@ -89,3 +90,21 @@ def test_tensor_parallel(tmp_path):
     for family in FAMILIES:
         for rank in range(RANKS):
             torch.testing.assert_close(torch.load(tmp_path / f"{family}-{rank}.pt"), wanted[family], atol=1e-4, rtol=0)
+
+
+def search_in_shards(rank, folder):
+    """Weights that are split again as soon as a layer has run."""
+    for family in FAMILIES:
+        model = make_model(family)
+        for layer in model.model.language_model.layers:
+            fully_shard(layer, reshard_after_forward=True)
+        fully_shard(model, reshard_after_forward=True)
+        torch.save(searched(model, family, positions="last"), folder / f"{family}-{rank}.pt")
+
+
+def test_fully_sharded(tmp_path):
+    in_ranks(search_in_shards, tmp_path)
+    for family in FAMILIES:
+        wanted = searched(make_model(family), family, positions="last")
+        for rank in range(RANKS):
+            torch.testing.assert_close(torch.load(tmp_path / f"{family}-{rank}.pt"), wanted, atol=1e-5, rtol=0)

@@ -1,7 +1,9 @@
 """Withdrawal in transformers against the plain model that hides visual keys (oracle.py)."""
 
 import copy
+import inspect
 import threading
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,11 +14,19 @@ import torch.nn.functional as F
 import transformers
 from accelerate import dispatch_model
 from oracle import visual_keys_hidden
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from vlm import (
     FAMILIES,
@@ -34,6 +44,7 @@ from vlm import (
 )
 
 import vtw_kernels as vtw
+from vtw_kernels.integration import compat
 from vtw_kernels.integration.cache import WithdrawnLayer
 from vtw_kernels.integration.compat import CROPS_TO_LENGTH, RECOMPUTES_HOOKS, tokens_removed
 from vtw_kernels.integration.hooks import Forward
@@ -1012,6 +1023,154 @@ def test_context_errors(llava):
     with vtw.withdraw(llava, 2), pytest.raises(TypeError, match=r"attention_mask: expected \[B, heads, q, keys\]"):
         compaction = Stage(2, vtw.plan_compaction(torch.tensor([[True, False]]), 1))
         compaction({"attention_mask": torch.ones(1, 2, 3)})
+
+
+def test_a_context_that_is_not_entered(llava):
+    """A call without `with` withdraws nothing, and says so."""
+    with pytest.warns(UserWarning, match="withdraw: nothing was withdrawn, as its context was not entered"):
+        vtw.withdraw(llava, 2)
+
+    @vtw.withdraw(llava, 2)
+    def decorated():
+        return [hasattr(llava.model.language_model, "_vtw_withdrawal") for _ in range(2)]
+
+    assert decorated() == decorated() == [True, True]
+    assert not hasattr(llava.model.language_model, "_vtw_withdrawal")
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        ("{}", "which is something else"),
+        ("[2]", "which is something else"),
+        ("null", "which is something else"),
+        ('{"layer": 2, "hidden_size": 4}', "which is something else"),
+        ("{", "which is no JSON"),
+        ('{"layer": 2, "num_layers": 32, "model": "LLaVA-1.5"}', "of 4 decoder layers, got .* on LLaVA-1.5 of 32"),
+        ('{"layer": null, "num_layers": 4, "model": "llava"}', "none is below its threshold"),
+    ],
+)
+def test_files_that_are_no_search(llava, tmp_path, content, match):
+    (tmp_path / "vtw.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^layer: expected .*{match}"):
+        vtw.withdraw(llava, tmp_path / "vtw.json")
+    llava.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which is something else"):
+        vtw.withdraw(llava, tmp_path / "config.json")
+
+
+def test_search_on_another_model(tmp_path):
+    model = make_model("llava")
+    model.config._name_or_path = model.name_or_path = "mine/llava"
+    (tmp_path / "vtw.json").write_text('{"layer": 2, "num_layers": 4, "model": "another/llava"}')
+    with pytest.warns(UserWarning, match="of a search on another/llava, and this model is mine/llava"):
+        vtw.apply(model, tmp_path / "vtw.json").remove()
+
+
+def test_drawn_layers_are_saved(tmp_path):
+    """And do not pass for a layer."""
+    model = make_model("llava")
+    with vtw.withdraw(model, range(1, 4)):
+        model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "vtw")
+    loaded = type(model).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"trained with one of \[1, 2, 3\] drawn for each step, says its config"):
+        vtw.apply(loaded)
+
+
+def test_adapters_hold_no_layer(tmp_path):
+    adapted = get_peft_model(make_model("llava"), LoraConfig(target_modules=["q_proj"], r=2))
+    with vtw.withdraw(adapted, 2):
+        adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("llava"), tmp_path)
+    with pytest.raises(ValueError, match="files of an adapter hold no config"):
+        vtw.apply(loaded)
+
+
+def test_a_newer_transformers(llava, monkeypatch):
+    """Warns once, with what to run."""
+    monkeypatch.setattr(compat.transformers, "__version__", "9.0")
+    compat.warn_if_newer.cache_clear()
+    with pytest.warns(UserWarning, match="tested with transformers up to .* and this is 9.0; `vtw-kernels check`"):
+        vtw.apply(llava, 2).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vtw.apply(llava, 2).remove()
+    compat.warn_if_newer.cache_clear()
+
+
+def test_labels_by_position(family, model):
+    batch = make_batch(family, ONE)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    inputs = batch.inputs() | {"labels": batch.ids}
+    args = [inputs.pop(name, None) for name in names[: names.index("labels") + 1]]
+    with vtw.withdraw(model, 2), pytest.raises(ValueError, match="labels: expected -100 after each visual token"):
+        model(*args, **inputs)
+
+
+def test_labels_of_classes():
+    """One for each sequence, or several: nothing is predicted from the rows."""
+    config = make_model("llava").config
+    config.num_labels = 3
+    model = AutoModelForSequenceClassification.from_config(config.text_config)
+    model.config.pad_token_id = PAD
+    batch = make_batch("llava", RAGGED)
+    with torch.no_grad(), vtw.withdraw(model, 2, visual_mask=batch.visual):
+        for labels in (torch.tensor([0, 1, 1]), None):
+            assert model(batch.ids, batch.mask, labels=labels).logits.isfinite().all()
+    visual = batch.visual.clone()
+    visual[1, -1] = True
+    with vtw.withdraw(model, 2, visual_mask=visual), pytest.raises(ValueError, match="last token is text.*row 1"):
+        model(batch.ids, batch.mask, labels=torch.tensor([0, 1, 1]))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_additive_masks(family, attention):
+    """A bias is none of padding: what a row sees of itself may be any finite number but the least."""
+    model, batch = model_of(family, attention), make_batch(family, [[3, 4, 5], [2, 4, 6]])
+    tokens = batch.ids.shape[1]
+    future = torch.ones(tokens, tokens).triu(1).bool()
+    distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(min=0).float()
+    for bias in (-0.1 * distance, -0.1 * (distance + 1), 0.1 * (distance + 1)):
+        for hidden in (torch.finfo(torch.float32).min, -torch.inf):
+            mask = bias.masked_fill(future, hidden).expand(2, 1, -1, -1)
+            inputs = batch.inputs() | {"attention_mask": mask, "position_ids": batch.positions(model)}
+            with torch.no_grad():
+                with visual_keys_hidden(model, 2, batch.visual):
+                    wanted = model(**inputs, use_cache=False).logits
+                with vtw.withdraw(model, 2):
+                    given = model(**inputs, use_cache=False).logits
+            assert (given - wanted)[~batch.visual].abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_decoder_that_returns_a_tuple(family, hidden_states):
+    model, batch = make_model(family), make_batch(family, RAGGED)
+    inputs = batch.inputs() | {"output_hidden_states": hidden_states, "use_cache": False}
+    inputs["position_ids"] = batch.positions(model)
+    with torch.no_grad(), vtw.withdraw(model, 2):
+        wanted = model.model(**inputs).to_tuple()
+        given = [model.model(**inputs, return_dict=False)]
+        model.config.return_dict = False
+        given.append(model.model(**inputs))
+    model.config.return_dict = True
+    with torch.no_grad():
+        embeds = merged_embeddings(model, batch)
+    with torch.no_grad(), vtw.withdraw(model, 2, visual_mask=batch.visual):
+        positions = {"position_ids": batch.positions(model), "attention_mask": batch.mask}
+        options = positions | {"use_cache": False, "output_hidden_states": hidden_states}
+        given.append(model.get_decoder()(inputs_embeds=embeds, return_dict=False, **options))
+    for output in given:
+        assert isinstance(output, tuple) and torch.equal(output[0], wanted[0])
+        if hidden_states:
+            states = next(x for x in output if isinstance(x, tuple))
+            assert all(x.shape[:2] == batch.ids.shape for x in states) and len(states) == LAYERS + 1
+
+
+def test_export_is_refused(llava):
+    batch = make_batch("llava", ONE)
+    with vtw.withdraw(llava, 2), pytest.raises(Exception, match="torch.export: expected a model without withdrawal"):
+        torch.export.export(llava, (), batch.inputs() | {"use_cache": False})
 
 
 def test_models_that_do_not_apply(llava):

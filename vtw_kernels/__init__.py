@@ -21,7 +21,8 @@ from vtw_kernels.ops import (
 )
 
 # Imported when asked for, so that the ops work without transformers.
-ROOMS = {"apply": "integration", "withdraw": "integration", "LayerSearch": "layer_search", "find_layer": "layer_search"}
+ROOMS = dict.fromkeys(("apply", "remove", "withdraw"), "integration")
+ROOMS |= dict.fromkeys(("LayerSearch", "find_layer"), "layer_search")
 
 __all__ = [
     "CompactionPlan",
@@ -41,6 +42,7 @@ __all__ = [
     "linear_kl_divergence",
     "merge_kl_states",
     "plan_compaction",
+    "remove",
     "withdraw",
 ]
 

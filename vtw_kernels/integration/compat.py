@@ -4,18 +4,34 @@ Up to one of the first of 5, models number the tokens of a forward once for all 
 that is where static caches write, and what cache layers are asked with.
 """
 
+import warnings
+from functools import cache
 from inspect import signature
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+NEWEST_TESTED = "5.24"
 HAS_CACHE_POSITION = "cache_position" in signature(CacheLayerMixin.get_mask_sizes).parameters
 CROPS_TO_LENGTH = "max_length" in signature(DynamicLayer.crop).parameters
 # Whether the hooks of a layer run again when gradient checkpointing recomputes it.
 RECOMPUTES_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+
+
+@cache
+def warn_if_newer() -> None:
+    """Warns, once, of a transformers that nobody has tested this package with."""
+    if Version(transformers.__version__).release[:2] > Version(NEWEST_TESTED).release:
+        warnings.warn(
+            f"withdraw is tested with transformers up to {NEWEST_TESTED}, and this is {transformers.__version__}; "
+            "`vtw-kernels check` tries it here",
+            stacklevel=4,
+        )
 
 
 def as_query(rows: int) -> int | Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtw_kernels.integration import compat
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.integration.hooks import Hooks, generating
 from vtw_kernels.integration.policies import chosen_layer
@@ -154,6 +155,7 @@ class Withdrawal:
             raise ValueError(
                 f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect"
             )
+        compat.warn_if_newer()
         self.parts.decoder._vtw_withdrawal = self
         self._config_before = getattr(self.model.config, "vtw", None)
         self.model.config.vtw = {"layer": self.layer if isinstance(self.layer, int) else list(self.layer)}

@@ -7,7 +7,8 @@ that continuations only read their keys and values.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,7 +123,8 @@ class Scorer:
         inputs = inputs | sequences
         config = self.model.generation_config
         answers = self.model.generate(
-            **inputs, max_new_tokens=self.positions, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None
+            **inputs, max_new_tokens=self.positions, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+            return_dict_in_generate=False,
         )[:, tokens:]  # fmt: skip
         ends = torch.zeros_like(answers, dtype=torch.bool)
         if config.eos_token_id is not None:
@@ -378,7 +380,8 @@ class _Continuations:
         kwargs = {name: _repeat(name, x, batch, copies) for name, x in self.kwargs.items()}
         if self.keys is not None:
             self.keys.copies, kwargs[self.samples.arguments[index].cache] = copies, self.keys
-        result = module.forward(self.hidden, **kwargs)  # not module(...), which would run these hooks again
+        with _whole(module):
+            result = module.forward(self.hidden, **kwargs)  # not module(...), which would run these hooks again
         self.hidden = result[0] if isinstance(result, tuple) else result
 
     def after_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -421,6 +424,19 @@ def _visible(mask: Tensor | BlockMask, rows: slice, columns: slice) -> Tensor:
         return torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     part = mask[..., rows, columns]
     return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+
+
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """FSDP2 splits a module's weights again as soon as it has run; meanwhile they are put together once more."""
+    if not hasattr(module, "unshard"):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 def _repeat(name: str, value: Any, batch: int, copies: int) -> Any:

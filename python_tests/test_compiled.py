@@ -1,0 +1,105 @@
+"""Compiled models under withdrawal, with torch's default settings, against the same model run eagerly."""
+
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from vlm import FAMILIES, LAYERS, Batch, make_batch, make_model
+
+import vtw_kernels as vtw
+
+LAYER = 2
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors of a few numbers are slower on several. And no test sees what another has compiled."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    torch.set_num_threads(before)
+
+
+def prompts(family: str, seed: int, count: int) -> list[Batch]:
+    """Of many shapes: an image within text, text alone, two sequences with one and two images."""
+    r = random.Random(seed)
+    shapes: list[Callable] = [
+        lambda: [[r.randrange(1, 9), 4, r.randrange(1, 9)]],
+        lambda: [[r.randrange(3, 20)]],
+        lambda: [[1, 4, 2, 4, 3], [r.randrange(2, 8), 4, 3]],
+    ]
+    return [make_batch(family, r.choice(shapes)(), seed=i) for i in range(count)]
+
+
+@torch.no_grad()
+def answer(model, batch: Batch, way: str) -> torch.Tensor:
+    """Logits of a forward without a cache ``[B, S, V]``, or of three generated tokens ``[3, B, V]``."""
+    if way == "forward":
+        logits = model(**batch.inputs(), use_cache=False).logits
+        return logits * ((batch.mask != 0) & ~batch.visual)[..., None]  # what padding predicts is nobody's business
+    model = getattr(model, "_orig_mod", model) if way.endswith("inner") else model
+    output = model.generate(
+        **batch.inputs(),
+        max_new_tokens=3,
+        do_sample=False,
+        cache_implementation=way,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.stack(output.logits)
+
+
+def compiled(model, how: str, backend: str):
+    """The model, and what to call."""
+    if how == "model.compile":
+        model.compile(backend=backend)
+        return model
+    if how == "torch.compile":
+        return torch.compile(model, backend=backend)
+    decoder = model.model.language_model
+    if how == "decoder":
+        decoder.compile(backend=backend)
+    elif how == "layer.compile":
+        for layer in decoder.layers:
+            layer.compile(backend=backend)
+    else:
+        for i, layer in enumerate(decoder.layers):
+            decoder.layers[i] = torch.compile(layer, backend=backend)
+    return model
+
+
+def assert_equal_to_eager(family: str, how: str, backend: str, batches: list[Batch], ways: list[str]) -> None:
+    model = compiled(make_model(family), how, backend)
+    eager = make_model(family)
+    with vtw.withdraw(model, LAYER), vtw.withdraw(eager, LAYER):
+        for i, batch in enumerate(batches):
+            way = ways[i % len(ways)]
+            error = (answer(model, batch, way) - answer(eager, batch, way)).abs().max()
+            assert error <= TOLERANCE, f"prompt {i}, {way}: off by {error}"
+
+
+@pytest.mark.parametrize("how", ["model.compile", "torch.compile"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward(family, how):
+    assert_equal_to_eager(family, how, "eager", prompts(family, 1, 60), ["forward"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family):
+    assert_equal_to_eager(family, "model.compile", "eager", prompts(family, 2, 16), ["dynamic", "static"])
+
+
+@pytest.mark.parametrize("how", ["decoder", "layer.compile", "layers"])
+def test_parts(how):
+    """The decoder alone, or its layers, as is done where the rest does not compile."""
+    assert_equal_to_eager("llava", how, "eager", prompts("llava", 3, 20), ["forward", "dynamic", "static"])
+
+
+@pytest.mark.parametrize("how", ["model.compile", "layer.compile"])
+def test_inductor(how):
+    assert_equal_to_eager("llava", how, "inductor", prompts("llava", 4, 6), ["forward", "static"])
