@@ -143,9 +143,9 @@ class Hooks:
         has_features = any(word in name for name in given for word in VISUAL_INPUTS)
         return not seen or has_features or inputs.get("input_ids") is None
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False, reason="How many rows are left is read beforehand, outside of the graph")
     def _run_untraced(self, module: nn.Module, inputs: dict[str, Any], args: tuple, kwargs: dict) -> Any:
-        """How many rows are left is not traced, but found out beforehand; what is called is compiled as it would be."""
+        """What is called is compiled as it would be."""
         return self._run(module, self._decided(module, inputs), args, kwargs)
 
     @torch.compiler.disable
