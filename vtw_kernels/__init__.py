@@ -21,12 +21,13 @@ from vtw_kernels.ops import (
 )
 
 # Imported when asked for, so that the ops work without transformers.
-ROOMS = dict.fromkeys(("apply", "remove", "withdraw"), "integration")
+ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
 ROOMS |= dict.fromkeys(("LayerSearch", "find_layer"), "layer_search")
 
 __all__ = [
     "CompactionPlan",
     "LayerSearch",
+    "Verification",
     "apply",
     "backend_info",
     "compact",
@@ -43,6 +44,7 @@ __all__ = [
     "merge_kl_states",
     "plan_compaction",
     "remove",
+    "verify",
     "withdraw",
 ]
 

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     info.add_argument("--model", help="name or folder of a model of transformers, of which only the config is read")
 
+    add_check(commands)
     add_search(commands)
     add_bench(commands)
 
@@ -44,6 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
             from vtw_kernels.ops import backend_info
 
             print_info(backend_info())
+        elif options.command == "check":
+            from vtw_kernels.check import run as run_check
+
+            return run_check(options)
         elif options.command == "bench":
             return bench(options)
         else:
@@ -57,6 +62,33 @@ def main(arguments: list[str] | None = None) -> int:
         print("vtw-kernels: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def add_check(commands: argparse._SubParsersAction) -> None:
+    check = commands.add_parser(
+        "check",
+        help="whether the ops, and withdrawal in a model, compute what they should on this machine",
+        description="Runs every op on every backend and device that is here against the reference in fp64, and withdrawal "
+        "against the same model with hidden keys: in the demo's model, or in yours. Exit status 0: all is as it should be.",
+    )
+    check.add_argument("--model", help="name or folder of a model of transformers, with its processor; with --image")
+    check.add_argument("--image", type=Path, help="file, shown to that model")
+    check.add_argument("--prompt", default="What is in this image?", help="asked about it (default: %(default)s)")
+    check.add_argument("--layer", type=int, help="withdrawn before (default: that in the model's config, or half of them)")
+    add_loading(check)
+
+
+def add_loading(parser: argparse._ActionsContainer) -> None:
+    """How a model is loaded."""
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16 (default: that of its files)")
+    parser.add_argument("--attention", help="eager, sdpa, flex_attention or flash_attention_2 (default: the model's)")
+    parser.add_argument("--device", help="such as cuda:1 (default: the rank's GPU, or the CPU)")
+    parser.add_argument("--device-map", help='"auto" spreads the model over all devices; needs accelerate')
+    parser.add_argument(
+        "--prompt-template",
+        type=lambda text: text.replace("\\n", "\n"),
+        help="in place of the chat template, such as 'USER: <image>\\n{question} ASSISTANT:'",
+    )
 
 
 def add_search(commands: argparse._SubParsersAction) -> None:
@@ -96,16 +128,8 @@ def add_search(commands: argparse._SubParsersAction) -> None:
     choice.add_argument("--candidates", type=int, nargs="+", metavar="LAYER", help="layers to try (default: all)")
 
     model = search.add_argument_group("model")
-    model.add_argument("--dtype", default="auto", help="such as bfloat16 (default: that of its files)")
-    model.add_argument("--attention", help="eager, sdpa, flex_attention or flash_attention_2 (default: the model's)")
-    model.add_argument("--device", help="such as cuda:1 (default: the rank's GPU, or the CPU)")
-    model.add_argument("--device-map", help='"auto" spreads the model over all devices; needs accelerate')
+    add_loading(model)
     model.add_argument("--tp", action="store_true", help="under torchrun: one tensor-parallel model over all ranks")
-    model.add_argument(
-        "--prompt-template",
-        type=lambda text: text.replace("\\n", "\n"),
-        help="in place of the chat template, such as 'USER: <image>\\n{question} ASSISTANT:'",
-    )
     model.add_argument("--no-costs", dest="costs", action="store_false", help="don't time a prefill at each layer")
 
 

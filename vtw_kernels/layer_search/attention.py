@@ -15,9 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import AttentionInterface
 
 from vtw_kernels.integration.families import ATTENTION_LAYERS, Parts, find_parts
+from vtw_kernels.integration.inputs import in_eval_mode, prepare
 from vtw_kernels.integration.masks import attended_tokens, check_mask
 from vtw_kernels.integration.withdraw import unwrapped
-from vtw_kernels.layer_search.inputs import in_eval_mode, prepare
 
 _INTERFACE = Lock()  # one observer at a time may have the library's interface
 

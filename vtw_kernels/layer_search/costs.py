@@ -17,10 +17,10 @@ from transformers import Cache, DynamicCache
 
 from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.families import Parts, find_parts
+from vtw_kernels.integration.inputs import in_eval_mode, prepare
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
 from vtw_kernels.layer_search.attention import observed_attention
-from vtw_kernels.layer_search.inputs import in_eval_mode, prepare
 
 TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
 

@@ -19,10 +19,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.families import Parts, find_parts
+from vtw_kernels.integration.inputs import in_eval_mode, prepare
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
 from vtw_kernels.integration.stage import Stage
 from vtw_kernels.integration.withdraw import unwrapped
-from vtw_kernels.layer_search.inputs import in_eval_mode, prepare
 from vtw_kernels.ops import compact, kl_divergence, linear_kl_divergence, plan_compaction
 
 # What all candidates of a group may take, as a share of the device's memory: beside them are weights and the full run.
