@@ -61,7 +61,9 @@ def print_versions(console: Console, gpus: list[torch.device]) -> None:
         properties = torch.cuda.get_device_properties(gpu)
         table.add_row(str(gpu), f"{properties.name}, sm_{properties.major}{properties.minor}")
     if not gpus:
-        table.add_row("cuda", f"no GPU: torch sees none ({'built with CUDA' if torch.version.cuda else 'without CUDA'})")
+        table.add_row(
+            "cuda", f"no GPU: torch sees none ({'built with CUDA' if torch.version.cuda else 'without CUDA'})"
+        )
     console.print(table)
 
 

@@ -74,8 +74,11 @@ def add_check(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--model", help="name or folder of a model of transformers, with its processor; with --image")
     check.add_argument("--image", type=Path, help="file, shown to that model")
     check.add_argument("--prompt", default="What is in this image?", help="asked about it (default: %(default)s)")
-    check.add_argument("--layer", type=int, help="withdrawn before (default: that in the model's config, or half of them)")
+    check.add_argument(
+        "--layer", type=int, help="withdrawn before (default: that in the model's config, or half of them)"
+    )
     add_loading(check)
+    check.set_defaults(tp=False)
 
 
 def add_loading(parser: argparse._ActionsContainer) -> None:

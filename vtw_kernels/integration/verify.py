@@ -18,13 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
+from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, prepare
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
 
 NAME = "vtw_hidden_keys"
 PREFILL_ROWS = 256  # of a prompt, the last ones, whose logits are compared
-NOISE_RUNS, MOST_NOISE_RUNS = 3, 12  # the latter if a difference is larger than noise
+NOISE_RUNS, MOST_NOISE_RUNS = 3, 12  # the latter if it is but the worst position that is off by more
 LIMIT = 2.0  # times the noise: what passes for rounding
 
 
@@ -100,8 +101,8 @@ def verify(
     result of a module in its decoder is moved at random by as much as it may be off: half a unit in the last place, and
     what a sum of so many terms adds (as a random walk: Higham and Mary, "A new approach to probabilistic rounding error
     analysis", 2019). Withdrawal passes if it is off by at most twice as much, by the root mean square over the vocabulary,
-    both in the median position and in the worst one. Noise is drawn three times, and up to twelve times before withdrawal
-    is said to be wrong: in a mixture of experts, rounding now and then sends a token to another expert.
+    both in the median position and in the worst one. Noise is drawn three times, and up to twelve times where it is the
+    worst position alone: in a mixture of experts, rounding now and then sends a token to another expert.
 
     The model is as it was afterwards, whatever happens. While this runs, no other thread may use it.
 
@@ -134,12 +135,13 @@ def verify(
     hidden = [visual if i >= layer else None for i in range(len(parts.layers))]
     answer = Answer(plain_model, parts.token_ids)
 
-    def run(runner: nn.Module = plain_model, cache: Cache | None = None) -> "Rows":
+    def run(runner: nn.Module = plain_model, **cache: Cache | None) -> "Rows":
         return run_rows(runner, inputs, attended & ~visual, decode, answer, cache)
 
     def run_hidden(hidden: Sequence[Tensor | None], precise: bool = True) -> "Rows":
         with hide_keys(plain_model, hidden, decoder=decoder, precise=precise):
-            return run(cache=full_cache(parts))
+            # With a cache of one's own, no other one may be asked for, as the model's config may.
+            return run(**{Arguments(parts.decoder).cache: full_cache(parts), "cache_implementation": None})
 
     with torch.inference_mode(), in_eval_mode(plain_model):
         wanted = run_hidden(hidden)
@@ -151,13 +153,14 @@ def verify(
         noise, loudest = torch.zeros(0), 0.0
         with rounded_at_random(plain_model, parts):
             for runs in range(MOST_NOISE_RUNS):
-                if runs >= NOISE_RUNS and is_within(difference.sizes, noise):
+                if runs >= NOISE_RUNS and exceeds(difference.sizes, noise) != [torch.max]:
                     break
                 rounded = run_hidden(hidden, precise=False).minus(wanted)
                 noise, loudest = torch.cat([noise, rounded.sizes]), max(loudest, rounded.largest)
-        rounding = is_within(difference.sizes, noise)
-        if not rounding and (unlike := run_hidden([None] * len(hidden)).minus(plain)).sizes.median() > LIMIT * noise.median():
-            attention = parts.decoder.config._attn_implementation
+        rounding = not exceeds(difference.sizes, noise)
+        if not rounding:
+            unlike, attention = run_hidden([None] * len(hidden)).minus(plain), parts.decoder.config._attn_implementation
+        if not rounding and torch.median in exceeds(unlike.sizes, noise):
             raise ValueError(
                 f"model: expected attention {attention!r} that computes what {type(parts.decoder).__name__} does with eager "
                 f"attention, got logits that differ by {unlike.largest:.2g} with all keys visible, so nothing can be compared"
@@ -176,7 +179,7 @@ def verify(
         effect=effect.largest,
         other_tokens=int((given.all.argmax(-1) != wanted.all.argmax(-1)).sum()),
         rounding=rounding,
-        conclusive=not is_within(effect.sizes, noise),
+        conclusive=bool(exceeds(effect.sizes, noise)),
     )
 
 
@@ -267,7 +270,13 @@ def _evicts(layer: Any) -> bool:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     keys, dtype = _hidden[module], query.dtype
     keys.reached = True
@@ -355,10 +364,9 @@ class Rows:
         return Rows(*((a - b).masked_fill(a == b, 0) for a, b in pairs))  # which are infinite in some models
 
 
-def is_within(sizes: Tensor, noise: Tensor) -> bool:
-    """Whether differences are at most ``LIMIT`` times as large as noise, in the median row and in the largest one. Never if
-    there are NaN among them."""
-    return all(bool(of(sizes) <= LIMIT * of(noise)) for of in (torch.median, torch.max))
+def exceeds(sizes: Tensor, noise: Tensor) -> list[Callable]:
+    """In which of the median row and the largest one differences are more than ``LIMIT`` times as large as noise, or NaN."""
+    return [of for of in (torch.median, torch.max) if not of(sizes) <= LIMIT * of(noise)]
 
 
 def _largest(rows: Tensor) -> float:
@@ -366,9 +374,15 @@ def _largest(rows: Tensor) -> float:
 
 
 def run_rows(
-    model: nn.Module, inputs: Mapping[str, Any], text: Tensor, decode: int, answer: Answer, cache: Cache | None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    text: Tensor,
+    decode: int,
+    answer: Answer,
+    cache: dict[str, Cache | None],
 ) -> Rows:
-    """Logits of the prompts at the tokens ``text``, bool ``[B, S]``, and of so many steps of decoding after them."""
+    """Logits of the prompts at the tokens ``text``, bool ``[B, S]``, and of so many steps of decoding after them.
+    ``cache``: arguments of ``generate`` about it."""
     rows, options = text.shape[1], {}
     if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
         options["logits_to_keep"] = rows = min(rows, PREFILL_ROWS)
@@ -378,11 +392,9 @@ def run_rows(
     if decode == 0:
         return Rows(prefill, prefill[:0])
     answer.step = 0
-    # With a cache of one's own, no other one may be asked for, as the model's own config may.
-    options = {} if cache is None else {"past_key_values": cache, "cache_implementation": None}
     output = unwrapped(model).generate(
         **inputs,
-        **options,
+        **cache,
         max_new_tokens=decode + 1,
         do_sample=False,
         num_beams=1,
@@ -393,7 +405,9 @@ def run_rows(
     )
     steps = output.logits[1:]
     if len(steps) != decode:
-        raise ValueError(f"decode: expected as many steps as generate takes, which ended after {len(steps)}, got {decode}")
+        raise ValueError(
+            f"decode: expected as many steps as generate takes, which ended after {len(steps)}, got {decode}"
+        )
     return Rows(prefill, torch.cat(steps).to(prefill))
 
 
