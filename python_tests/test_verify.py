@@ -46,7 +46,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# -------------------------------------------------------------------------------- hidden keys, and an attention written out
+# ------------------------------------------------------------------------ hidden keys, and an attention written out
 
 written_out = {}
 
@@ -72,8 +72,8 @@ AttentionMaskInterface.register("written_out", eager_mask)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_keys_of_any_layer_and_row_are_hidden(family, attention, rows):
-    """In a prefill and steps of decoding, with either cache, and repeated for beams. What is hidden in one layer stays so,
-    as rows that have left do not return."""
+    """In a prefill and steps of decoding, with either cache, and repeated for beams. What is hidden in one layer stays
+    so, as rows that have left do not return."""
     model = make_model(family, attention)
     batch, ends = with_decode_steps(make_batch(family, rows), steps=3)
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_errors_of_hidden_keys():
         windows.generate(**prompts, max_new_tokens=2)
 
 
-# ------------------------------------------------------------------------------------------------- right, and wrong ones
+# ---------------------------------------------------------------------------------------------- right, and wrong ones
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -43,7 +44,7 @@ def run(options: Namespace) -> int:
     right = print_ops(console, [torch.device("cpu"), *gpus])
     verifications = verify_demo(gpus) if options.model is None else verify_own(options)
     for name, verification in verifications:
-        console.print(f"\n{name}\n{verification}", highlight=False, soft_wrap=True)
+        console.print(f"\n{name}\n{verification}", highlight=False, markup=False, soft_wrap=True)
         right &= verification.rounding
     console.print("\nAll is as it should be." if right else "\nNot all is as it should be; see above.")
     return 0 if right else 1
@@ -71,8 +72,8 @@ def print_versions(console: Console, gpus: list[torch.device]) -> None:
 
 
 class Case(NamedTuple):
-    """An op on tensors of the CPU. exact: it moves bytes, so the reference gets them as they are, not in fp64. expected:
-    takes the place of the reference, for ops that are made of others."""
+    """An op on tensors of the CPU. exact: it moves bytes, so the reference gets them as they are, not in fp64.
+    expected: takes the place of the reference, for ops that are made of others."""
 
     op: str
     arguments: tuple
@@ -251,7 +252,7 @@ def cell(found: list[Error]) -> str:
         return "–"
     bad = next((error for error in found if not error.is_small), None)
     if bad is not None:
-        return f"[bold red]FAILED[/] {bad.raised or f'{bad.relative:.1e}, expected {bad.limit:.1e} at most'}"
+        return f"[bold red]FAILED[/] {escape(bad.raised) or f'{bad.relative:.1e}, expected {bad.limit:.1e} at most'}"
     largest = max(error.relative for error in found)
     return "exact" if not any(error.limit for error in found) else f"{largest:.1e}"
 

@@ -1,7 +1,7 @@
 """Proof of withdrawal where it is used: against the same model at full length, in which visual keys are hidden.
 
-What hides them is an attention function, registered with transformers for it, that puts one more mask on what the model's
-own computes. It knows nothing of the plans, masks and caches of withdrawal.
+What hides them is an attention function, registered with transformers for it, that puts one more mask on what the
+model's own computes. It knows nothing of the plans, masks and caches of withdrawal.
 """
 
 import inspect
@@ -34,12 +34,12 @@ class Verification:
     """What ``verify`` found. Differences are those of logits, at the positions of text.
 
     layer: that was withdrawn before, of ``num_layers``. dtype: of the model. tokens, visual_tokens: of all prompts
-    together, without padding. prefill_rows, decode_rows: positions that were compared, of the prompts and of tokens decoded
-    after them. prefill_difference, decode_difference: the largest ones between withdrawal and hidden keys. noise: the
-    largest one between hidden keys and the same with results of modules rounded at random. effect: the largest one that
-    hiding the keys makes. other_tokens: at how many positions withdrawal makes another token the most likely one.
-    rounding: whether withdrawal differs from hidden keys by no more than rounding does. conclusive: whether the keys matter
-    by more than that, so that it shows if they are not hidden.
+    together, without padding. prefill_rows, decode_rows: positions that were compared, of the prompts and of tokens
+    decoded after them. prefill_difference, decode_difference: the largest ones between withdrawal and hidden keys.
+    noise: the largest one between hidden keys and the same with the results of modules rounded at random. effect: the
+    largest one that hiding the keys makes. other_tokens: at how many positions withdrawal makes another token the most
+    likely one. rounding: whether withdrawal differs from hidden keys by no more than rounding does. conclusive: whether
+    the keys matter by more than that, so that it would show if they were not hidden.
     """
 
     layer: int
@@ -70,9 +70,11 @@ class Verification:
             verdict = "the same but for rounding"
         return "\n".join(
             [
-                f"Withdrawal before layer {self.layer} of {self.num_layers} against hidden keys, {self.dtype}: {verdict}.",
-                f"  {self.tokens} tokens, {self.visual_tokens} of them visual; compared at {self.prefill_rows} positions of "
-                f"the prompts and {self.decode_rows} decoded ones, {self.other_tokens} with another top token",
+                f"Withdrawal before layer {self.layer} of {self.num_layers} against hidden keys, {self.dtype}: "
+                f"{verdict}.",
+                f"  {self.tokens} tokens, {self.visual_tokens} of them visual; compared at {self.prefill_rows} "
+                f"positions of the prompts and {self.decode_rows} decoded ones, {self.other_tokens} with another top "
+                "token",
                 f"  largest difference of logits: prefill {self.prefill_difference:.2g}, decoding "
                 f"{self.decode_difference:.2g}",
                 f"  the model's own rounding: {self.noise:.2g}; what hiding the keys does: {self.effect:.2g}",
@@ -89,22 +91,25 @@ def verify(
     visual_mask: Tensor | None = None,
     decoder: nn.Module | None = None,
 ) -> Verification:
-    """Compares withdrawal with its definition, on this model, these inputs and this machine: the same model at full length,
-    whose layers from ``layer`` on cannot see visual keys.
+    """Compares withdrawal with its definition, on this model, these inputs and this machine: the same model at full
+    length, whose layers from ``layer`` on cannot see visual keys.
 
-    The keys are hidden by an attention function registered for it, whatever implementation the model has: it calls sdpa
-    where that is the model's own, and otherwise the model's eager attention, with one more condition in the mask and in
-    fp32 at least. Its cache evicts nothing. Both sides decode the same tokens, those that the model with hidden keys finds
-    most likely, but for placeholders and ends of text.
+    The keys are hidden by an attention function registered for it, whatever implementation the model has: it calls
+    sdpa where that is the model's own, and otherwise the model's eager attention, with one more condition in the mask
+    and in fp32 at least. Its cache evicts nothing. Both sides decode the same tokens, those that the model with hidden
+    keys finds most likely, but for placeholders and ends of text.
 
-    What rounding does is measured: the model with hidden keys runs again in the precision of its own attention, and each
-    result of a module in its decoder is moved at random by as much as it may be off: half a unit in the last place, and
-    what a sum of so many terms adds (as a random walk: Higham and Mary, "A new approach to probabilistic rounding error
-    analysis", 2019). Withdrawal passes if it is off by at most twice as much, by the root mean square over the vocabulary,
-    both in the median position and in the worst one. Noise is drawn three times, and up to twelve times where it is the
-    worst position alone: in a mixture of experts, rounding now and then sends a token to another expert.
+    What rounding does is measured: the model with hidden keys runs again in the precision of its own attention, and
+    each result of a module in its decoder is moved at random by as much as it may be off: half a unit in the last
+    place, and what a sum of so many terms adds (as a random walk: Higham and Mary, "A new approach to probabilistic
+    rounding error analysis", 2019). Withdrawal passes if it is off by at most twice as much, by the root mean square
+    over the vocabulary, both in the median position and in the worst one. Noise is drawn three times, and up to twelve
+    times where it is the worst position alone: in a mixture of experts, rounding now and then sends a token to another
+    expert.
 
-    The model is as it was afterwards, whatever happens. While this runs, no other thread may use it.
+    Of a prompt, the last 256 positions are compared, or all where the model makes no fewer logits. In bf16, rounding
+    may hide an error that shows in fp32. The model is as it was afterwards, whatever happens; while this runs, no other
+    thread may use it.
 
     Args:
         model, layer, visual_mask, decoder: as for ``withdraw``, but one layer. A compiled model is compared as it runs
@@ -113,8 +118,8 @@ def verify(
         decode: how many steps are decoded after the prompt.
 
     Raises:
-        TypeError, ValueError: what ``withdraw`` does not take; a model whose attention does not go through transformers'
-            ``AttentionInterface``, or does something else than its eager one.
+        TypeError, ValueError: what ``withdraw`` does not take; a model whose attention does not go through the
+            ``AttentionInterface`` of transformers, or computes something else than its eager one.
     """
     if isinstance(decode, bool) or not isinstance(decode, int) or decode < 0:
         raise ValueError(f"decode: expected a number of steps, 0 or more, got {decode!r}")
@@ -162,8 +167,9 @@ def verify(
             unlike, attention = run_hidden([None] * len(hidden)).minus(plain), parts.decoder.config._attn_implementation
         if not rounding and torch.median in exceeds(unlike.sizes, noise):
             raise ValueError(
-                f"model: expected attention {attention!r} that computes what {type(parts.decoder).__name__} does with eager "
-                f"attention, got logits that differ by {unlike.largest:.2g} with all keys visible, so nothing can be compared"
+                f"model: expected attention {attention!r} that computes what {type(parts.decoder).__name__} does with "
+                f"eager attention, got logits that differ by {unlike.largest:.2g} with all keys visible: nothing can "
+                "be compared"
             )
     return Verification(
         layer=layer,
@@ -188,8 +194,8 @@ def verify(
 
 @dataclass
 class HiddenKeys:
-    """Of the attention modules of one decoder layer. tokens: bool ``[B, tokens]`` or None; ``own``: the model's own
-    implementation; ``reached``: whether its attention has run."""
+    """Of one decoder layer. tokens: bool ``[B, tokens]`` or None. own: the model's own attention implementation.
+    precise: as for ``hide_keys``. reached: whether attention has run."""
 
     tokens: Tensor | None
     own: str
@@ -208,13 +214,13 @@ def hide_keys(
 
     Args:
         model, decoder: as for ``withdraw``.
-        hidden: for each decoder layer bool ``[B, tokens]``, counted from the start of the sequence (of the cache, not of
-            the forward), or None. Later tokens are visible. Rows are repeated for beams.
+        hidden: for each decoder layer bool ``[B, tokens]``, counted from the start of the sequence (of the cache, not
+            of the forward), or None. Later tokens are visible. Rows are repeated for beams.
         precise: whether attention is computed in fp32 at least, or in the model's dtype.
 
     Raises:
-        TypeError, ValueError: here for an argument; later from the forward for a cache that evicts keys; at the end where
-            the attention of a layer with hidden keys was not reached.
+        TypeError, ValueError: here for an argument; later from the forward for a cache that evicts keys; at the end
+            where the attention of a layer with hidden keys was not reached.
     """
     parts = find_parts(unwrapped(model), decoder)
     if len(hidden) != len(parts.layers):
@@ -246,8 +252,8 @@ def hide_keys(
         for i, keys in enumerate(layers):
             if keys.tokens is not None and keys.tokens.any() and not keys.reached:
                 raise ValueError(
-                    f"model: expected attention that transformers' AttentionInterface hands out, got none in layer {i} of "
-                    f"{type(parts.decoder).__name__}"
+                    f"model: expected attention that transformers' AttentionInterface hands out, got none in layer {i} "
+                    f"of {type(parts.decoder).__name__}"
                 )
     finally:
         hook.remove()
@@ -365,7 +371,7 @@ class Rows:
 
 
 def exceeds(sizes: Tensor, noise: Tensor) -> list[Callable]:
-    """In which of the median row and the largest one differences are more than ``LIMIT`` times as large as noise, or NaN."""
+    """In which of the median row and the largest one differences are above ``LIMIT`` times the noise, or NaN."""
     return [of for of in (torch.median, torch.max) if not of(sizes) <= LIMIT * of(noise)]
 
 
@@ -420,7 +426,7 @@ def full_cache(parts: Parts) -> DynamicCache:
 
 @contextmanager
 def rounded_at_random(model: nn.Module, parts: Parts) -> Iterator[None]:
-    """Results of the decoder's innermost modules and of the model's head are off by as much as rounding may make them."""
+    """Moves results of the decoder's innermost modules and of the head by as much as they may be off by rounding."""
     generators: dict[torch.device, torch.Generator] = {}
 
     def nudge(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
