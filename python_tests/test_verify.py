@@ -169,12 +169,15 @@ def one_key_kept(model, layer, *, visual_mask, **options):
 def positions_moved(model, layer, **options):
     """Rotary embeddings of a prompt are those of the token before, in the withdrawn layers."""
 
-    def move(module, args, kwargs):
-        tables = kwargs["position_embeddings"]
+    def rolled(tables):
         if isinstance(tables, Tensor):  # complex
-            return args, kwargs | {"position_embeddings": tables.roll(1, 1)}
-        if tables[0].shape[-2] > 1:
-            return args, kwargs | {"position_embeddings": tuple(x.roll(1, -2) for x in tables)}
+            return tables.roll(1, 1)
+        return tuple(x.roll(1, -2) if x.shape[-2] > 1 else x for x in tables)
+
+    def move(module, args, kwargs):
+        tables = {name: rolled(x) for name, x in kwargs.items() if name.startswith("position_embeddings")}
+        assert tables
+        return args, kwargs | tables
 
     hooks = [x.register_forward_pre_hook(move, with_kwargs=True) for x in module.find_parts(model).layers[layer:]]
     try:
@@ -300,6 +303,8 @@ def test_leaves_no_trace():
     model.model.vision_tower.eval()
     text = model.model.language_model
     model(**make_batch("llava", ONE).inputs())  # transformers has hooks of its own
+    for layer in text.layers:
+        layer.self_attn.attention_dropout = 0.5
 
     def state():
         hooks = [len(x._forward_hooks) + len(x._forward_pre_hooks) for x in model.modules()]
