@@ -2,12 +2,15 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import vtw_kernels as vtw
 from vtw_kernels import _C
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +27,9 @@ def run_setup(tmp_path, **environment):
     )
 
 
-def run_python(code, **environment):
+def run_python(code, cwd=None, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
     )
 
 
@@ -83,12 +86,36 @@ def test_missing_extension(tmp_path):
     (package / "__init__.py").symlink_to(ROOT / "vtw_kernels" / "__init__.py")
     code = (
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()];"
-        f"sys.path.insert(0, {str(tmp_path)!r}); import vtw_kernels"
+        "import vtw_kernels"
     )
-    result = run_python(code)
+    result = run_python(code, cwd=tmp_path)
     last = result.stderr.strip().splitlines()[-1]
-    assert "ImportError: vtw_kernels is not compiled" in last
+    assert "ImportError: vtw_kernels is not compiled" in last and "circular" not in last
     assert "pip install --no-build-isolation ." in last
+
+
+@pytest.mark.parametrize("statement", ["import vtw_kernels", "from vtw_kernels.ops import compact; import vtw_kernels"])
+def test_import_inside_a_checkout(tmp_path, statement):
+    """Python looks in the current directory first: there, a checkout without its compiled half, and of another version,
+    stands before the package that is installed."""
+    without_half = shutil.ignore_patterns("_C*", "__pycache__", "assets*")
+    for place, ignored in (("checkout", without_half), ("site", shutil.ignore_patterns("__pycache__", "assets*"))):
+        shutil.copytree(ROOT / "vtw_kernels", tmp_path / place / "vtw_kernels", ignore=ignored)
+    for file in ("ops/__init__.py", "ops/compaction.py"):
+        (tmp_path / "checkout/vtw_kernels" / file).write_text("raise AssertionError('of the checkout')")
+    code = f"{statement}; print(vtw_kernels.__file__, vtw_kernels.ops.__file__, vtw_kernels.plan_compaction.__module__)"
+    result = run_python(code, cwd=tmp_path / "checkout", PYTHONPATH=str(tmp_path / "site"))
+    site = tmp_path / "site/vtw_kernels"
+    wanted = f"{site / '__init__.py'} {site / 'ops/__init__.py'} vtw_kernels.ops.compaction"
+    assert result.stdout.strip() == wanted, result.stderr
+    assert f"{tmp_path / 'checkout/vtw_kernels'} is not compiled; imported instead: {site}" in result.stderr
+
+
+def test_version_and_names():
+    assert vtw.__version__ == version("vtw_kernels")
+    assert {"withdraw", "find_layer", "compact", "__version__"} <= set(dir(vtw))
+    result = subprocess.run([sys.executable, "-m", "vtw_kernels", "--version"], capture_output=True, text=True)
+    assert result.stdout.strip() == f"vtw-kernels {vtw.__version__}"
 
 
 def test_info_command():

@@ -1,24 +1,52 @@
 """Visual tokens withdrawal for vision-language models: fused kernels, and their use in transformers."""
 
+import sys
+import warnings
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import Any
 
-from vtw_kernels.ops import (
-    CompactionPlan,
-    backend_info,
-    compact,
-    compact_,
-    compact_paged_,
-    expand,
-    kl_divergence,
-    kl_divergence_loss,
-    kl_divergence_vocab_parallel,
-    kl_from_state,
-    kl_state,
-    linear_kl_divergence,
-    merge_kl_states,
-    plan_compaction,
-)
+__version__ = "0.1.0"
+
+
+def _installed_elsewhere() -> ModuleSpec | None:
+    """The compiled package that this folder stands before: Python looks in the current directory first, and in a checkout
+    of the repository finds a package without its compiled half. None where this one is compiled, or none is."""
+    if PathFinder.find_spec(f"{__name__}._C", __path__) is not None:
+        return None
+    checkout = Path(__path__[0]).parent.resolve()
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != checkout]
+    for finder in sys.meta_path:
+        spec = finder.find_spec(__name__, elsewhere)
+        if spec is not None and PathFinder.find_spec(f"{__name__}._C", spec.submodule_search_locations) is not None:
+            return spec
+    return None
+
+
+if (_installed := _installed_elsewhere()) is not None:
+    warnings.warn(f"{Path(__file__).parent} is not compiled; imported instead: {_installed.origin}", stacklevel=2)
+    # `import` returns what it then finds here.
+    sys.modules[__name__] = module_from_spec(_installed)
+    _installed.loader.exec_module(sys.modules[__name__])
+else:
+    from vtw_kernels.ops import (
+        CompactionPlan,
+        backend_info,
+        compact,
+        compact_,
+        compact_paged_,
+        expand,
+        kl_divergence,
+        kl_divergence_loss,
+        kl_divergence_vocab_parallel,
+        kl_from_state,
+        kl_state,
+        linear_kl_divergence,
+        merge_kl_states,
+        plan_compaction,
+    )
 
 # Imported when asked for, so that the ops work without transformers.
 ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
@@ -53,3 +81,7 @@ def __getattr__(name: str) -> Any:
     if name in ROOMS:
         return getattr(import_module(f"vtw_kernels.{ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -5,11 +5,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from vtw_kernels import __version__
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vtw-kernels", description="Visual tokens withdrawal for vision-language models."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser(

@@ -3,7 +3,7 @@
 import torch  # noqa: F401  _C finds libtorch's symbols in the process
 
 try:
-    from vtw_kernels import _C  # noqa: F401  importing it registers torch.ops.vtw_kernels
+    import vtw_kernels._C  # noqa: F401  registers torch.ops.vtw_kernels
 except ImportError as error:
     raise ImportError(
         f"vtw_kernels is not compiled for this Python and torch {torch.__version__} ({error}); "
