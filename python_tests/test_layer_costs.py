@@ -75,13 +75,14 @@ def test_seconds_between_measured_layers(monkeypatch):
             hook.remove()
         ran.append(lengths.count(12))  # layers with all rows
         round_ = (len(ran) - 1) // 5
-        return 1000.0 if round_ == 0 else ran[-1] ** 2 + (0, 0, 5, -1)[round_]
+        return 1000.0 if round_ == 0 else ran[-1] ** 2 + (0, 0, 5, -1, 9, -2)[round_]
 
     monkeypatch.setattr(module, "_seconds", seconds)
     costs = measure_costs(model, inputs, range(1, 12))
-    assert costs.timed_layers == [1, 4, 8, 11, 12] and ran == costs.timed_layers * 4
+    assert costs.timed_layers == [1, 4, 8, 11, 12] and ran == costs.timed_layers * 6
     expected = {1: 1, 2: 6, 3: 11, 4: 16, 5: 28, 6: 40, 7: 52, 8: 64, 9: 83, 10: 102, 11: 121, 12: 144}
     assert dict(zip(costs.layers, costs.prefill_seconds)) == pytest.approx(expected)
+    assert costs.prefill_iqr == pytest.approx([6.0] * 12)  # of -2, -1, 0, 5, 9 the quartiles are -1 and 5
 
 
 def test_measured_seconds():

@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 from families_zoo import make_model as make_zoo_model
 from families_zoo import make_prompts
+from transformers import BatchFeature
 from vlm import FAMILIES, LAYERS, ONE, VOCABULARY, Batch, append, make_batch, make_model
 
 import vtw_kernels as vtw
 from vtw_kernels.layer_search import METRICS, STATISTICS, scorer
+from vtw_kernels.layer_search.result import fewest_samples
 
 IMAGES = [[2, 4, 3, 8, 4], [1, 4, 2], [4, 4, 3]]  # of different lengths, each with an image
 
@@ -293,7 +296,7 @@ def test_statistics(samples):
     np.testing.assert_allclose(search.values("kl", "worst_decile"), worst, rtol=1e-5)
     low, high = search.interval()
     assert (low <= high).all()
-    if samples == 1:
+    if samples < 6:
         assert (low == 0).all() and high.isinf().all() and search.plausible_layers() == (1, 8)
     else:
         assert (low <= search.values()).all() and (search.values() <= high).all()
@@ -323,12 +326,66 @@ def test_interval_covers():
 def test_what_few_samples_tell():
     """The more samples, the smaller the range of layers that may be the right one."""
     threshold = 0.05
-    ranges = [make_search(n, threshold=threshold).plausible_layers() for n in (3, 1000)]
+    ranges = [make_search(n, threshold=threshold).plausible_layers() for n in (6, 1000)]
     assert ranges[0][1] - ranges[0][0] >= 1 > ranges[1][1] - ranges[1][0]
-    few, many = (make_search(n, threshold=threshold) for n in (3, 1000))
+    few, many = (make_search(n, threshold=threshold) for n in (6, 1000))
     assert "too few to tell the layers" in few.verdict() and "does not move the choice" in many.verdict()
     assert many.plausible_layers() == (many.layer, many.layer)
-    assert make_search(5, threshold=0.0).plausible_layers() == (8, 8)
+    assert make_search(6, threshold=0.0).plausible_layers() == (8, 8)
+    for samples in (1, 2, 5):
+        one = make_search(samples, threshold=threshold)
+        assert one.verdict().endswith("Fewer than 6 samples do not tell how far others would move the choice.")
+        assert one.plausible_layers() == (1, 8) and one.plausible_layers(0.5) == ((1, 8) if samples == 1 else ANY)
+
+
+def test_few_samples_do_not_hold_their_median():
+    """Of what 6 samples span, and 5 do not, at 95 %: the median of what they are drawn from."""
+    generator = torch.Generator().manual_seed(0)
+    for samples, holds in ((5, False), (6, True)):
+        drawn = torch.rand(100_000, samples, generator=generator)
+        share = ((drawn.amin(1) <= 0.5) & (0.5 <= drawn.amax(1))).float().mean().item()
+        assert share == pytest.approx(1 - 2 ** (1 - samples), abs=2e-3) and (share >= 0.95) == holds
+    assert [fewest_samples(level) for level in (0.5, 0.9, 0.95, 0.99)] == [2, 5, 6, 8]
+
+
+def with_nan(search, row, candidate):
+    kl = search.per_sample.clone()
+    kl[row, candidate] = torch.nan
+    return replace(search, per_sample=kl)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_nan_is_never_chosen(statistic):
+    """Nor the lowest, nor what samples drawn without it would choose."""
+    search = make_search(threshold=0.2, statistic=statistic)
+    layer = search.layer
+    row = layer - search.candidates[0]
+    broken = with_nan(search, 3, row)
+    assert broken.layer == layer + 1 and layer not in broken.plausible_layers()
+    assert broken.choose(max_kl=1e9) == (1 if row else 2)
+    lowest = with_nan(search, 3, -1)
+    assert search.choose(min_saving=0) == 7 and lowest.choose(min_saving=0) == 6
+    for found in (broken, lowest):
+        assert found.verdict().endswith("At some layers 1 of the samples are NaN: how sure this is can't be told.")
+    nothing = replace(search, per_sample=torch.full_like(search.per_sample, torch.nan))
+    assert nothing.layer is None and nothing.choose(min_saving=0) is None and nothing.choose(max_kl=1) is None
+    assert nothing.plausible_layers() == (8, 8) and "20 of the samples are NaN" in nothing.verdict()
+    assert "needs its visual tokens" not in nothing.verdict()
+
+
+def test_choose_where_everything_allowed_is_infinite():
+    kl = torch.full((6, 7), torch.inf)
+    assert replace(make_search(6), per_sample=kl).choose(min_saving=0.2) == 1
+    kl[:, 5:] = 0
+    search = replace(make_search(6), per_sample=kl)
+    assert search.choose(min_saving=search.saving[4].item()) == 1 and search.choose(min_saving=0) == 6
+
+
+def test_nan_logits_are_told():
+    model = make_model("llava")
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="model: expected logits that are numbers, got NaN in row 0"):
+        vtw.find_layer(model, [make_batch("llava", IMAGES).inputs()], progress=False)
 
 
 def test_choose():
@@ -366,9 +423,25 @@ def test_save_load_table_plot(tmp_path):
     assert loaded.layer == 1 and loaded.table() == search.table()
     assert json.loads((tmp_path / "vtw.json").read_text())["layer"] == 1
     assert "| 1 |" in search.table() and "chosen" in search.table()
-    (tmp_path / "other.json").write_text('{"layer": 3}')
-    with pytest.raises(ValueError, match="expected what LayerSearch.save wrote, got nothing for model, num_layers"):
-        vtw.LayerSearch.load(tmp_path / "other.json")
+    content = json.loads((tmp_path / "vtw.json").read_text())
+    for other, message in (
+        ('{"layer": 3}', "nothing for model, num_layers"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "maximum recursion"),
+        ("3", "not iterable"),
+        (
+            json.dumps(content | {"per_sample": content["per_sample"][1:]}),
+            r"per_sample of shape \[2, 3\] for 3 samples",
+        ),
+        (json.dumps(content | {"per_sample": "many"}), "str"),
+        (json.dumps(content | {"candidates": [1, 2, 4]}), r"3 samples at layers \[1, 2, 4\] of 4"),
+        (json.dumps(content | {"metric": "js"}), "metric: expected one of kl"),
+        (json.dumps(content | {"costs": {"layers": [1]}}), "missing"),
+        (json.dumps(content | {"threshold": float("nan")}), "threshold nan"),
+    ):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(ValueError, match=f"other.json: expected what LayerSearch.save wrote, got .*{message}"):
+            vtw.LayerSearch.load(tmp_path / "other.json")
     search.plot(tmp_path / "kl.png")
     assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
 
@@ -405,6 +478,18 @@ def test_bad_arguments(arguments, message):
     arguments = {"batches": [make_batch("llava", ONE).inputs()]} | arguments
     with pytest.raises(ValueError, match=message):
         vtw.find_layer(make_model("llava"), progress=False, **arguments)
+
+
+def test_batches_that_are_none():
+    model, inputs = make_model("llava"), make_batch("llava", ONE).inputs()
+    with pytest.raises(
+        TypeError, match=r"batches: expected an iterable of batches, got one, a BatchFeature: pass \[batch\]"
+    ):
+        vtw.find_layer(model, BatchFeature(inputs), progress=False)
+    with pytest.raises(
+        TypeError, match="batches: expected keyword arguments of the model's forward in each, got a Tensor"
+    ):
+        vtw.find_layer(model, inputs["input_ids"], progress=False)
 
 
 def test_bad_samples():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from vtw_kernels import LayerSearch
+from vtw_kernels.cli import main
 from vtw_kernels.layer_search.costs import LayerCosts
 from vtw_kernels.layer_search.report import Sample, write_report
 
@@ -75,6 +76,7 @@ def make_search(samples: int = 5, **changes) -> LayerSearch:
         flops=[int(x * 1e12) for x in (2, 3, 4, 6, 7)],
         kv_bytes=[int(x * 1e6) for x in (20, 30, 40, 60, 70)],
         prefill_seconds=[0.2, 0.3, 0.45, 0.6, 0.8],
+        prefill_iqr=[0.01, 0.02, 0.03, 0.04, 0.05],
         timed_layers=[1, 5, 6],
         device="a made-up machine",
     )
@@ -120,7 +122,7 @@ def test_needs_no_other_file(tmp_path, attention):
 
 
 def test_numbers_are_those_of_the_search(tmp_path, attention):
-    search = make_search()
+    search = make_search(6)
     assert search.layer == 3
     page = report(tmp_path, search, attention=attention)
     names, *rows = page.rows[: len(CANDIDATES) + 2]
@@ -140,6 +142,7 @@ def test_numbers_are_those_of_the_search(tmp_path, attention):
     assert table.pop("FLOPs") == ["2.0 TFLOP", "3.0 TFLOP", "4.0 TFLOP", "6.0 TFLOP", "7.0 TFLOP"]
     assert table.pop("KV cache") == ["20.0 MB", "30.0 MB", "40.0 MB", "60.0 MB", "70.0 MB"]
     assert table.pop("prefill") == ["200.0 ms", "300.0 ms", "450.0 ms", "600.0 ms", "800.0 ms"]
+    assert table.pop("its IQR") == ["10.0 ms", "20.0 ms", "30.0 ms", "40.0 ms", "50.0 ms"]
     assert not table
     assert [attributes.get("class") for attributes in page.all("tr")[1:6]] == [None, None, "chosen", None, None]
     assert search.verdict() in page.text
@@ -147,7 +150,53 @@ def test_numbers_are_those_of_the_search(tmp_path, attention):
         assert saved in page.text
     for saved in ("KV cache −43% 70.0 MB → 40.0 MB", "prefill time −44% 800.0 ms → 450.0 ms"):
         assert saved in page.text
-    assert "measured at the marked layers (1, 5, 6; 6 is no withdrawal)" in page.text
+    assert "measured at the marked layers (1, 5, 6; 6 is no withdrawal), in turns" in page.text
+
+
+@pytest.mark.parametrize(
+    ("apart", "said"), [(0.13, "−16% 800.0 ms → 670.0 ms"), (0.12, "none 800.0 ms → 680.0 ms: within")]
+)
+def test_a_difference_within_the_spread_is_none(tmp_path, apart, said):
+    """The spreads combine to hypot(0.05, 0.12) = 0.13 s; to be more than that, it takes a little more."""
+    search = make_search()
+    seconds, iqr = [0.2, 0.3, 0.8 - apart - 1e-6, 0.6, 0.8], [0.01, 0.02, 0.12, 0.04, 0.05]
+    costs = replace(search.costs, prefill_seconds=seconds, prefill_iqr=iqr)
+    assert costs.differ(3) == (apart == 0.13) and costs.differ(1)
+    assert said in report(tmp_path, replace(search, costs=costs)).text
+
+
+def test_what_was_skipped_stands_at_the_top(tmp_path):
+    settings = {"bad": {"photos.jsonl:3": "no image", "photos.jsonl:5": "no question"}, "finished": False}
+    page = report(tmp_path, make_search(settings=settings))
+    top, _ = page.text.split("Layer by layer")
+    assert "(5 samples so far, 2 bad records skipped, threshold 0.003 on" in top
+    assert ["bad", "photos.jsonl:3: no image, photos.jsonl:5: no question"] in page.rows
+
+
+def test_samples_are_named_by_file_and_line(tmp_path):
+    records = {f"photos.jsonl:{line}": "digest" for line in (2, 3, 5, 8, 13)}
+    page = report(tmp_path, make_search(settings={"records": records}))
+    assert set(re.findall(r"(photos.jsonl:\d+): \S+ at layer 3", page.text)) == set(records)
+    assert ["records", ", ".join(records)] in page.rows and "digest" not in page.text
+
+
+def test_from_a_saved_search(tmp_path, attention, capsys):
+    search = make_search(attention=attention, settings={"records": {f"photos.jsonl:{i}": "" for i in range(5)}})
+    search.save(tmp_path / "vtw.json")
+    search.report(tmp_path / "direct.html")
+    assert main(["report", str(tmp_path / "vtw.json")]) == 0
+    assert str(tmp_path / "vtw.html") in capsys.readouterr().out
+    assert (tmp_path / "vtw.html").read_text() == (tmp_path / "direct.html").read_text()
+    page = Page(tmp_path / "vtw.html")
+    assert len(page.all("svg")) == 4 and "photos.jsonl:1: " in page.text
+    assert main(["report", str(tmp_path / "vtw.json")]) == 0  # over the page of before
+    (tmp_path / "notes.html").write_text("<title>mine</title>")
+    assert main(["report", str(tmp_path / "vtw.json"), "--out", str(tmp_path / "notes.html")]) == 1
+    assert "out: expected a new file or an earlier report, got something else in" in capsys.readouterr().err
+    assert (tmp_path / "notes.html").read_text() == "<title>mine</title>"
+    (tmp_path / "other.json").write_text("{")
+    assert main(["report", str(tmp_path / "other.json")]) == 1
+    assert "other.json: expected what LayerSearch.save wrote, got Expecting" in capsys.readouterr().err
 
 
 def test_every_criterion_has_its_column(tmp_path):
@@ -240,7 +289,7 @@ def test_one_sample_without_costs_or_attention(tmp_path):
     page = report(tmp_path, search)
     assert len(page.all("svg")) == 3 and page.rows[1][2] == "0 to inf" and "1 sample," in page.text
     assert "rows of all layers −40% 80 of 100 tokens visual" in page.text
-    assert not {"FLOPs", "KV cache", "prefill"} & set(page.rows[0])
+    assert not {"FLOPs", "KV cache", "prefill", "its IQR"} & set(page.rows[0])
     assert not (tmp_path / "report-attention.png").exists()
 
 

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vtw_kernels import __version__
@@ -28,12 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     info = commands.add_parser(
         "info",
-        help="what was built, and which backend each op uses on each device; or what withdraw would do to a model",
+        help="what was built, what runs here, and which backend each op uses on each device; or what withdraw would do to "
+        "a model",
     )
     info.add_argument("--model", help="name or folder of a model of transformers, of which only the config is read")
 
     add_check(commands)
     add_search(commands)
+    report = commands.add_parser("report", help="a page of HTML about what a search found")
+    report.add_argument("result", type=Path, help="what search, or LayerSearch.save, wrote, such as vtw.json")
+    report.add_argument("--out", type=Path, help="the page (default: the result's name with .html)")
     add_bench(commands)
 
     options = parser.parse_args(arguments)
@@ -52,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
             from vtw_kernels.check import run as run_check
 
             return run_check(options)
+        elif options.command == "report":
+            report_on(options.result, options.out or options.result.with_suffix(".html"))
         elif options.command == "bench":
             return bench(options)
         else:
@@ -108,17 +115,27 @@ def add_search(commands: argparse._SubParsersAction) -> None:
     search.add_argument(
         "--data",
         required=True,
-        help="JSONL file, one object a line: question; image or images, or video, or frames of a video as a list; "
-        "answer, if you like. Or the id of a data set with such columns, which needs the package datasets",
+        help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a video "
+        "as a list; answer, if you like. In place of question and answer, messages as OpenAI has them or conversations as "
+        "LLaVA has them. Or the id of a data set with such columns, which needs the package datasets",
     )
     search.add_argument("--images", type=Path, help="folder that images and videos are in (default: that of the data)")
     search.add_argument("--subset", help="of a data set")
     search.add_argument("--split", default="train", help="of a data set (default: train)")
-    search.add_argument("--limit", type=int, help="only the first so many records")
+    search.add_argument("--limit", type=int, help="only so many records, the first")
+    search.add_argument("--seed", type=int, help="draw the records of --limit at random, with this seed")
     search.add_argument("--skip-bad", action="store_true", help="skip records that can't be used, and list them")
-    search.add_argument("--out", type=Path, default=Path("vtw.json"), help="the result (default: vtw.json)")
-    search.add_argument("--report", type=Path, help="a page of HTML about the result")
-    search.add_argument("--restart", action="store_true", help="discard what an earlier run has done")
+    search.add_argument(
+        "--out",
+        type=Path,
+        default=Path("vtw.json"),
+        help="the result (default: vtw.json); an earlier one of the same search is taken up, and no other file overwritten",
+    )
+    search.add_argument("--report", type=Path, help="a page of HTML about the result, and its figures beside it")
+    search.add_argument(
+        "--restart", action="store_true", help="discard what earlier runs have done, and an earlier result"
+    )
+    search.add_argument("--quiet", action="store_true", help="print no table and no progress")
 
     choice = search.add_argument_group("choice of the layer")
     choice.add_argument("--threshold", type=float, default=0.003, help="largest acceptable value (default: 0.003)")
@@ -170,6 +187,15 @@ def add_bench(commands) -> None:
         "two interquartile ranges combined, sqrt(IQR_a² + IQR_b²); cases in only one of them are named",
     )
     parser.add_argument(
+        "--fail-if-slower",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="PERCENT",
+        help="with --compare: exit with 3 if a median of vtw_kernels in B is larger by more than the spread, and by more "
+        "than so many percent (default: 0)",
+    )
+    parser.add_argument(
         "pytest_arguments",
         nargs="*",
         metavar="-- ARGUMENT",
@@ -182,7 +208,14 @@ def bench(options: argparse.Namespace) -> int:
 
     if options.compare:
         print(bench.compare(*options.compare), end="")
-        return 0
+        if options.fail_if_slower is None:
+            return 0
+        slower = bench.slower(*options.compare, options.fail_if_slower)
+        for case in slower:
+            print(f"slower: {case}", file=sys.stderr)
+        return 3 if slower else 0
+    if options.fail_if_slower is not None:
+        raise ValueError("--fail-if-slower: expected --compare with it, got none")
     chosen = options.op, options.model_shape, options.dtype
     return bench.run_benchmarks(options.device, *chosen, options.json, options.pytest_arguments)
 
@@ -191,16 +224,33 @@ def print_model_info(name: str) -> None:
     """Raises OSError for a config that is not there, ValueError for a model that ``withdraw`` refuses."""
     from rich.console import Console
     from rich.table import Table
+    from transformers import AutoConfig
 
     from vtw_kernels.integration.families import describe
 
     table = Table("withdraw", "", title=name)
     for key, value in describe(name).items():
         table.add_row(key, value)
+    stored = (getattr(AutoConfig.from_pretrained(name), "vtw", None) or {}).get("layer")
+    table.add_row(
+        "layer in its config", "none: pass one" if stored is None else f"{stored}, taken where none is passed"
+    )
     Console().print(table)
 
 
+def report_on(result: Path, page: Path) -> None:
+    """Raises OSError or ValueError for a result that is none, or a page that would take the place of something else."""
+    from vtw_kernels.layer_search.report import check_page
+    from vtw_kernels.layer_search.result import LayerSearch
+
+    search = LayerSearch.load(result)
+    check_page("out", page)
+    search.report(page)
+    print(f"{search.verdict()}\nwritten: {page}")
+
+
 def print_info(info: dict) -> None:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -211,6 +261,16 @@ def print_info(info: dict) -> None:
         build.add_row(name, str(shown or "none"))
     build.add_row("VTW_KERNELS_BACKEND", info["forced"] or "not set")
     console.print(build)
+
+    running = Table("runs here", "")
+    for package in ("vtw_kernels", "torch", "triton", "transformers"):
+        try:
+            running.add_row(package, version(package))
+        except PackageNotFoundError:
+            running.add_row(package, "not installed")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    running.add_row("GPU", ", ".join(gpus) or f"none that torch {torch.__version__} finds")
+    console.print(running)
 
     backends = Table("backend", "")
     for name, state in info["backends"].items():

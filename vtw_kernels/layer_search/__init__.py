@@ -54,9 +54,9 @@ def find_layer(
         A ``LayerSearch``; its ``layer`` is None, and a warning says so, when no candidate qualifies.
 
     Raises:
-        TypeError, ValueError: an unsupported model, a candidate out of range, no batches, a sample without visual
-            tokens or with nothing after them, a threshold that is not a number of at least 0, a metric, statistic or
-            positions that there are not.
+        TypeError, ValueError: an unsupported model, a candidate out of range, no batches or one in place of several, a
+            sample without visual tokens or with nothing after them, logits that are NaN, a threshold that is not a number
+            of at least 0, a metric, statistic or positions that there are not.
     """
     scorer = Scorer(
         model,
@@ -69,7 +69,15 @@ def find_layer(
     check_among("statistic", statistic, STATISTICS)
     if not threshold >= 0:
         raise ValueError(f"threshold: expected a number of at least 0, got {threshold}")
-    scores = [scorer.score(batch) for batch in tqdm(batches, "search", disable=not progress)]
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches: expected an iterable of batches, got one, a {type(batches).__name__}: pass [batch]")
+    scores = []
+    for batch in tqdm(batches, "search", disable=not progress):
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batches: expected keyword arguments of the model's forward in each, got a {type(batch).__name__}"
+            )
+        scores.append(scorer.score(batch))
     if not scores:
         raise ValueError("batches: expected at least one batch, got none")
     search = LayerSearch(

@@ -1,6 +1,6 @@
 """What a prefill costs when the visual tokens are withdrawn before each layer."""
 
-import statistics
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,8 +31,8 @@ class LayerCosts:
     the model's number of layers: nothing is withdrawn.
 
     tokens, visual_tokens: of the sample. flops: floating point operations of the decoder layers. kv_bytes: of the cache.
-    prefill_seconds: the whole model's, as measured on ``device`` for ``timed_layers``, and between these by linear
-    interpolation.
+    prefill_seconds: the whole model's, the median as measured on ``device`` for ``timed_layers``, and between these by
+    linear interpolation; prefill_iqr: likewise, how far the runs spread: their interquartile range.
     """
 
     layers: list[int]
@@ -41,8 +41,16 @@ class LayerCosts:
     flops: list[int]
     kv_bytes: list[int]
     prefill_seconds: list[float]
+    prefill_iqr: list[float]
     timed_layers: list[int]
     device: str
+
+    def differ(self, layer: int) -> bool:
+        """Whether the prefill takes another time with withdrawal before a layer than without: the medians differ by more
+        than their interquartile ranges combined, ``hypot``."""
+        i = self.layers.index(layer)
+        apart = abs(self.prefill_seconds[i] - self.prefill_seconds[-1])
+        return apart > math.hypot(self.prefill_iqr[i], self.prefill_iqr[-1])
 
 
 def measure_costs(
@@ -52,7 +60,7 @@ def measure_costs(
     *,
     visual_mask: Tensor | None = None,
     decoder: nn.Module | None = None,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> LayerCosts:
     """What one prefill costs if the visual tokens are withdrawn before each candidate, and if they are not.
 
@@ -116,7 +124,7 @@ def measure_costs(
             for layer in timed:
                 with withdrawn_before(layer):
                     seconds[layer].append(_seconds(prefill, devices))
-    medians = [statistics.median(seconds[layer][1:]) for layer in timed]
+    low, medians, high = np.quantile([seconds[layer][1:] for layer in timed], [0.25, 0.5, 0.75], axis=1)
     layers = [*candidates, last]
     flops, kv_bytes = ([_joined(*pair, layer) for layer in layers] for pair in zip(*counts))
     return LayerCosts(
@@ -126,6 +134,7 @@ def measure_costs(
         flops=flops,
         kv_bytes=kv_bytes,
         prefill_seconds=np.interp(layers, timed, medians).tolist(),
+        prefill_iqr=np.interp(layers, timed, high - low).tolist(),
         timed_layers=timed,
         device=_name_of(model.device),
     )

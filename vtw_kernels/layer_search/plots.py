@@ -85,6 +85,9 @@ def draw_savings(axes: Axes, search: "LayerSearch") -> None:
         axes.plot(costs.layers, flops, color=BLUE, label="FLOPs")
         axes.plot(costs.layers, kv_bytes, color=ORANGE, linestyle="--", label="KV cache")
         timed = [costs.layers.index(layer) for layer in costs.timed_layers]
+        total = costs.prefill_seconds[-1]
+        low, high = ([x + sign * iqr / 2 / total for x, iqr in zip(seconds, costs.prefill_iqr)] for sign in (-1, 1))
+        axes.fill_between(costs.layers, low, high, color=PINK, alpha=0.2, lw=0)
         axes.plot(costs.layers, seconds, color=PINK, linestyle="-.", marker="^", markevery=timed, label="prefill time")
         axes.axhline(0, color=GREY, lw=0.8)
     axes.set_ylabel("saved")

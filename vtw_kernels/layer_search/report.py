@@ -31,6 +31,7 @@ from vtw_kernels.layer_search.plots import (
 from vtw_kernels.layer_search.result import METRICS, STATISTICS, LayerSearch
 
 SHOWN = 12  # samples
+TITLE = "Withdrawal of visual tokens"
 THUMBNAIL = 320  # pixels of the longer side
 LISTED = 50  # values of a setting
 INK = "#1a1a1b"  # text and axes
@@ -63,7 +64,7 @@ def write_report(
     Args:
         samples: any number of them; only these are shown, or the numbers of the worst rows where none are given. An
             image that can't be read is named in its place.
-        attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it.
+        attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it; by default that of the search.
         command: what made the search.
 
     Raises:
@@ -72,6 +73,7 @@ def write_report(
         OSError: it can't be written.
     """
     path = Path(path)
+    attention = search.attention if attention is None else attention
     rows, layers = len(search.per_sample), [*search.candidates, search.num_layers]
     for sample in samples:
         if not 0 <= sample.index < rows:
@@ -92,12 +94,12 @@ def write_report(
         lstrip_blocks=True,
     )
     html = templates.get_template("report.html").render(
+        title=TITLE,
         search=search,
         savings=_savings(search),
         figures=[(title, caption, _svg(figure, name)) for name, title, caption, figure in figures],
         table=_table(search),
         worst=_worst(search, samples),
-        shown_layer=_shown_layer(search),
         with_questions=bool(samples),
         settings=_settings(search),
         command=command,
@@ -107,6 +109,12 @@ def write_report(
         figure.savefig(path.with_name(f"{path.stem}-{name}.png"), dpi=150)
 
 
+def check_page(name: str, path: Path) -> None:
+    """Raises ValueError if at ``path``, an argument's, there is something that ``write_report`` has not written."""
+    if path.exists() and (begin := path.read_bytes()[:1000]) and f"<title>{TITLE}".encode() not in begin:
+        raise ValueError(f"{name}: expected a new file or an earlier report, got something else in {path}")
+
+
 def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, str, str, Figure]]:
     """Name, title, caption and figure."""
     costs = search.costs
@@ -114,8 +122,8 @@ def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, s
         "The share of rows that the decoder layers need not compute, which is that of the KV cache."
         if costs is None
         else f"Of one prefill of {costs.tokens} tokens, {costs.visual_tokens} of them visual. Time was measured at the "
-        f"marked layers ({', '.join(map(str, costs.timed_layers))}; {search.num_layers} is no withdrawal) and is "
-        "interpolated between them."
+        f"marked layers ({', '.join(map(str, costs.timed_layers))}; {search.num_layers} is no withdrawal), in turns, and is "
+        "interpolated between them; the band is the interquartile range of the runs."
     )
     plots: list[tuple[str, str, str, Callable[[Axes], None]]] = [
         (
@@ -134,7 +142,7 @@ def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, s
     ]
     if attention is not None:
         caption = (
-            "Attention of the last prompt position, mean over heads. Withdrawal rests on deep layers hardly looking at "
+            "Attention of the last prompt position, mean over heads and some samples. Withdrawal rests on deep layers hardly looking at "
             "visual tokens."
         )
         plots.append(
@@ -174,6 +182,7 @@ def _table(search: LayerSearch) -> tuple[list[str], list[tuple[bool, list[str]]]
             "FLOPs": list(map(_flops, costs.flops)),
             "KV cache": list(map(_bytes, costs.kv_bytes)),
             "prefill": list(map(_seconds, costs.prefill_seconds)),
+            "its IQR": list(map(_seconds, costs.prefill_iqr)),
         }
     rows = [list(row) for row in zip(*columns.values())]
     return list(columns), [(row[0] == str(search.layer), row) for row in rows]
@@ -198,16 +207,19 @@ def _savings(search: LayerSearch) -> list[tuple[str, str, str]]:
         ):
             shares.append((name, 1 - values[chosen] / values[-1], f"{text(values[-1])} → {text(values[chosen])}"))
     # Small models may take longer.
-    return [(name, f"{-share:+.0%}".replace("-", "−"), change) for name, share, change in shares]
-
-
-def _shown_layer(search: LayerSearch) -> int:
-    return search.choose(min_saving=0) if search.layer is None else search.layer
+    said = [(name, f"{-share:+.0%}".replace("-", "−"), change) for name, share, change in shares]
+    if costs is not None and not costs.differ(search.layer):
+        name, _, change = said.pop()
+        said.append((name, "none", f"{change}: within the spread of the runs"))
+    return said
 
 
 def _worst(search: LayerSearch, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     values = search.by_sample()
-    at_layer = values[:, search.candidates.index(_shown_layer(search))]
+    at_layer = values[:, search.candidates.index(search.shown_layer)]
+    names = list(search.settings.get("records", ()))
+    if len(names) != len(values):
+        names = [f"Sample {row}" for row in range(len(values))]
     given = {sample.index: sample for sample in samples} or dict.fromkeys(range(len(values)))
     # NaN is worse than anything.
     order = sorted(given, key=lambda row: at_layer[row].nan_to_num(nan=torch.inf).item(), reverse=True)
@@ -218,7 +230,7 @@ def _worst(search: LayerSearch, samples: Sequence[Sample]) -> list[dict[str, Any
             fine_from -= 1
         shown.append(
             {
-                "row": row,
+                "name": names[row],
                 "value": f"{at_layer[row].item():.3g}",
                 "fine_from": search.candidates[fine_from] if fine_from < len(search.candidates) else None,
                 "question": given[row] and given[row].question,
@@ -271,10 +283,14 @@ def _settings(search: LayerSearch) -> dict[str, str]:
         settings["costs measured on"] = search.costs.device
     versions = {name: version(name) for name in ("vtw_kernels", "torch", "transformers")}
     settings |= {"Python": platform.python_version()} | versions | search.settings
+    if "records" in settings:
+        settings["records"] = list(settings["records"])  # without their digests
     return {name: _in_words(value) for name, value in settings.items()}
 
 
 def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name}: {x}" for name, x in value.items()]
     if isinstance(value, list | tuple):
         more = f" and {len(value) - LISTED} more" if len(value) > LISTED else ""
         return ", ".join(map(str, value[:LISTED])) + more

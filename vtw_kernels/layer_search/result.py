@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ class LayerSearch:
     both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most
     likely token is another one. positions: which those are, as ``find_layer`` takes it. tokens, visual_tokens: int64
     ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be chosen. costs: what was measured
-    of one prefill, if it was. settings: what else reproduces the search.
+    of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it, likewise. settings: what else
+    reproduces the search.
+
+    A NaN is never at or below a threshold, nor the lowest value.
     """
 
     model: str
@@ -49,6 +52,7 @@ class LayerSearch:
     statistic: str = "mean"
     positions: int | str = "last"
     costs: LayerCosts | None = None
+    attention: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,6 +65,14 @@ class LayerSearch:
         """The first candidate whose value is at or below the threshold, or None."""
         below = (self.values() <= self.threshold).nonzero().flatten().tolist()
         return self.candidates[below[0]] if below else None
+
+    @property
+    def shown_layer(self) -> int:
+        """The layer to look at closely: the one that was chosen, else that with the lowest value; of NaN alone, the last."""
+        if self.layer is not None:
+            return self.layer
+        lowest = self.choose(min_saving=0)
+        return self.candidates[-1] if lowest is None else lowest
 
     @property
     def saving(self) -> Tensor:
@@ -82,15 +94,19 @@ class LayerSearch:
         return x.sort(dim=0, descending=True).values[: _how_many(statistic, len(x))].mean(dim=0)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Between what fp32 ``[C]`` the values lie: percentile bootstrap over samples, at a level of confidence. With one
-        sample nothing is known: 0 and infinity."""
+        """Between what fp32 ``[C]`` the values lie: percentile bootstrap over samples, at a level of confidence. Of few
+        samples, at 95 % fewer than 6, nothing is known: 0 and infinity."""
+        if len(self.per_sample) < fewest_samples(level):
+            return torch.zeros(len(self.candidates)), torch.full((len(self.candidates),), torch.inf)
         low, high = self._resampled.quantile(_sides(level), dim=1, interpolation="nearest").float()
         return low, high
 
     def plausible_layers(self, level: float = 0.95) -> tuple[int, int]:
         """The first and the last layer that this search would choose from other samples of the same kind, each side
-        at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none.
-        """
+        at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none. Of
+        few samples, as in ``interval``, any."""
+        if len(self.per_sample) < fewest_samples(level):
+            return self.candidates[0], self.num_layers
         below = self._resampled <= self.threshold
         layers = torch.tensor([*self.candidates, self.num_layers], dtype=torch.float64)
         chosen = layers[torch.where(below.any(dim=0), below.int().argmax(dim=0), len(self.candidates))]
@@ -102,9 +118,9 @@ class LayerSearch:
         """fp64 ``[C, resamples]``: the values of samples drawn with replacement, the same for all candidates."""
         from scipy.stats import bootstrap  # takes half a second
 
-        x = self.by_sample().double().numpy()
-        if len(x) < 2:
-            return torch.tensor([0.0, math.inf], dtype=torch.float64).expand(x.shape[1], 2)
+        x = self.by_sample().double()
+        # Where one is NaN nothing is known, whichever are drawn.
+        x = x.masked_fill(self.per_sample.isnan().any(dim=0), math.inf).numpy()
         largest = _how_many(self.statistic, len(x))
 
         def statistic(samples: np.ndarray, axis: int) -> np.ndarray:
@@ -142,14 +158,15 @@ class LayerSearch:
         if min_saving is not None and not 0 <= min_saving <= 1:
             raise ValueError(f"min_saving: expected a share from 0 to 1, got {min_saving}")
         values = self.values(metric, statistic)
-        allowed = torch.ones_like(values, dtype=torch.bool)
+        allowed = ~values.isnan()
         if min_saving is not None:
             allowed &= self.saving >= min_saving
         if max_kl is not None:
             allowed &= values <= max_kl
         if not allowed.any():
             return None
-        best = allowed.int().argmax() if max_kl is not None else values.where(allowed, math.inf).argmin()
+        layers = allowed.nonzero().flatten()
+        best = layers[0 if max_kl is not None else values[layers].argmin()]
         return self.candidates[int(best)]
 
     def __str__(self) -> str:
@@ -191,20 +208,31 @@ class LayerSearch:
 
     def verdict(self) -> str:
         """The result, and how much the samples tell, in a few sentences."""
-        count = len(self.per_sample)
-        samples = f"{count} sample{'s' if count > 1 else ''}, threshold {self.threshold:g} on the {self.criterion}"
+        count, skipped = len(self.per_sample), len(self.settings.get("bad", ()))
+        unknown = int(self.per_sample.isnan().any(dim=1).sum())
+        samples = f"{count} sample{'s' if count > 1 else ''}" + (
+            "" if self.settings.get("finished", True) else " so far"
+        )
+        samples += f", {skipped} bad record{'s' if skipped > 1 else ''} skipped" if skipped else ""
+        samples += f", threshold {self.threshold:g} on the {self.criterion}"
         if self.layer is None:
-            lowest = self.values().min().item()
+            lowest = self.values()[self.candidates.index(self.shown_layer)].item()
             said = (
                 f"No layer of {self.candidates[0]}..{self.candidates[-1]} qualifies ({samples}): the lowest value is "
-                f"{lowest:.3g}. This model needs its visual tokens to the end; withdrawing would change its answers."
+                f"{lowest:.3g}."
             )
+            if not unknown:
+                said += " This model needs its visual tokens to the end; withdrawing would change its answers."
         else:
             removed = self.num_layers - self.layer
             said = (
                 f"Withdraw before layer {self.layer} of {self.num_layers}: {removed} layers run on text alone "
                 f"({samples})."
             )
+        if unknown:
+            return f"{said} At some layers {unknown} of the samples are NaN: how sure this is can't be told."
+        if count < fewest_samples():
+            return f"{said} Fewer than {fewest_samples()} samples do not tell how far others would move the choice."
         first, last = self.plausible_layers()
         if first == last:
             return f"{said} Resampling the samples does not move the choice."
@@ -223,6 +251,12 @@ class LayerSearch:
         draw_values(axes, self)
         figure.savefig(path, dpi=150)
 
+    def report(self, path: str | Path) -> None:
+        """Writes the page of ``write_report`` about it; of samples it knows the names, but not what was asked."""
+        from vtw_kernels.layer_search.report import write_report
+
+        write_report(path, self)
+
     def save(self, path: str | Path) -> None:
         """Writes everything as JSON, with the layer and the mean KL spelt out for other readers."""
         values = {name: getattr(self, name) for name in _FIELDS} | {"costs": self.costs and asdict(self.costs)}
@@ -234,27 +268,63 @@ class LayerSearch:
         """Reads what ``save`` wrote.
 
         Raises:
+            OSError: it can't be read.
             ValueError: something else.
         """
-        content = json.loads(Path(path).read_text())
-        missing = [name for name in _FIELDS if not isinstance(content, dict) or name not in content]
-        if missing:
-            raise ValueError(f"{path}: expected what LayerSearch.save wrote, got nothing for {', '.join(missing)}")
-        values = {name: content[name] for name in _FIELDS}
-        for name in ("per_sample", "per_sample_reverse", "disagreement"):
-            values[name] = torch.tensor(values[name], dtype=torch.float32)
-        for name in ("tokens", "visual_tokens"):
-            values[name] = torch.tensor(values[name])
-        return cls(**values | {"costs": values["costs"] and LayerCosts(**values["costs"])})
+        try:
+            content = json.loads(Path(path).read_text())
+            missing = [name for name in _NEEDED if name not in content]
+            if missing:
+                raise ValueError(f"nothing for {', '.join(missing)}")
+            values = {name: content[name] for name in _FIELDS if name in content}
+            for name in ("per_sample", "per_sample_reverse", "disagreement", "attention"):
+                values[name] = None if values.get(name) is None else torch.tensor(values[name], dtype=torch.float32)
+            for name in ("tokens", "visual_tokens"):
+                values[name] = torch.tensor(values[name], dtype=torch.int64)
+            search = cls(**values | {"costs": values.get("costs") and LayerCosts(**values["costs"])})
+            search._check()
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: expected what LayerSearch.save wrote, got {error}") from error
+        return search
+
+    def _check(self) -> None:
+        """Raises ValueError where fields do not fit each other."""
+        samples, candidates = len(self.tokens), len(self.candidates)
+        if (
+            not samples
+            or self.candidates != sorted(set(self.candidates) & set(range(self.num_layers)))
+            or not candidates
+        ):
+            raise ValueError(f"{samples} samples at layers {self.candidates} of {self.num_layers}")
+        for name, shape in {
+            "per_sample": (samples, candidates),
+            "per_sample_reverse": (samples, candidates),
+            "disagreement": (samples, candidates),
+            "visual_tokens": (samples,),
+        }.items():
+            given = getattr(self, name).shape
+            if given != shape:
+                raise ValueError(f"{name} of shape {list(given)} for {samples} samples and {candidates} layers")
+        check_among("metric", self.metric, METRICS)
+        check_among("statistic", self.statistic, STATISTICS)
+        if not self.threshold >= 0 or not isinstance(self.settings, dict):
+            raise ValueError(f"threshold {self.threshold} and settings {type(self.settings).__name__}")
 
 
 _FIELDS = [field.name for field in fields(LayerSearch)]
+_NEEDED = [field.name for field in fields(LayerSearch) if field.default is field.default_factory is MISSING]
 
 
 def check_among(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def fewest_samples(level: float = 0.95) -> int:
+    """With fewer, not even the range of all of them holds the median of their kind at a level of confidence: each lies
+    below it, or above, with probability 1/2, so that all do with 2^(1-n)."""
+    return 1 + math.ceil(-math.log2(1 - level))
 
 
 def _sides(level: float) -> Tensor:

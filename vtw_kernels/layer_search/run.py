@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,34 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from vtw_kernels.integration.families import describe
 from vtw_kernels.layer_search.attention import attention_mass
 from vtw_kernels.layer_search.costs import measure_costs
-from vtw_kernels.layer_search.records import BadRecord, DataSet, Encoder, JsonLines, load_records
-from vtw_kernels.layer_search.report import Sample, write_report
+from vtw_kernels.layer_search.records import BadRecord, DataSet, Encoder, JsonFile, brief, load_records
+from vtw_kernels.layer_search.report import Sample, check_page, write_report
 from vtw_kernels.layer_search.result import METRICS, STATISTICS, LayerSearch, check_among
 from vtw_kernels.layer_search.scorer import Scorer, Scores
-from vtw_kernels.layer_search.state import State, append_line, read_lines
+from vtw_kernels.layer_search.state import State, append_line, differences, read_lines
 from vtw_kernels.ops import backend_info
 
-SHOWN = 8  # samples in a report
+SHOWN = 8  # samples in a report, and those whose attention it shows
+REASON_CHARACTERS = 500
 STALLED_SECONDS = 1800  # no record takes as long
 PLAN_SECONDS = 7200  # at the most: after a stop, all images are read anew for their digests
 # Files of a model that decide its scores; of weights only size and time are looked at, as reading them takes minutes.
 TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".py")
 WEIGHT_FILES = (".safetensors", ".bin")
-Records = JsonLines | DataSet
+Records = JsonFile | DataSet
 
 
 def run(options: Namespace, command: str) -> int:
     """Searches, writes what was asked for, and prints the table.
 
     Records are scored one at a time: then a record's scores depend on nothing but itself, and a search that was stopped,
-    or shared among ranks, gives to the bit what one process gives in one go.
+    or shared among ranks, gives to the bit what one process gives in one go. What the result at ``options.out`` has of
+    them already is not scored again: if that is all, the model is not loaded.
 
     Args:
         options: as ``vtw-kernels search --help`` says.
@@ -61,25 +65,46 @@ def run(options: Namespace, command: str) -> int:
     """
     ranks = Ranks(options.tp)
     check_options(options, ranks)
-    records = load_records(options.data, options.images, options.subset, options.split, options.limit)
+    records = load_records(options.data, options.images, options.subset, options.split, options.limit, options.seed)
     index_of = {records.name(index): index for index in range(len(records))}
     device = find_device(options.device)
     machine = describe_device(device)
     state = State(options.out.with_name(options.out.name + ".partial"))
-    done: dict[str, dict] = {}  # lines of earlier runs, by name; only rank 0 reads them
+    earlier: LayerSearch | None = None  # the result of an earlier run; only rank 0 reads it
+    done: dict[str, dict] = {}  # lines of earlier runs, by name; likewise
     with ExitStack() as stack:
 
         def plan() -> dict[str, Any]:
+            nonlocal earlier
             describe(options.model)  # refuses a model before its weights are loaded
             if not options.skip_bad:
                 records.check()
             settings = find_settings(options, machine, ranks)
-            lines = stack.enter_context(state.open(settings, options.restart))
-            if lines:
-                done.update(match(records, lines))
-                tell_of_earlier_runs(state, len(done), len(records))
-            run, shares = state.begin([name for name in index_of if name not in done], ranks.shares)
-            return {"run": run, "shares": shares, "settings": settings}
+            if not options.restart and has_content(options.out):
+                earlier = load_earlier(options.out, settings)
+            scored = {} if earlier is None else lines_of(earlier)
+            digests = find_digests(records) if scored or state.folder.is_dir() else {}
+            if lost := [line["name"] for digest, line in scored.items() if digest not in digests.values()]:
+                raise ValueError(
+                    f"out: expected a new file or an earlier result of this search, got {options.out}, which is also of "
+                    f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart "
+                    "discards it)"
+                )
+            scored |= stack.enter_context(state.open(settings, options.restart))
+            done.update({name: scored[x] | {"name": name} for name, x in digests.items() if x in scored})
+            todo = [name for name in index_of if name not in done]
+            if scored:
+                tell_of_earlier_runs(options.out, state, len(done), len(records))
+            if earlier is not None and todo:
+                earlier = dataclasses.replace(earlier, costs=None, attention=None)  # of other records
+            costs = options.costs and (earlier is None or earlier.costs is None)
+            attention = options.report is not None and (earlier is None or earlier.attention is None)
+            run, shares = state.begin(todo, ranks.shares)
+            needs_model = bool(todo) or earlier is None or costs or attention
+            return {"run": run, "shares": shares, "settings": settings, "needs_model": needs_model} | {
+                "costs": costs,
+                "attention": attention,
+            }
 
         planned = ranks.agree("plan", plan)
         if planned["settings"]["device"] != machine:
@@ -87,24 +112,29 @@ def run(options: Namespace, command: str) -> int:
                 f"device: expected {planned['settings']['device']}, as on rank 0, because the last bits of scores "
                 f"depend on it, got {machine} on rank {ranks.rank}"
             )
-        encoder = Encoder(AutoProcessor.from_pretrained(options.model), options.prompt_template)
-        scorer = Scorer(load_model(options, device), positions=options.positions, candidates=options.candidates)
-        encoder.dtype = scorer.model.dtype
-
+        if ranks.rank and not planned["needs_model"]:
+            return 0
+        stopped_by, encoder, scorer = 0, None, None
         files = [state.rank_file(planned["run"], share) for share in range(ranks.shares)]
-        progress = Progress(files, len(done), len(records), ranks.rank)
-        with stop_on_signals() as stop, files[ranks.share].open("ab") if ranks.writes else nullcontext() as file:
-            for name in planned["shares"][ranks.share]:
-                if ranks.stopped_by(stop):
-                    break
-                line = score(records, index_of[name], encoder, scorer, options.skip_bad)
-                if file is not None:
-                    append_line(file, line)
-                progress.update()
-            if ranks.rank == 0 and ranks.shares > 1:
-                progress.wait_for_others(stop)
-            progress.bar.close()
-            stopped_by = ranks.stopped_by(stop)
+        if planned["needs_model"]:
+            if options.quiet:
+                disable_progress_bar()
+            encoder = Encoder(AutoProcessor.from_pretrained(options.model), options.prompt_template)
+            scorer = Scorer(load_model(options, device), positions=options.positions, candidates=options.candidates)
+            encoder.dtype = scorer.model.dtype
+            progress = Progress(files, len(done), len(records), ranks.rank, options.quiet)
+            with stop_on_signals() as stop, files[ranks.share].open("ab") if ranks.writes else nullcontext() as file:
+                for name in planned["shares"][ranks.share]:
+                    if ranks.stopped_by(stop):
+                        break
+                    line = score(records, index_of[name], encoder, scorer, options.skip_bad, ranks.tensor_parallel)
+                    if file is not None:
+                        append_line(file, line)
+                    progress.update()
+                if ranks.rank == 0 and ranks.shares > 1:
+                    progress.wait_for_others(stop)
+                progress.bar.close()
+                stopped_by = ranks.stopped_by(stop)
         if ranks.rank and (stopped_by or not ranks.tensor_parallel):
             return 128 + stopped_by if stopped_by else 0
 
@@ -117,7 +147,9 @@ def run(options: Namespace, command: str) -> int:
 
         def conclude() -> dict[str, Any]:
             nonlocal search
-            search = make_search(options, scorer, planned["settings"], lines, len(records))
+            if len(lines) < len(records) and not stopped_by:
+                raise ValueError(f"{state.folder}: expected {len(records)} records, got {len(lines)}: run it again")
+            search = make_search(options, scorer, earlier, planned["settings"], lines, len(records))
             save(search, options.out)
             return choose_records(search)
 
@@ -131,24 +163,30 @@ def run(options: Namespace, command: str) -> int:
                 file=sys.stderr,
             )
             return 128 + stopped_by
-        costs = attention = None
-        if options.costs:
-            costs = measure_costs(scorer.model, encoder(records[index_of[chosen["typical"]]]), scorer.candidates)
-        shown = [records[index_of[name]] for name in chosen["shown"]]
-        if options.report:
-            attention = torch.stack([attention_mass(scorer.model, encoder(record)) for record in shown]).mean(dim=0)
+        measured: dict[str, Any] = {}
+        if planned["costs"]:
+            inputs = encoder(records[index_of[chosen["typical"]]])
+            measured["costs"] = measure_costs(scorer.model, inputs, scorer.candidates)
+        if planned["attention"]:
+            looked_at = (encoder(records[index_of[name]]) for name in chosen["spread"])
+            masses = [attention_mass(scorer.model, inputs) for inputs in looked_at]
+            measured["attention"] = torch.stack(masses).mean(dim=0)
         if search is None:  # another rank of a tensor-parallel model
             return 0
-        search = dataclasses.replace(search, costs=costs)
+        search = dataclasses.replace(search, **measured)
         save(search, options.out)
         if options.report:
-            rows = map(search.settings["records"].index, chosen["shown"])
-            samples = [Sample(x.question, x.image_bytes(), x.answer, row) for x, row in zip(shown, rows)]
+            rows = map(list(search.settings["records"]).index, chosen["worst"])
+            samples = [
+                Sample(record.question, record.image_bytes(), record.answer, row)
+                for record, row in zip((records[index_of[name]] for name in chosen["worst"]), rows)
+            ]
             options.report.parent.mkdir(parents=True, exist_ok=True)
-            write_report(options.report, search, samples=samples, attention=attention, command=command)
+            write_report(options.report, search, samples=samples, command=command)
         state.remove()
-        print(search.table())
-        print(f"written: {options.out}" + (f", {options.report}" if options.report else ""))
+        if not options.quiet:
+            print(search.table())
+            print(f"written: {options.out}" + (f", {options.report}" if options.report else ""))
     return 0
 
 
@@ -201,15 +239,16 @@ class Ranks:
 
 
 class Progress:
-    """A bar of what all ranks did, by the lines of their files; only rank 0 has it."""
+    """Counts what all ranks did, by the lines of their files, and shows it as a bar; only rank 0 does."""
 
-    def __init__(self, paths: list[Path], done: int, total: int, rank: int):
-        self.paths, self.visible = paths, rank == 0
+    def __init__(self, paths: list[Path], done: int, total: int, rank: int, quiet: bool):
+        self.paths, self.counts = paths, rank == 0
+        self.done, self.total = done, total
         self.offsets = [0] * len(paths)
-        self.bar = tqdm(desc="search", unit=" records", initial=done, total=total, disable=not self.visible)
+        self.bar = tqdm(desc="search", unit=" records", initial=done, total=total, disable=rank > 0 or quiet)
 
     def update(self) -> None:
-        if not self.visible:
+        if not self.counts:
             return
         for number, path in enumerate(self.paths):
             if path.exists():
@@ -217,19 +256,20 @@ class Progress:
                     file.seek(self.offsets[number])
                     new = file.read()
                 self.offsets[number] += len(new)
-                self.bar.update(new.count(b"\n"))
+                self.done += new.count(b"\n")
+        self.bar.update(self.done - self.bar.n)
 
     def wait_for_others(self, stop: list[int]) -> None:
         """Until all records are done, or a signal has come. TimeoutError where nothing has been written for long."""
-        before, since = self.bar.n, time.monotonic()
-        while self.bar.n < self.bar.total and not stop:
+        before, since = self.done, time.monotonic()
+        while self.done < self.total and not stop:
             time.sleep(0.1)
             self.update()
-            if self.bar.n > before:
-                before, since = self.bar.n, time.monotonic()
+            if self.done > before:
+                before, since = self.done, time.monotonic()
             elif time.monotonic() - since > STALLED_SECONDS:
                 raise TimeoutError(
-                    f"{self.bar.total - self.bar.n} records are missing and no rank has written for {STALLED_SECONDS} s; "
+                    f"{self.total - self.done} records are missing and no rank has written for {STALLED_SECONDS} s; "
                     "what was done is kept, and the same command goes on"
                 )
 
@@ -267,23 +307,49 @@ def check_options(options: Namespace, ranks: Ranks) -> None:
         raise ValueError(f"device_map: expected one rank, which it gives all devices to, got {ranks.world}")
     if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected auto or one of torch, such as bfloat16, got {options.dtype}")
+    if ranks.rank == 0:
+        check_files(options)
+
+
+def check_files(options: Namespace) -> None:
+    """Raises ValueError where something would be overwritten that is not an earlier result, or an earlier report."""
+    files = {name: Path(x) for name in ("data", "out", "report") if (x := getattr(options, name)) is not None}
+    for (name, path), (other_name, other) in combinations(files.items(), 2):
+        if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
+            raise ValueError(f"{other_name}: expected another file than that of {name}, got {other}")
     for name in ("out", "report"):
-        path = getattr(options, name)
-        if path is not None and path.is_dir():
-            raise ValueError(f"{name}: expected a file, got the folder {path}")
+        if name in files and files[name].is_dir():
+            raise ValueError(f"{name}: expected a file, got the folder {files[name]}")
+    if has_content(options.out):
+        try:
+            LayerSearch.load(options.out)
+        except ValueError as error:
+            raise ValueError(f"out: expected a new file or an earlier result, got something else: {error}") from error
+    if options.report is not None:
+        check_page("report", options.report)
+
+
+def has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def find_device(name: str | None) -> torch.device:
     """The one asked for, or the accelerator, or the CPU; of several accelerators that of this rank."""
-    if name is None:
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(accelerator if name is None else name)
     except RuntimeError as error:
         raise ValueError(f"device: expected one of torch, such as cpu or cuda:1, got {name}") from error
-    if device.type == "cpu" or device.index is not None:
+    if device.type == "cpu":
         return device
-    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index is None:
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+    found = ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(device) not in found:
+        raise ValueError(
+            f"device: expected one that torch {torch.__version__} finds here, {' or '.join(found)}, got {device}"
+        )
+    return device
 
 
 def describe_device(device: torch.device) -> str:
@@ -326,47 +392,90 @@ def load_model(options: Namespace, device: torch.device) -> nn.Module:
     return (model if placed else model.to(device)).eval()
 
 
-def match(records: Records, lines: dict[str, dict]) -> dict[str, dict]:
-    """By name, the lines of those records that are still as they were when they were scored."""
-    matched = {}
+def load_earlier(path: Path, settings: dict[str, Any]) -> LayerSearch:
+    """What an earlier run has found. Raises ValueError if it was of another search."""
+    earlier = LayerSearch.load(path)
+    changed = differences({name: earlier.settings.get(name) for name in settings}, settings)
+    if not isinstance(earlier.settings.get("records"), dict):
+        changed = "it does not say of which records it is"
+    if changed:
+        raise ValueError(
+            f"out: expected a new file or an earlier result of this search, got {path}, which is of another one: {changed} "
+            "(--restart discards it)"
+        )
+    return earlier
+
+
+def lines_of(search: LayerSearch) -> dict[str, dict]:
+    """What ``score`` gave for the records of a result, by their digests. NaN is no score."""
+    scores = Scores(
+        search.per_sample, search.per_sample_reverse, search.disagreement, search.tokens, search.visual_tokens
+    )
+    return {
+        digest: {"name": name, "record": digest} | {field: x[row].tolist() for field, x in scores._asdict().items()}
+        for row, (name, digest) in enumerate(search.settings["records"].items())
+        if not search.per_sample[row].isnan().any()
+    }
+
+
+def find_digests(records: Records) -> dict[str, str]:
+    """By name, of those records that can be read."""
+    digests = {}
     for index in range(len(records)):
         try:
-            line = lines.get(records[index].digest())
+            digests[records.name(index)] = records[index].digest()
         except (BadRecord, OSError):
             continue  # its turn comes
-        if line is not None:
-            matched[records.name(index)] = line | {"name": records.name(index)}
-    return matched
+    return digests
 
 
-def tell_of_earlier_runs(state: State, done: int, total: int) -> None:
-    print(f"{state.folder}: {done} of {total} records were scored before", file=sys.stderr)
+def tell_of_earlier_runs(out: Path, state: State, done: int, total: int) -> None:
+    only = ": only the choice is made anew" if done == total else ""
+    print(f"{out}: {done} of {total} records were scored before{only}", file=sys.stderr)
     for rank, names in state.left_over().items():
-        more = ", ..." if len(names) > 3 else ""
-        print(f"rank {rank} of the last run left {len(names)}: {', '.join(names[:3])}{more}", file=sys.stderr)
+        print(f"rank {rank} of the last run left {len(names)}: {listed(names)}", file=sys.stderr)
 
 
-def score(records: Records, index: int, encoder: Encoder, scorer: Scorer, skip_bad: bool) -> dict[str, Any]:
-    """The line of one record: its scores; or what is bad about it, or BadRecord for that."""
-    name = records.name(index)
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def score(
+    records: Records, index: int, encoder: Encoder, scorer: Scorer, skip_bad: bool, tensor_parallel: bool = False
+) -> dict[str, Any]:
+    """The line of one record: its scores; or what is bad about it, or BadRecord for that.
+
+    Whatever is raised is of the record, as records are what differs between calls. Two things are not: a device that has
+    failed for good; and a model that fails on one of its tensor-parallel ranks, while the others go on waiting for it.
+    """
+    name, device = records.name(index), scorer.model.device
     try:
         record = records[index]
         scores = scorer.score(encoder(record, with_answer=scorer.positions == "answer"))
-        if scores.kl.isnan().any():
-            raise BadRecord("expected logits that are numbers, got NaN")
         return {"name": name, "record": record.digest()} | {
             field: values[0].tolist() for field, values in scores._asdict().items()
         }
-    except (OSError, ValueError) as error:
-        reason = str(error).removeprefix(f"{name}: ")
-        if skip_bad:
+    except Exception as error:
+        said = " ".join(str(error).split()).removeprefix(f"{name}: ")
+        is_ours = isinstance(error, OSError | ValueError)
+        reason = brief(said if is_ours else f"{type(error).__name__}: {said}", REASON_CHARACTERS)
+        if skip_bad and not (tensor_parallel and not is_ours) and still_works(device):
             return {"name": name, "bad": reason}
+        otherwise = "leave it out" if skip_bad else "pass --skip-bad"
         raise BadRecord(
-            f"{name}: {reason}; what was done is kept: mend this record, or pass --skip-bad, and run the same command"
+            f"{name}: {reason}; what was done is kept: mend this record, or {otherwise}, and run the same command"
         ) from error
-    except Exception:
-        print(f"vtw-kernels: {name} made the model or its processor fail", file=sys.stderr)
-        raise
+
+
+def still_works(device: torch.device) -> bool:
+    """Whether it takes orders. After some errors, an index out of range for one, a GPU does not."""
+    if device.type == "cpu":
+        return True
+    try:
+        torch.accelerator.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def tell_of_bad(bad: dict[str, str]) -> None:
@@ -377,38 +486,48 @@ def tell_of_bad(bad: dict[str, str]) -> None:
 
 
 def make_search(
-    options: Namespace, scorer: Scorer, settings: dict[str, Any], lines: list[dict], total: int
+    options: Namespace,
+    scorer: Scorer | None,
+    earlier: LayerSearch | None,
+    settings: dict[str, Any],
+    lines: list[dict],
+    total: int,
 ) -> LayerSearch:
-    """The result, of lines in the order of records, of which there are ``total``."""
+    """The result, of lines in the order of records, of which there are ``total``; what is known of the model is the
+    scorer's, or an earlier result's."""
     good = [line for line in lines if "bad" not in line]
     bad = {line["name"]: line["bad"] for line in lines if "bad" in line}
     if not good:
         first = next((f"; {name}: {reason}" for name, reason in bad.items()), "")
         raise ValueError(f"data: expected at least one record that is not bad, got {len(bad)} bad ones{first}")
+    if scorer is None:
+        of_model = earlier.model, earlier.num_layers, earlier.candidates
+    else:
+        of_model = type(scorer.model).__name__, len(scorer.parts.layers), scorer.candidates
     return LayerSearch(
-        type(scorer.model).__name__,
-        len(scorer.parts.layers),
-        scorer.candidates,
+        *of_model,
         *(torch.tensor([line[field] for line in good]) for field in Scores._fields),
         threshold=options.threshold,
         metric=options.metric,
         statistic=options.statistic,
         positions=options.positions,
+        costs=earlier and earlier.costs,
+        attention=earlier and earlier.attention,
         settings=settings
         | {"data": options.data, "finished": len(lines) == total}
-        | {"records": [line["name"] for line in good], "bad": bad},
+        | {"records": {line["name"]: line["record"] for line in good}, "bad": bad},
     )
 
 
 def choose_records(search: LayerSearch) -> dict[str, Any]:
-    """The names of a record of median length, to measure costs on, and of those to show: the worst ones at the chosen
-    layer, or at the one with the lowest value."""
-    names = search.settings["records"]
-    layer = search.candidates[int(search.values().argmin())] if search.layer is None else search.layer
-    values = search.by_sample()[:, search.candidates.index(layer)]
+    """Names of records: a "typical" one, of median length, to measure costs on; the "worst" ones at the chosen layer, or at
+    the one with the lowest value, to show; and as many "spread" over all of them, to see where attention goes."""
+    names = list(search.settings["records"])
+    values = search.by_sample()[:, search.candidates.index(search.shown_layer)]
     worst = values.argsort(descending=True, stable=True)[:SHOWN].tolist()
     typical = search.tokens.argsort(stable=True)[len(names) // 2]
-    return {"typical": names[typical], "shown": [names[row] for row in worst]}
+    spread = names[:: -(-len(names) // SHOWN)]
+    return {"typical": names[typical], "worst": [names[row] for row in worst], "spread": spread}
 
 
 def save(search: LayerSearch, path: Path) -> None:

@@ -102,6 +102,9 @@ class Scorer:
             self.head = None
             scores = self._score_groups(samples, None)
         means = [samples.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
+        unknown = (means[0].isnan() | means[1].isnan()).any(1)
+        if unknown.any():
+            raise ValueError(f"model: expected logits that are numbers, got NaN in row {unknown.nonzero()[0].item()}")
         tokens = samples.attended[:, :prompt]
         return Scores(*means, tokens.sum(1).cpu(), (tokens & visual[:, :prompt]).sum(1).cpu())
 

@@ -2,16 +2,22 @@
 
 A folder holds ``settings.json``, all that decides the scores; and of each run ``run-K.json``, which records were whose,
 and one ``run-K-rank-R.jsonl`` per rank, with a line per record. A line is on disk before the next record begins, and
-each file has one writer and is only ever appended to: so nothing but its last line can be torn.
+each file has one writer and is only ever appended to: so nothing but its last line can be torn. Whatever else happens to a
+line, its checksum tells, and its record is scored anew.
 """
 
 import fcntl
 import json
 import os
+import re
+import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+OURS = re.compile(r"(settings|run-(?P<run>\d+)(-rank-\d+)?)\.jsonl?(\.part)?")
 
 
 class State:
@@ -25,8 +31,8 @@ class State:
         """Keeps others out, and yields the lines of earlier runs by the digest of their record.
 
         Raises:
-            ValueError: another run is at work here; or earlier ones had other settings, and ``restart`` does not say to
-                discard what they did.
+            ValueError: another run is at work here; or earlier ones had other settings, or they can't be read, and
+                ``restart`` does not say to discard what they did.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
@@ -37,38 +43,30 @@ class State:
             if restart:
                 self._clear()
             path = self.folder / "settings.json"
-            before = json.loads(path.read_text()) if path.exists() else settings
-            changed = [
-                f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
-                for name in {**before, **settings}
-                if before.get(name) != settings.get(name)
-            ]
-            written = [line for file in self.folder.glob("run-*.jsonl") for line in read_lines(file)]
-            lines = {line["record"]: line for line in written if "record" in line}
-            if changed and lines:
+            before = _read_settings(path) if path.exists() else {}
+            self._lines = {file: read_lines(file) for file in self._files() if file.suffix == ".jsonl"}
+            lines = {line["record"]: line for file in self._lines.values() for line in file if "record" in line}
+            if (changed := differences(before, settings)) and lines:
                 raise ValueError(
-                    f"settings: expected those of the {len(lines)} records in {self.folder}, but {'; '.join(changed)} "
+                    f"settings: expected those of the {len(lines)} records in {self.folder}, but {changed} "
                     "(--restart discards these records)"
                 )
             write_whole(path, json.dumps(settings, indent=1) + "\n")
             yield lines
 
     def left_over(self) -> dict[int, list[str]]:
-        """By rank, the names of the records of its share that the last run did not do."""
-        run = self._last_run()
-        if not run:
-            return {}
-        shares = json.loads((self.folder / f"run-{run}.json").read_text())
-        left = {}
-        for rank, share in enumerate(shares):
-            done = {line["name"] for line in read_lines(self.rank_file(run, rank))}
-            left[rank] = [name for name in share if name not in done]
+        """By rank, the names of the records of its share that the last run before ``open`` did not do."""
+        run, left = self._last_run(), {}
+        for line in read_lines(self.folder / f"run-{run}.json"):
+            for rank, share in enumerate(line["shares"]):
+                done = {line["name"] for line in self._lines.get(self.rank_file(run, rank), [])}
+                left[rank] = [name for name in share if name not in done]
         return {rank: share for rank, share in left.items() if share}
 
     def begin(self, todo: list[str], ranks: int) -> tuple[int, list[list[str]]]:
         """The number of a new run, and each rank's share of the names of records to do."""
         run, shares = self._last_run() + 1, [todo[rank::ranks] for rank in range(ranks)]
-        write_whole(self.folder / f"run-{run}.json", json.dumps(shares))
+        write_whole(self.folder / f"run-{run}.json", _with_checksum({"shares": shares}))
         return run, shares
 
     def rank_file(self, run: int, rank: int) -> Path:
@@ -77,35 +75,73 @@ class State:
     def remove(self) -> None:
         self._clear()
         (self.folder / "lock").unlink()
-        self.folder.rmdir()
+        if any(self.folder.iterdir()):
+            print(f"{self.folder}: kept, as there are files in it that are not of the search", file=sys.stderr)
+        else:
+            self.folder.rmdir()
+
+    def _files(self) -> list[Path]:
+        return [path for path in sorted(self.folder.iterdir()) if OURS.fullmatch(path.name) and path.is_file()]
 
     def _last_run(self) -> int:
-        return max((int(path.stem.removeprefix("run-")) for path in self.folder.glob("run-*.json")), default=0)
+        return max((int(OURS.fullmatch(path.name)["run"] or 0) for path in self._files()), default=0)
 
     def _clear(self) -> None:
-        for pattern in ("run-*", "settings.json"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
+        for path in self._files():
+            path.unlink()
 
 
 def append_line(file: Any, line: dict[str, Any]) -> None:
-    """Python's JSON writes a float so that it is read back to the bit."""
-    file.write(json.dumps(line).encode() + b"\n")
+    file.write(_with_checksum(line).encode())
     file.flush()
     os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file but for one without its end; none of a file that is not there.
-
-    Raises:
-        ValueError: a line is not JSON.
-    """
+    """The lines of a file as ``append_line`` was given them, but for one without its end, and for damaged ones, which it
+    names; none of a file that is not there."""
     *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = []
+    for number, text in enumerate(whole, 1):
+        try:
+            line = json.loads(text)
+            intact = line.pop("crc32") == _checksum(line)
+        except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+            intact = False
+        if intact:
+            lines.append(line)
+        else:
+            print(f"{path}:{number}: damaged, and so not believed", file=sys.stderr)
+    return lines
+
+
+def _with_checksum(line: dict[str, Any]) -> str:
+    """Python's JSON writes a float so that it is read back to the bit."""
+    return json.dumps(line | {"crc32": _checksum(line)}) + "\n"
+
+
+def _checksum(line: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line).encode())
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise ValueError(f"{path}: expected one JSON object a line, got {error} (--restart discards it)") from error
+        settings = json.loads(path.read_text())
+        if isinstance(settings, dict):
+            return settings
+        error = type(settings).__name__
+    except (ValueError, RecursionError) as raised:
+        error = raised
+    raise ValueError(f"{path}: expected a JSON object, got {error} (--restart discards what is there)")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between settings, in words; empty where nothing does."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    )
 
 
 def write_whole(path: Path, text: str) -> None:
