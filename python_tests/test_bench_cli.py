@@ -115,6 +115,54 @@ def test_compare(run, tmp_path, capsys):
     assert "The runs differ in threads: " in printed and "and 77." in printed
 
 
+def test_fail_if_slower(run, tmp_path, capsys):
+    """Of vtw_kernels alone, beyond the spread, which combines to 5e-5 s, and beyond the percentage."""
+
+    def compared(median: float, *options: str, peer: str = "vtw_kernels") -> int:
+        before = copy.deepcopy(run)
+        for x in before["benchmarks"]:
+            x["stats"] |= {"median": 1e-3, "iqr": 3e-5}
+        after = copy.deepcopy(before)
+        next(x for x in after["benchmarks"] if bench.peer_of(x) == peer)["stats"] |= {"median": median, "iqr": 4e-5}
+        paths = [str(saved_as(x, tmp_path / name)) for name, x in (("a.json", before), ("b.json", after))]
+        return cli.main(["bench", "--compare", *paths, *options])
+
+    assert compared(1.06e-3, "--fail-if-slower") == 3
+    said = capsys.readouterr()
+    assert "differ by more than their combined spread" in said.out
+    assert said.err == "slower: plan, llava-1.5-7b, 661 to 85: vtw_kernels: 1.00 ms before, 1.06 ms after (+6.0 %)\n"
+    assert compared(1.06e-3) == 0
+    assert compared(1.04e-3, "--fail-if-slower") == 0
+    assert compared(0.5e-3, "--fail-if-slower") == 0
+    assert compared(1.06e-3, "--fail-if-slower", peer="argsort") == 0
+    assert compared(1.06e-3, "--fail-if-slower", "5") == 3
+    assert compared(1.06e-3, "--fail-if-slower", "7") == 0
+    assert not capsys.readouterr().err.replace(said.err, "")
+
+
+def test_fail_if_slower_where_nothing_is_compared(run, tmp_path, capsys):
+    others = copy.deepcopy(run)
+    others["benchmarks"] = [x for x in others["benchmarks"] if bench.peer_of(x) != "vtw_kernels"]
+    paths = [str(saved_as(x, tmp_path / name)) for name, x in (("a.json", run), ("b.json", others))]
+    assert cli.main(["bench", "--compare", *paths, "--fail-if-slower"]) == 1
+    assert "--compare: expected runs with cases of vtw_kernels in common, got none in" in capsys.readouterr().err
+    assert cli.main(["bench", "--compare", *paths, "--fail-if-slower=-1"]) == 1
+    assert "--fail-if-slower: expected a percentage of at least 0, got -1" in capsys.readouterr().err
+    assert cli.main(["bench", "--fail-if-slower"]) == 1
+    assert "--fail-if-slower: expected --compare with it, got none" in capsys.readouterr().err
+
+
+def test_above_the_roof(run):
+    """A row says itself what that means."""
+    ours = [x for x in run["benchmarks"] if bench.peer_of(x) == "vtw_kernels"]
+    ours[0]["extra_info"] |= {"percent_of_roof": 180.0}
+    ours[1]["extra_info"] |= {"percent_of_roof": 103.0, "flops": 7}
+    cells = [bench.row_of(x, None)[5] for x in ours]
+    assert cells == ["180 %, from the cache", "103 %, faster than the product measured"]
+    ours[0]["extra_info"] |= {"percent_of_roof": 100.0}
+    assert bench.row_of(ours[0], None)[5] == "100 %"
+
+
 def test_compare_with_itself(run, tmp_path):
     path = saved_as(run, tmp_path / "a.json")
     text = bench.compare(path, path)

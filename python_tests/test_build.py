@@ -9,9 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from vlm import make_model
 
 import vtw_kernels as vtw
 from vtw_kernels import _C
+from vtw_kernels.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,6 +120,32 @@ def test_version_and_names():
     assert {"withdraw", "find_layer", "compact", "__version__"} <= set(dir(vtw))
     result = subprocess.run([sys.executable, "-m", "vtw_kernels", "--version"], capture_output=True, text=True)
     assert result.stdout.strip() == f"vtw-kernels {vtw.__version__}"
+
+
+def test_info_says_what_runs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"a made-up GPU {i}")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"torch +│ {re.escape(torch.__version__)} ", printed)
+    assert re.search(rf"transformers +│ {re.escape(transformers.__version__)} ", printed)
+    assert "a made-up GPU 0, a made-up GPU 1" in printed
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["info"]) == 0
+    assert "none that torch finds" in capsys.readouterr().out
+
+
+def test_info_of_a_model(tmp_path, monkeypatch, capsys):
+    """With the layer that its config names."""
+    monkeypatch.setenv("COLUMNS", "200")
+    model = make_model("llava")
+    model.save_pretrained(tmp_path / "plain")
+    with vtw.withdraw(model, 2):
+        model.save_pretrained(tmp_path / "withdrawn")
+    for name, said in (("plain", "none: pass one"), ("withdrawn", "2, taken where none is passed")):
+        assert main(["info", "--model", str(tmp_path / name)]) == 0
+        assert re.search(rf"layer in its config +│ {said}", capsys.readouterr().out)
 
 
 def test_info_command():

@@ -263,13 +263,15 @@ def print_info(info: dict) -> None:
     console.print(build)
 
     running = Table("runs here", "")
-    for package in ("vtw_kernels", "torch", "triton", "transformers"):
+    running.add_row("vtw_kernels", __version__)
+    running.add_row("torch", torch.__version__)
+    for package in ("triton", "transformers"):
         try:
             running.add_row(package, version(package))
         except PackageNotFoundError:
             running.add_row(package, "not installed")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    running.add_row("GPU", ", ".join(gpus) or f"none that torch {torch.__version__} finds")
+    running.add_row("GPU", ", ".join(gpus) or "none that torch finds")
     console.print(running)
 
     backends = Table("backend", "")
