@@ -396,6 +396,20 @@ def test_negative_length(length):
         vtw.expand([torch.zeros(2, 4, 3)], PUBLIC_PLAN, length, 1)
 
 
+@pytest.mark.parametrize("given", ["mask", "tuple", "none"])
+def test_what_is_no_plan(given):
+    keep = torch.ones(1, 2, dtype=torch.bool)
+    plan = {"mask": keep, "tuple": tuple(vtw.plan_compaction(keep)), "none": None}[given]
+    x, kind = torch.zeros(1, 2, 3), type(plan).__name__
+    for op, call in (
+        ("compact", lambda: vtw.compact([x], plan, 1)),
+        ("compact_", lambda: vtw.compact_([x], plan, 1)),
+        ("expand", lambda: vtw.expand([x], plan, 2, 1)),
+    ):
+        with pytest.raises(TypeError, match=f"^{op}: plan: expected what plan_compaction returns, got {kind}$"):
+            call()
+
+
 def test_no_second_derivative():
     """The gradients of the divergence can't be differentiated again: that must be said, not computed wrongly."""
     p = torch.randn(2, 5, requires_grad=True)

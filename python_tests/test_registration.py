@@ -529,7 +529,21 @@ def test_forced_backend(forced):
 @pytest.mark.parametrize("forced", ["cuda", "triton"])
 def test_forced_backend_that_does_not_serve_the_device(forced):
     done = run_python("-c", USES_EVERY_OP, VTW_KERNELS_BACKEND=forced)
-    assert done.returncode != 0 and "vtw_kernels::plan_compaction" in done.stderr
+    message = (
+        f"RuntimeError: plan_compaction: VTW_KERNELS_BACKEND: expected a backend for tensors on cpu, got {forced}, which "
+        f"serves cuda, and is {vtw.backend_info()['backends'][forced]}"
+    )
+    assert done.stderr.splitlines()[-1] == message
+    code = 'import vtw_kernels as vtw; print(*{x["cpu"] for x in vtw.backend_info()["ops"].values()})'
+    assert run_python("-c", code, VTW_KERNELS_BACKEND=forced).stdout.strip() == "None"
+
+
+def test_backends_of_a_gpu_that_is_not_here(monkeypatch):
+    for here, said in ((False, "idle: torch finds no GPU"), (True, "available")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        backends = vtw.backend_info()["backends"]
+        assert backends["triton"] == said and backends["cpu"] == backends["reference"] == "available"
+        assert backends["cuda"] == (said if vtw.backend_info()["build"]["cuda"] else backends["cuda"])
 
 
 @pytest.mark.skipif(bool(vtw.backend_info()["build"]["cuda"]), reason="CUDA is built")

@@ -10,6 +10,7 @@ import torch
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
+from torch.utils._pytree import tree_leaves
 
 from vtw_kernels import _C
 
@@ -48,8 +49,21 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: str | No
     if triton and HAS_TRITON and FORCED_BACKEND in (None, "triton") and not _has_kernel(name, "CUDA"):
         _library.impl(name, _triton_kernel(triton, name), "CUDA")
         _in_triton.add(name)
-    if FORCED_BACKEND in (None, "reference"):
-        _library.impl(name, reference, "CompositeExplicitAutograd")
+    others = reference if FORCED_BACKEND in (None, "reference") else _refusal(name)
+    _library.impl(name, others, "CompositeExplicitAutograd")
+
+
+def _refusal(name: str) -> Callable:
+    """The kernel, beside a forced backend, of devices which that does not serve."""
+
+    def refuse(*args):
+        given = next((x.device.type for x in tree_leaves(args) if isinstance(x, torch.Tensor)), "no device")
+        serves = f"serves {'cpu' if FORCED_BACKEND == 'cpu' else 'cuda'}, and is {_backends()[FORCED_BACKEND]}"
+        raise RuntimeError(
+            f"{name}: VTW_KERNELS_BACKEND: expected a backend for tensors on {given}, got {FORCED_BACKEND}, which {serves}"
+        )
+
+    return refuse
 
 
 def _triton_kernel(module: str, name: str) -> Callable:
@@ -192,19 +206,23 @@ def backend_info() -> dict[str, Any]:
         ``backends``: for each backend "available", or why it is not; ``ops``: for each op and device type the backend
         that runs it, or None when a call would raise.
     """
-    build = _C.build_info()
     prefix = "vtw_kernels::"
     ops = sorted(name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
     return {
-        "build": build,
+        "build": _C.build_info(),
         "forced": FORCED_BACKEND,
-        "backends": {
-            "cpu": "available",
-            "cuda": "available" if build["cuda"] else f"not built: {build['why_no_cuda']}",
-            "triton": "available" if HAS_TRITON else "not installed",
-            "reference": "available",
-        },
+        "backends": _backends(),
         "ops": {name: {device: _backend_of(name, device) for device in ("cpu", "cuda")} for name in ops},
+    }
+
+
+def _backends() -> dict[str, str]:
+    build, on_gpu = _C.build_info(), "available" if torch.cuda.is_available() else "idle: torch finds no GPU"
+    return {
+        "cpu": "available",
+        "cuda": on_gpu if build["cuda"] else f"not built: {build['why_no_cuda']}",
+        "triton": on_gpu if HAS_TRITON else "not installed",
+        "reference": "available",
     }
 
 
@@ -212,7 +230,7 @@ def _backend_of(name: str, device: str) -> str | None:
     name = KERNEL_OF.get(name, name)
     if _has_kernel(name, device.upper()):
         return "triton" if device == "cuda" and name in _in_triton else device
-    if _has_kernel(name, "CompositeExplicitAutograd"):
+    if FORCED_BACKEND in (None, "reference") and _has_kernel(name, "CompositeExplicitAutograd"):
         return "reference"
     return None
 

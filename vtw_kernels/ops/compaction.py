@@ -78,7 +78,7 @@ def compact(
     op = "compact"
     tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return call_on_list(_OPS.compact.default, tensors, token_dims, batch_dims, plan.source)
+    return call_on_list(_OPS.compact.default, tensors, token_dims, batch_dims, _source_of(op, plan))
 
 
 def compact_(
@@ -97,9 +97,10 @@ def compact_(
         RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself or another one, or one
             that requires a gradient.
     """
-    tensors = _as_list("compact_", tensors)
+    op = "compact_"
+    tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    call_on_list(_OPS.compact_.default, tensors, token_dims, batch_dims, plan.source, in_place=True)
+    call_on_list(_OPS.compact_.default, tensors, token_dims, batch_dims, _source_of(op, plan), in_place=True)
 
 
 def expand(
@@ -124,9 +125,10 @@ def expand(
     Raises:
         RuntimeError: as ``compact``; on the CPU also when the plan names a row at or beyond ``length``.
     """
-    tensors = _as_list("expand", tensors)
+    op = "expand"
+    tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return call_on_list(_OPS.expand.default, tensors, token_dims, batch_dims, plan.source, length)
+    return call_on_list(_OPS.expand.default, tensors, token_dims, batch_dims, _source_of(op, plan), length)
 
 
 def compact_paged_(
@@ -169,6 +171,12 @@ def _as_list(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         raise TypeError(f"{op}: tensors: expected a list of tensors, got one tensor; write [tensor]")
     return list(tensors)
+
+
+def _source_of(op: str, plan: CompactionPlan) -> Tensor:
+    if not isinstance(plan, CompactionPlan):
+        raise TypeError(f"{op}: plan: expected what plan_compaction returns, got {type(plan).__name__}")
+    return plan.source
 
 
 def _per_tensor(dims: int | Sequence[int], tensors: list[Tensor]) -> list[int]:
