@@ -550,6 +550,33 @@ def test_more_records(place, monkeypatch, capsys):
     assert (place / "vtw.json").read_text() == wanted
 
 
+def test_a_record_that_changes_while_the_search_is_stopped(place, monkeypatch, capsys):
+    """Its score is not that of the record any more; those of the others are."""
+
+    def stop(file, line):
+        os.kill(os.getpid(), signal.SIGINT)
+        state.append_line(file, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "append_line", after_lines(4, stop))
+        assert search() == 128 + signal.SIGINT
+    edit(place, {2: json.dumps({"image": "photos/1.png", "question": "w11 w12"})})
+    wanted = whole(place)
+    assert search() == 0
+    assert "vtw.json: 4 of 12 records were scored before" in capsys.readouterr().err
+    assert (place / "vtw.json").read_text() == wanted
+
+
+def test_nan_in_a_result_is_scored_anew(place, capsys):
+    wanted = whole(place)
+    broken = vtw.LayerSearch.load(place / "whole.json")
+    broken.per_sample[3, 1] = torch.nan
+    broken.save(place / "vtw.json")
+    assert search() == 0
+    assert "11 of 12 records were scored before" in capsys.readouterr().err
+    assert (place / "vtw.json").read_text() == wanted
+
+
 def test_another_searchs_result_is_kept(place, capsys):
     assert search() == 0
     before = (place / "vtw.json").read_bytes()

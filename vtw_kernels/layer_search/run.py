@@ -80,17 +80,8 @@ def run(options: Namespace, command: str) -> int:
             if not options.skip_bad:
                 records.check()
             settings = find_settings(options, machine, ranks)
-            if not options.restart and has_content(options.out):
-                earlier = load_earlier(options.out, settings)
-            scored = {} if earlier is None else lines_of(earlier)
-            digests = find_digests(records) if scored or state.folder.is_dir() else {}
-            if lost := [line["name"] for digest, line in scored.items() if digest not in digests.values()]:
-                raise ValueError(
-                    f"out: expected a new file or an earlier result of this search, got {options.out}, which is also of "
-                    f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart "
-                    "discards it)"
-                )
-            scored |= stack.enter_context(state.open(settings, options.restart))
+            earlier, digests = find_earlier(options, records, settings, state)
+            scored = lines_of(earlier) | stack.enter_context(state.open(settings, options.restart))
             done.update({name: scored[x] | {"name": name} for name, x in digests.items() if x in scored})
             todo = [name for name in index_of if name not in done]
             if scored:
@@ -100,11 +91,8 @@ def run(options: Namespace, command: str) -> int:
             costs = options.costs and (earlier is None or earlier.costs is None)
             attention = options.report is not None and (earlier is None or earlier.attention is None)
             run, shares = state.begin(todo, ranks.shares)
-            needs_model = bool(todo) or earlier is None or costs or attention
-            return {"run": run, "shares": shares, "settings": settings, "needs_model": needs_model} | {
-                "costs": costs,
-                "attention": attention,
-            }
+            planned = {"run": run, "shares": shares, "settings": settings, "costs": costs, "attention": attention}
+            return planned | {"needs_model": bool(todo) or earlier is None or costs or attention}
 
         planned = ranks.agree("plan", plan)
         if planned["settings"]["device"] != machine:
@@ -392,22 +380,45 @@ def load_model(options: Namespace, device: torch.device) -> nn.Module:
     return (model if placed else model.to(device)).eval()
 
 
-def load_earlier(path: Path, settings: dict[str, Any]) -> LayerSearch:
-    """What an earlier run has found. Raises ValueError if it was of another search."""
-    earlier = LayerSearch.load(path)
-    changed = differences({name: earlier.settings.get(name) for name in settings}, settings)
-    if not isinstance(earlier.settings.get("records"), dict):
-        changed = "it does not say of which records it is"
-    if changed:
-        raise ValueError(
-            f"out: expected a new file or an earlier result of this search, got {path}, which is of another one: {changed} "
-            "(--restart discards it)"
-        )
-    return earlier
+def find_earlier(
+    options: Namespace, records: Records, settings: dict[str, Any], state: State
+) -> tuple[LayerSearch | None, dict[str, str]]:
+    """What an earlier run has found, if there is a result; and if that or lines of state may have scores of the records,
+    their digests by name.
+
+    Raises:
+        ValueError: the result is of other settings, or complete and of records that are not asked for now.
+    """
+    earlier = None
+    if not options.restart and has_content(options.out):
+        earlier = LayerSearch.load(options.out)
+        changed = differences({name: earlier.settings.get(name) for name in settings}, settings)
+        known = earlier.settings.get("records")
+        if not isinstance(known, dict) or len(known) != len(earlier.per_sample):
+            changed = "it does not say of which records it is"
+        if changed:
+            raise ValueError(
+                f"out: expected a new file or an earlier result of this search, got {options.out}, which is of another "
+                f"one: {changed} (--restart discards it)"
+            )
+    if earlier is None and not state.folder.is_dir():
+        return None, {}
+    digests = find_digests(records)
+    if earlier is not None and earlier.settings.get("finished"):
+        asked = set(digests.values())
+        if lost := [name for name, digest in earlier.settings["records"].items() if digest not in asked]:
+            raise ValueError(
+                f"out: expected a new file or an earlier result of this search, got {options.out}, which is also of "
+                f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart discards "
+                "it)"
+            )
+    return earlier, digests
 
 
-def lines_of(search: LayerSearch) -> dict[str, dict]:
+def lines_of(search: LayerSearch | None) -> dict[str, dict]:
     """What ``score`` gave for the records of a result, by their digests. NaN is no score."""
+    if search is None:
+        return {}
     scores = Scores(
         search.per_sample, search.per_sample_reverse, search.disagreement, search.tokens, search.visual_tokens
     )
