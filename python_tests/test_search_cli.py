@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,6 +375,32 @@ def test_tensor_parallel(place):
     found = json.loads((place / "vtw.json").read_text())
     torch.testing.assert_close(torch.tensor(found["per_sample"]), torch.tensor(wanted["per_sample"]), atol=1e-5, rtol=0)
     assert found["settings"]["tensor_parallel"] == 2
+
+
+def slow_to_read(key: str):
+    def prepare(rank):
+        if rank == 1:
+            agree = run.Ranks.agree
+
+            def slow(self, what, decide, readers):
+                time.sleep(3 if what == key else 0)
+                return agree(self, what, decide, readers)
+
+            run.Ranks.agree = slow
+
+    return prepare
+
+
+@ranks
+def test_a_rank_that_is_slow_to_read(place, capfd):
+    """The first rank, which keeps what all read, stays until the others have read it: whether it has nothing to score, fails,
+    or has a model together with them."""
+    assert search("--limit", "2") == 0
+    assert in_processes(2, "--limit", "2", prepare=slow_to_read("plan")) == [0, 0]
+    assert in_processes(2, "--limit", "1", prepare=slow_to_read("plan")) == [1, 1]
+    assert in_processes(2, "--limit", "2", "--tp", "--restart", prepare=slow_to_read("chosen")) == [0, 0]
+    error = capfd.readouterr().err
+    assert "1 records that are no longer asked for" in error and "Error" not in error
 
 
 @ranks

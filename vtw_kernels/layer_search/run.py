@@ -39,6 +39,7 @@ from vtw_kernels.ops import backend_info
 SHOWN = 8  # samples in a report, and those whose attention it shows
 REASON_CHARACTERS = 500
 STALLED_SECONDS = 1800  # no record takes as long
+STAY_SECONDS = 60
 PLAN_SECONDS = 7200  # at the most: after a stop, all images are read anew for their digests
 # Files of a model that decide its scores; of weights only size and time are looked at, as reading them takes minutes.
 TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -73,6 +74,7 @@ def run(options: Namespace, command: str) -> int:
     earlier: LayerSearch | None = None  # the result of an earlier run; only rank 0 reads it
     done: dict[str, dict] = {}  # lines of earlier runs, by name; likewise
     with ExitStack() as stack:
+        stack.callback(ranks.stay_until_read)
 
         def plan() -> dict[str, Any]:
             nonlocal earlier
@@ -94,7 +96,7 @@ def run(options: Namespace, command: str) -> int:
             planned = {"run": run, "shares": shares, "settings": settings, "costs": costs, "attention": attention}
             return planned | {"needs_model": bool(todo) or earlier is None or costs or attention}
 
-        planned = ranks.agree("plan", plan)
+        planned = ranks.agree("plan", plan, readers=ranks.world - 1)
         if planned["settings"]["device"] != machine:
             raise ValueError(
                 f"device: expected {planned['settings']['device']}, as on rank 0, because the last bits of scores "
@@ -141,7 +143,8 @@ def run(options: Namespace, command: str) -> int:
             save(search, options.out)
             return choose_records(search)
 
-        chosen = ranks.agree("chosen", conclude)
+        together = ranks.tensor_parallel and scorer is not None and not stopped_by
+        chosen = ranks.agree("chosen", conclude, readers=ranks.world - 1 if together else 0)
         if search is not None:
             tell_of_bad(search.settings["bad"])
         if stopped_by:
@@ -191,6 +194,7 @@ class Ranks:
         self.tensor_parallel = tensor_parallel
         self.shares, self.share = (1, 0) if tensor_parallel else (self.world, self.rank)
         self.writes = self.rank == 0 or not tensor_parallel
+        self._readers: dict[str, int] = {}  # how many are to read what rank 0 has decided
 
     @cached_property
     def _store(self) -> dist.Store:
@@ -200,14 +204,15 @@ class Ranks:
     def _on_hosts(self) -> dist.ProcessGroup:
         return dist.new_group(backend="gloo")
 
-    def agree(self, key: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What rank 0 decides. If it raises, so it says why, and the others just leave."""
+    def agree(self, key: str, decide: Callable[[], dict[str, Any]], readers: int) -> dict[str, Any]:
+        """What rank 0 decides, and ``readers`` others read. If it raises, so it says why, and the others just leave."""
         if self.world == 1:
             return decide()
         key, decided = f"vtw_kernels/{key}", None
         if self.rank:
             self._store.wait([key], timedelta(seconds=PLAN_SECONDS))
             decided = json.loads(self._store.get(key))
+            self._store.add(f"{key}/read", 1)
             if decided is None:
                 raise SystemExit(1)
             return decided
@@ -215,7 +220,15 @@ class Ranks:
             decided = decide()
         finally:
             self._store.set(key, json.dumps(decided))
+            self._readers[f"{key}/read"] = readers
         return decided
+
+    def stay_until_read(self) -> None:
+        """Where rank 0 keeps the store, that ends with it: the others must have read what it decided."""
+        until = time.monotonic() + STAY_SECONDS
+        for key, readers in self._readers.items():
+            while self._store.add(key, 0) < readers and time.monotonic() < until:
+                time.sleep(0.05)
 
     def stopped_by(self, signals: list[int]) -> int:
         """The number of the signal that stops this rank, or 0: that which it has received or, as ranks of one model must
