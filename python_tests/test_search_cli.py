@@ -862,6 +862,11 @@ UNUSABLE = {
     "no turns": ({"image": PHOTO, "messages": []}, "messages: expected a list of what was said, got []"),
     "no object": ({"image": PHOTO, "messages": ["w10"]}, "messages: expected JSON objects, got str"),
     "role": ({"image": PHOTO, "messages": [{"role": "tool", "content": "w10"}]}, "expected a role of user, human"),
+    "role of no kind": (
+        {"image": PHOTO, "messages": [{"role": ["user"], "content": "w10"}]},
+        "data.jsonl:3: can't be read",
+    ),
+    "no address": ({"image": "http://[::1/cat.png", "question": "w10"}, "data.jsonl:3: can't be read: ValueError"),
     "part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages: expected parts of type text"),
     "too few images": ({"image": PHOTO, "question": "<image> <image> w10"}, "image: expected one for each place in"),
     "too many": (
@@ -890,7 +895,7 @@ def test_unusable_records(place, capsys, fields, message):
     assert search("--skip-bad", "--report", "page.html") == 0
     found = json.loads((place / "vtw.json").read_text())
     assert list(found["settings"]["bad"]) == ["data.jsonl:3"] and len(found["per_sample"]) == RECORDS - 1
-    assert message in found["settings"]["bad"]["data.jsonl:3"]
+    assert message.removeprefix("data.jsonl:3: ") in found["settings"]["bad"]["data.jsonl:3"]
     assert "11 samples, 1 bad record skipped" in capsys.readouterr().out
 
 

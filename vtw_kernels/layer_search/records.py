@@ -223,8 +223,10 @@ def make_record(name: str, fields: Any, folder: Path) -> Record:
     """A record from its fields; files are looked for in ``folder``. Raises BadRecord."""
     try:
         return Record(name, *_read_fields(fields, folder))
-    except (BadRecord, RecursionError) as error:
+    except BadRecord as error:
         raise BadRecord(f"{name}: {error}") from error
+    except Exception as error:  # records are whatever people write
+        raise BadRecord(f"{name}: can't be read: {type(error).__name__}: {brief(str(error))}") from error
 
 
 def _read_fields(fields: Any, folder: Path) -> tuple:
