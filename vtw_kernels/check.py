@@ -199,9 +199,9 @@ def backends_on(device: torch.device) -> list[str]:
     """Those that can run on a device of this machine, first the one that the ops use there."""
     info = backend_info()
     used = [by[device.type] for by in info["ops"].values() if by[device.type]]
-    others = [name for name in ("triton", "reference") if info["backends"][name] == "available"]
-    if device.type == "cpu":
-        others.remove("triton")
+    others = ["reference"]
+    if device.type == "cuda" and info["backends"]["triton"] == "available":
+        others.insert(0, "triton")
     return list(dict.fromkeys([*used, *others]))
 
 
