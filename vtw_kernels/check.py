@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoProcessor
 from vtw_kernels.demo import data
 from vtw_kernels.integration import Verification, verify
 from vtw_kernels.integration.families import find_parts
-from vtw_kernels.layer_search.records import Encoder, Record
+from vtw_kernels.layer_search.records import Encoder, make_record
 from vtw_kernels.layer_search.run import find_device, load_model
 from vtw_kernels.ops import backend_info, reference
 
@@ -274,7 +275,7 @@ def verify_own(options: Namespace) -> Iterator[tuple[str, Verification]]:
     encoder = Encoder(AutoProcessor.from_pretrained(options.model), options.prompt_template)
     model = load_model(options, find_device(options.device))
     encoder.dtype = model.dtype
-    record = Record(str(options.image), options.prompt, [options.image], [], None)
+    record = make_record(str(options.image), {"image": str(options.image), "question": options.prompt}, Path())
     parts = find_parts(model)
     layer = options.layer
     if layer is None:  # the one of its config, or halfway
