@@ -1,7 +1,8 @@
 """Builds ``vtw_kernels._C``: CPU kernels always, CUDA when torch has CUDA and nvcc is there.
 
 VTW_KERNELS_BUILD_CUDA=0|1|auto decides otherwise, TORCH_CUDA_ARCH_LIST the architectures. Whether this machine has a
-GPU is never asked: wheels are built on machines without one.
+GPU is never asked: wheels are built on machines without one. VTW_KERNELS_CUDART=static|shared says which CUDA runtime is
+linked: shared is what the pretend GPU of the tests takes the place of.
 """
 
 import os
@@ -112,7 +113,10 @@ if cuda_home:
     sources += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cu"))
     defines += ["-DVTW_WITH_CUDA", "-DUSE_CUDA"]
     # The static runtime, so that the extension also loads where no libcudart is installed.
-    link["libraries"] += ["cudart_static", "rt", "dl", "pthread"]
+    cudart = {"static": "cudart_static", "shared": "cudart"}.get(kind := os.environ.get("VTW_KERNELS_CUDART", "static"))
+    if cudart is None:
+        stop(f"VTW_KERNELS_CUDART: expected static or shared, got {kind!r}")
+    link["libraries"] += [cudart, "rt", "dl", "pthread"]
     link["library_dirs"] += [str(path.parent) for path in cuda_home.glob("**/libcudart_static.a")]
 print(f"vtw_kernels: torch {torch.__version__}, CUDA {cuda_home or 'not built'}", file=sys.stderr)
 

@@ -56,11 +56,10 @@ def test_conformance(simt_ops, table, clusters):
     environment = {
         "VTW_SIMT_OPS": str(simt_ops),
         "SIMT_SEED": seed,
+        "VTW_KERNELS_CLUSTERS": str(int(clusters)),
         "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    if clusters:
-        environment["VTW_SIMT_CLUSTERS"] = "1"
     chosen = f"simt {LONG_ROWS if clusters else ''}"
     command = [sys.executable, "-m", "pytest", "-qx", "--capture=sys", str(TESTS / table), "-k", chosen]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)

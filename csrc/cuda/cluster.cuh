@@ -6,6 +6,10 @@
 
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
+
+#include <mutex>
+#include <set>
+#include <utility>
 #endif
 
 // Kernels that use clusters have an empty body where there are none; the host asks has_clusters() first.
@@ -23,14 +27,31 @@
 
 namespace vtw {
 
+#ifdef __CUDACC__
+// Lets a kernel have all the shared memory that a block may have on the current device. Set once for each kernel and
+// device, and to the most there is: a limit that one call sets to what it needs is too low for the call that another
+// thread is about to make.
+inline void allow_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  most -= static_cast<int>(code.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+  allowed.insert({kernel, device});
+}
+#endif
+
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster, size_t dynamic_shared,
                      cudaStream_t stream, const Arguments&... arguments) {
 #ifdef __CUDACC__
-  cudaError_t error = cudaSuccess;
-  if (dynamic_shared > 0) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
-  }
+  if (dynamic_shared > 0) allow_shared(reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {cluster, 1, 1};
@@ -41,8 +62,7 @@ void launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsig
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1;  // a device without clusters may refuse even one of a single block
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("vtw_kernels: launch: ") + cudaGetErrorString(error));
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 #else
   simt::launch(grid, block, [&] { kernel(arguments...); }, cluster, dynamic_shared);
 #endif

@@ -137,7 +137,7 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
     if (cache.numel() == 0) continue;
     describe(vtw::Lanes(cache, cache, {slots, 0}), cache.size(0), list);
   }
-  if (list.empty()) return lengths;
+  if (list.empty() || source.numel() == 0) return lengths;
   const PagedRows rows{static_cast<const int32_t*>(block_table.const_data_ptr()), block_table.size(1),
                        block_table.stride(0), block_table.stride(1), static_cast<int>(caches[0].size(slots))};
   move(std::move(list), plan_of(source), rows, on.stream);

@@ -44,29 +44,43 @@ kl::Pairs<T> pairs_of(const char* op, const Tensor& p, const Tensor& q, std::vec
   return pairs;
 }
 
+// VTW_KERNELS_CLUSTERS=0 does without thread-block clusters, as a device does that has none. Read once.
+bool clusters_wanted() {
+  static const bool wanted = [] {
+    const char* const value = std::getenv("VTW_KERNELS_CLUSTERS");
+    const std::string given = value && *value ? value : "1";
+    if (given != "0" && given != "1") {
+      throw std::runtime_error("VTW_KERNELS_CLUSTERS: expected 0 or 1, got '" + given + "'");
+    }
+    return given == "1";
+  }();
+  return wanted;
+}
+
 // The current device. Asked once for each that a thread works on, for asking takes longer than a launch.
 const kl::Device& current_device() {
 #ifdef __CUDACC__
   thread_local int known = -1;
   thread_local kl::Device device;
   int current = 0;
-  cudaGetDevice(&current);
+  check(cudaGetDevice(&current), "cudaGetDevice");
   if (current == known) return device;
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
-    cudaDeviceGetAttribute(&value, attribute, current);
+    check(cudaDeviceGetAttribute(&value, attribute, current), "cudaDeviceGetAttribute");
     return value;
   };
   // Code that was compiled for an older architecture runs on a newer one, but without its clusters.
   cudaFuncAttributes code{};
-  cudaFuncGetAttributes(&code, kl::forward_kernel<float>);
-  device = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrClusterLaunch) != 0 && code.ptxVersion >= 90,
+  check(cudaFuncGetAttributes(&code, kl::forward_kernel<float>), "cudaFuncGetAttributes");
+  const bool clusters = ask(cudaDevAttrClusterLaunch) != 0 && code.ptxVersion >= 90 && clusters_wanted();
+  device = {ask(cudaDevAttrMultiProcessorCount), clusters,
             static_cast<size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin))};
   known = current;
   return device;
 #else
   // Few multiprocessors, so that the tests split rows in more than one way.
-  static const kl::Device device{4, std::getenv("VTW_SIMT_CLUSTERS") != nullptr, 227 * 1024};
+  static const kl::Device device{4, clusters_wanted(), 227 * 1024};
   return device;
 #endif
 }

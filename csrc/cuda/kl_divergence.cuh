@@ -758,7 +758,7 @@ void forward(const Forward<T>& f, cudaStream_t stream) {
   if (f.grid.cluster) {
     launch_clusters(forward_kernel<T>, blocks, f.grid.threads, f.grid.chunks, 0, stream, f);
   } else {
-    if (f.grid.chunks > 1) cudaMemsetAsync(f.arrived, 0, f.pairs.rows * sizeof(unsigned), stream);
+    if (f.grid.chunks > 1) check(cudaMemsetAsync(f.arrived, 0, f.pairs.rows * sizeof(unsigned), stream), "clear");
     launch(forward_kernel<T>, blocks, f.grid.threads, stream, f);
   }
 }

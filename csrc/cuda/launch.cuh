@@ -12,13 +12,23 @@
 
 namespace vtw {
 
+// Throws what the CUDA runtime reports, and takes it back, as otherwise somebody else's next launch would report it.
+#ifdef __CUDACC__
+inline void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("vtw_kernels: ") + call + ": " + cudaGetErrorString(error));
+}
+#else
+inline void check(int, const char*) {}
+#endif
+
 // Throws what the launch itself reports; what goes wrong while the kernel runs surfaces at the next synchronisation.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, const Arguments&... arguments) {
 #ifdef __CUDACC__
   kernel<<<grid, block, 0, stream>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("vtw_kernels: launch: ") + cudaGetErrorString(error));
+  check(cudaGetLastError(), "launch");
 #else
   simt::launch(grid, block, [&] { kernel(arguments...); });
 #endif

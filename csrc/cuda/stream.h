@@ -1,38 +1,57 @@
-// The stream that torch is working on.
+// The device of a tensor, and the stream that torch is working on there.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "launch.cuh"
 
-// Not in a torch without CUDA: weak, so that an extension with CUDA kernels loads there all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#ifdef __CUDACC__
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+#endif
 
 namespace vtw::cuda {
 
+#ifdef __CUDACC__
+// aoti_torch_get_current_cuda_stream is the one function that is asked of libtorch_cuda. The extension is not linked to
+// that library, so that it also loads under a torch without CUDA; and torch loads it in private, so that no weak symbol
+// of ours would ever find it. Where there is a CUDA tensor, it is loaded.
+inline cudaStream_t current_stream(int32_t device) {
+  static const auto get = [] {
+    const char* const name = "aoti_torch_get_current_cuda_stream";
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* const symbol = library ? dlsym(library, name) : nullptr;
+    if (!symbol) {
+      throw std::runtime_error(std::string("vtw_kernels: torch's CUDA library: expected libtorch_cuda.so with ") +
+                               name + ", got " + (library ? "one without it" : "none that is loaded"));
+    }
+    return reinterpret_cast<AOTITorchError (*)(int32_t, void**)>(symbol);
+  }();
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 // Makes a tensor's device the current one while it lives.
 class OnDeviceOf {
+  const torch::stable::accelerator::DeviceGuard guard_;
+
  public:
-  cudaStream_t stream = nullptr;
+  const cudaStream_t stream;
 
-#ifdef __CUDACC__
-  explicit OnDeviceOf(const torch::stable::Tensor& x) {
-    cudaGetDevice(&before_);
-    const int device = x.get_device_index();
-    if (device != before_) cudaSetDevice(device);
-    void* current = nullptr;
-    aoti_torch_get_current_cuda_stream(device, &current);
-    stream = static_cast<cudaStream_t>(current);
-  }
-  ~OnDeviceOf() { cudaSetDevice(before_); }
-  OnDeviceOf(const OnDeviceOf&) = delete;
-
- private:
-  int before_ = 0;
-#else
-  explicit OnDeviceOf(const torch::stable::Tensor&) {}
-#endif
+  explicit OnDeviceOf(const torch::stable::Tensor& x)
+      : guard_(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
 };
+#else
+struct OnDeviceOf {
+  const cudaStream_t stream = nullptr;
+
+  explicit OnDeviceOf(const torch::stable::Tensor&) {}
+};
+#endif
 
 }  // namespace vtw::cuda
