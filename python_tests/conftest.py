@@ -2,7 +2,12 @@ import os
 import random
 from types import SimpleNamespace
 
+import pretend_gpu
 import pytest
+
+if pretend_gpu.WANTED:
+    pretend_gpu.load()  # before torch
+
 import torch
 from cases import Backend
 
@@ -78,6 +83,8 @@ def triton_backends() -> list[Backend]:
 # `reference` is called as it stands, `cpu` and `cuda` through the dispatcher, which takes the C++ kernels.
 if "VTW_SIMT_OPS" in os.environ:
     BACKENDS = [simt_backend(os.environ["VTW_SIMT_OPS"])]
+elif pretend_gpu.WANTED:
+    BACKENDS = [Backend("cuda", torch.ops.vtw_kernels, device=os.environ["PRETEND_DEVICE"])]
 else:
     BACKENDS = [
         Backend("reference", reference, checks_values=True),
@@ -88,6 +95,8 @@ else:
         BACKENDS.append(Backend("cuda", torch.ops.vtw_kernels, device="cuda"))
 
 
+collect_ignore = [] if pretend_gpu.WANTED else ["test_pretend_gpu.py"]
+
 # What an emulated GPU takes minutes for, kernels do in milliseconds: beyond these sizes nothing new happens to them.
 EMULATED_LOGITS, EMULATED_SHARDS = 40_000, 100
 # Rows of logits depend on the order of programs only where several programs share one.
@@ -95,18 +104,20 @@ KL_IN_RANDOM_ORDER = ("test_sizes", "test_broadcast", "test_merged_shards", "tes
 
 
 def affordable(item) -> bool:
+    if pretend_gpu.WANTED and item.originalname.endswith("more_than_2_31_elements"):
+        return False
     values = item.callspec.params if hasattr(item, "callspec") else {}
     backend = values.get("backend")
-    if not isinstance(backend, Backend) or backend.name not in ("simt", "triton", "triton_permuted"):
+    if not isinstance(backend, Backend) or backend.name in ("reference", "cpu"):
         return True
-    if backend.device != "cpu":  # a GPU
+    if backend.device != "cpu" and not pretend_gpu.WANTED:  # a GPU
         return True
     if backend.name == "triton" and "[triton-large" in item.name:  # one order of programs will do
         return False
     if backend.name == "triton_permuted" and item.path.stem == "test_kl_divergence":
         if not item.name.startswith(KL_IN_RANDOM_ORDER):
             return False
-    if backend.name != "simt" and item.path.stem == "test_kl_divergence" and values.get("dtype") == torch.float16:
+    if backend.name.startswith("triton") and item.path.stem == "test_kl_divergence" and values.get("dtype") == torch.float16:
         if not item.name.startswith("test_sizes"):  # all that is special about it is how it is loaded and stored
             return False
     logits = values.get("rows", 4) * values.get("vocabulary", 0)
@@ -120,7 +131,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(
-    params=[pytest.param(x, id=x.name, marks=[pytest.mark.gpu] if x.device == "cuda" else []) for x in BACKENDS]
+    params=[pytest.param(x, id=x.name, marks=[pytest.mark.gpu] if x.device != "cpu" else []) for x in BACKENDS]
 )
 def backend(request) -> Backend:
     return request.param
@@ -132,10 +143,20 @@ def host_backend(request) -> Backend:
     return request.param
 
 
-@pytest.fixture(params=[pytest.param(x, id=x.name) for x in BACKENDS if x.device == "cuda"])
+@pytest.fixture(params=[pytest.param(x, id=x.name) for x in BACKENDS if x.device != "cpu"])
 def gpu_backend(request) -> Backend:
     """For what only a GPU has: streams, graphs, memory for more than 2^31 elements."""
     return request.param
+
+
+@pytest.fixture(autouse=pretend_gpu.WANTED)
+def on_the_pretend_gpu(request):
+    """Tests that name no device run there."""
+    if request.path.stem in ("test_kl_loss", "test_transforms"):
+        with torch.device(os.environ["PRETEND_DEVICE"]):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

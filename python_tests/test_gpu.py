@@ -1,10 +1,13 @@
-"""What only a GPU can show: CUDA graphs, other streams, more than 2^31 elements, equal bits run after run, and the public
-functions there. ``pytest -m gpu`` runs these, and the cases of the other files on each backend of the GPU."""
+"""What only a GPU can show: CUDA graphs, other streams and devices, more than 2^31 elements, equal bits run after run, and
+the public functions there. ``pytest -m gpu`` runs these, and the cases of the other files on each backend of the GPU;
+``make test-cuda`` does so on pretend ones."""
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pretend_gpu
 import pytest
 import torch
 import vlm
@@ -15,6 +18,8 @@ import vtw_kernels as vtw
 
 pytestmark = pytest.mark.gpu
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+DEVICE = os.environ.get("PRETEND_DEVICE", "cuda")
+RUNS = 4 if pretend_gpu.WANTED else 20  # of which each draws other orders of blocks and threads
 
 B, S, PAGE = 3, 331, 16
 
@@ -126,40 +131,55 @@ def assert_right(call: Call, results: list[Tensor], seed: int) -> None:
             torch.testing.assert_close(actual.cpu(), want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
 
 
+def capture(device: str, run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """The graph of a run, which was warmed up on another stream, and its results."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            results = run()
+    return graph, results
+
+
+def replay(device: str, graph: torch.cuda.CUDAGraph) -> None:
+    with torch.cuda.device(device):
+        graph.replay()
+        torch.cuda.synchronize()
+
+
 @over_calls
 def test_cuda_graph(gpu_backend, call):
     """Captured once, replayed on other values: no op reads anything back, and none keeps what it saw at capture."""
     static = [x.to(gpu_backend.device) for x in inputs_of(call, 0)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call.run(gpu_backend, *(x.clone() for x in static))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call.run(gpu_backend, *static)
+    graph, results = capture(gpu_backend.device, lambda: call.run(gpu_backend, *static))
     for seed in (1, 2):
         for x, new in zip(static, inputs_of(call, seed)):
             x.copy_(new)
-        graph.replay()
-        torch.cuda.synchronize()
+        replay(gpu_backend.device, graph)
         assert_right(call, results, seed)
 
 
 @over_calls
 def test_other_stream(gpu_backend, call):
-    """Launched on the current stream: on another one, the op would overtake the copy of its inputs."""
+    """Launched on the current stream of the tensors' device, whichever device is the current one: on another stream, the
+    op would overtake the copy of its inputs."""
     static = [x.to(gpu_backend.device) for x in inputs_of(call, 0)]
     later = [x.to(gpu_backend.device) for x in inputs_of(call, 1)]
     call.run(gpu_backend, *(x.clone() for x in static))  # compiled before it counts
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
+    torch.cuda.synchronize(gpu_backend.device)
+    stream = torch.cuda.Stream(gpu_backend.device)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # some 50 ms
         for x, new in zip(static, later):
             x.copy_(new)
-        results = call.run(gpu_backend, *static)
+        with torch.cuda.device(0):
+            results = call.run(gpu_backend, *static)
+            assert torch.cuda.current_device() == 0
     stream.synchronize()
     assert_right(call, results, 1)
 
@@ -169,9 +189,9 @@ def bytes_of(x: Tensor) -> Tensor:
 
 
 def runs_of(call: Call, backend, inputs: list[Tensor], disturb: Callable[[], None]) -> list[list[Tensor]]:
-    """Twenty runs, from the third on beside other work, so that blocks are scheduled in other orders."""
+    """Runs, from the third on beside other work, so that blocks are scheduled in other orders."""
     runs = []
-    for i in range(20):
+    for i in range(RUNS):
         own = [x.to(backend.device) for x in inputs]
         if i > 1:
             disturb()
@@ -182,7 +202,7 @@ def runs_of(call: Call, backend, inputs: list[Tensor], disturb: Callable[[], Non
 @pytest.mark.parametrize("name", CALLS)
 def test_equal_bits_run_after_run(gpu_backend, name):
     busy = torch.randn(1024, 1024, device=gpu_backend.device)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(gpu_backend.device)
 
     def disturb() -> None:
         with torch.cuda.stream(stream):
@@ -204,8 +224,42 @@ def test_equal_bits_of_many_blocks(gpu_backend, rows, vocabulary, dtype):
         return [bytes_of(x) for x in (*results, *gpu_backend.kl_divergence_with_gradients(p, q, None, 1.0, True, True))]
 
     first = run()
-    for _ in range(20):
+    for _ in range(RUNS):
         assert all(torch.equal(x, y) for x, y in zip(first, run()))
+
+
+# Rows enough, and aligned, for the kernel that reads them once for the divergence and its gradients. A pretend device
+# takes fewer, just enough for its 132 multiprocessors.
+ROWS = {32_000: 66, 151_936: 33} if pretend_gpu.WANTED else {32_000: 264, 151_936: 264}
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["called", "captured"])
+@pytest.mark.parametrize("need_p, need_q", [(False, True), (True, False), (True, True)], ids=["q", "p", "pq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("vocabulary", ROWS)
+def test_gradients_of_many_aligned_rows(gpu_backend, vocabulary, dtype, need_p, need_q, captured):
+    g = torch.Generator().manual_seed(0)
+    host = [logits(g, ROWS[vocabulary], vocabulary).to(dtype) for _ in range(2)]
+    p, q = (x.to(gpu_backend.device) for x in host)
+
+    def run() -> list[Tensor]:
+        return list(gpu_backend.kl_divergence_with_gradients(p, q, None, 1.0, need_p, need_q))
+
+    if captured:
+        graph, results = capture(gpu_backend.device, run)
+        for x in results:
+            x.fill_(float("nan"))
+        replay(gpu_backend.device, graph)
+    else:
+        results = run()
+    step = torch.finfo(dtype).eps
+    kl, *gradients = torch.ops.vtw_kernels.kl_divergence_with_gradients(*host, None, 1.0, need_p, need_q)
+    torch.testing.assert_close(results[0].cpu(), kl, rtol=1e-5, atol=0)
+    for actual, want in zip(results[1:], gradients):
+        assert actual.shape == want.shape
+        if want.numel():
+            largest = float(want.abs().max())
+            torch.testing.assert_close(actual.cpu(), want, rtol=max(1e-4, 2 * step), atol=2 * step * largest)
 
 
 # More than 2^31 elements, all of them there: what is far apart in memory only is in the other files.
@@ -299,7 +353,7 @@ def check_public(name: str, device: str) -> None:
 @GPU
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_functions(name):
-    check_public(name, "cuda")
+    check_public(name, DEVICE)
 
 
 def check_withdrawal(device: str) -> None:
@@ -325,18 +379,18 @@ def check_withdrawal(device: str) -> None:
 @GPU
 def test_withdrawal():
     """A prefill of two prompts that keep different numbers of rows, and a token more."""
-    check_withdrawal("cuda")
+    check_withdrawal(DEVICE)
 
 
 @GPU
 @pytest.mark.parametrize("family", vlm.FAMILIES)
 def test_withdrawal_does_not_make_the_host_wait(family):
     """Not more often than the plain model does, in a prefill with images and a step of decoding."""
-    model, batch = vlm.make_model(family).cuda(), vlm.make_batch(family, vlm.RAGGED)
+    model, batch = vlm.make_model(family).to(DEVICE), vlm.make_batch(family, vlm.RAGGED)
     longer = vlm.append(batch, vlm.make_batch(family, [[1]] * len(batch.ids), seed=1))
-    positions, length = longer.positions(model).cuda(), batch.ids.shape[1]
+    positions, length = longer.positions(model).to(DEVICE), batch.ids.shape[1]
     steps = [
-        {name: x.cuda() for name, x in inputs.items()} | {"position_ids": positions[..., span]}
+        {name: x.to(DEVICE) for name, x in inputs.items()} | {"position_ids": positions[..., span]}
         for inputs, span in ((batch.inputs(), slice(length)), (longer.inputs(length), slice(length, None)))
     ]
 

@@ -9,6 +9,7 @@
 // error. Not modelled: the order of memory between blocks that run at once, and anything about speed.
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -77,19 +78,51 @@ inline std::mt19937_64& random() {
   return generator;
 }
 
+struct Context {
+  ucontext_t first;  // where it begins
+  jmp_buf here;      // where it was left
+  bool begun = false;
+};
+
+// Leaves one and goes on with the other. swapcontext makes two system calls each time, but it is what AddressSanitizer
+// knows.
+inline void swapcontext(Context* from, Context* to) {
+#ifdef __SANITIZE_ADDRESS__
+  ::swapcontext(&from->first, &to->first);
+#else
+  from->begun = true;
+  if (_setjmp(from->here)) return;
+  if (to->begun) _longjmp(to->here, 1);
+  to->begun = true;
+  setcontext(&to->first);
+#endif
+}
+
 // A kernel's arguments alone may be 32 KB, more than once in unoptimised code. Below the stack lies a page that may not
 // be touched: what runs over ends there, not in another thread's stack.
-struct Stack {
+// Kept for the next fiber, whose thread may be another one.
+class Stack {
+  static inline std::mutex& mutex = *new std::mutex;
+  static inline std::vector<char*>& spare = *new std::vector<char*>;
+
+ public:
   static constexpr size_t kBytes = 128 * 1024, kGuard = 4096;
-  char* const memory = static_cast<char*>(std::aligned_alloc(kGuard, kGuard + kBytes));
+  char* memory;
 
   Stack() {
-    if (mprotect(memory, kGuard, PROT_NONE)) fail("no guard page");
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (spare.empty()) {
+      memory = static_cast<char*>(std::aligned_alloc(kGuard, kGuard + kBytes));
+      if (mprotect(memory, kGuard, PROT_NONE)) fail("no guard page");
+    } else {
+      memory = spare.back();
+      spare.pop_back();
+    }
   }
   Stack(const Stack&) = delete;
   ~Stack() {
-    mprotect(memory, kGuard, PROT_READ | PROT_WRITE);
-    std::free(memory);
+    const std::lock_guard<std::mutex> lock(mutex);
+    spare.push_back(memory);
   }
 };
 
@@ -109,7 +142,7 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<Stack> stack{new Stack};
   dim3 index;
   const Meeting* waits_for = nullptr;
@@ -147,7 +180,7 @@ struct Cluster {
 };
 
 struct Block {
-  ucontext_t scheduler;
+  Context scheduler;
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
@@ -229,11 +262,13 @@ inline void run_block(dim3 shape, const std::function<void()>& kernel) {
     fiber.waits_for = nullptr;
     fiber.copies.clear();
     fiber.groups.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack->memory + Stack::kGuard;
-    fiber.context.uc_stack.ss_size = Stack::kBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    fiber.context.begun = false;
+    ucontext_t& first = fiber.context.first;
+    getcontext(&first);
+    first.uc_stack.ss_sp = fiber.stack->memory + Stack::kGuard;
+    first.uc_stack.ss_size = Stack::kBytes;
+    first.uc_link = nullptr;
+    makecontext(&first, enter, 0);
   }
   std::vector<size_t> order(threads);
   std::iota(order.begin(), order.end(), 0);

@@ -1,0 +1,59 @@
+"""Builds the pretend GPU and runs the tests on it: ``python -m pretend_gpu [PYTEST ARGUMENTS]``, from python_tests."""
+
+import os
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from . import HERE, sanitized
+from .build import build
+
+OPS = ("test_compaction.py", "test_compaction_paged.py", "test_bad_input.py", "test_kl_loss.py", "test_transforms.py")
+ALL = ("test_pretend_gpu.py", "test_gpu.py", *OPS, "test_kl_divergence.py")
+# Few long rows go another way with clusters than without, and all else goes the same (test_simt.py).
+LONG_ROWS = "few_rows or aligned_rows or sizes or broadcast or special or temperature or backward"
+
+
+class Run(NamedTuple):
+    what: str
+    order: str
+    device: str
+    files: tuple[str, ...]
+    chosen: str = ""
+    environment: dict[str, str] = {}
+
+
+# Both orders and both devices see everything once, and what is about streams, graphs and devices in every combination:
+# the numbers of a kernel do not depend on where it runs.
+RUNS = [
+    Run("everything", "lazy", "cuda:0", ALL),
+    Run("everything", "eager", "cuda:1", ALL),
+    Run("devices and streams", "lazy", "cuda:1", ALL[:2]),
+    Run("devices and streams", "eager", "cuda:0", ALL[:2]),
+    Run("without clusters", "lazy", "cuda:1", ALL[:2] + ALL[-1:], LONG_ROWS, {"VTW_KERNELS_CLUSTERS": "0"}),
+    Run("sanitized", "eager", "cuda:0", (*OPS, "test_kl_divergence.py"), "not transforms and not loss", sanitized()),
+]
+
+
+def main(arguments: list[str]) -> int:
+    build()
+    for run in RUNS:
+        began = time.monotonic()
+        print(f"pretend GPU: {run.what}, {run.order}, {run.device}", flush=True)
+        environment = {"PRETEND_ORDER": run.order, "PRETEND_DEVICE": run.device, "OMP_NUM_THREADS": "1"}
+        # Python's handler of faults would hide what the runtime says.
+        command = [sys.executable, "-m", "pytest", "-p", "no:faulthandler", "--numprocesses=auto", "--dist=worksteal"]
+        done = subprocess.run(
+            [*command, "-k", run.chosen, *run.files, *arguments],
+            cwd=HERE.parent,
+            env=os.environ | environment | run.environment,
+        )
+        print(f"pretend GPU: {run.what}: {time.monotonic() - began:.0f} s", flush=True)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
