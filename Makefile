@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=w
 OLD_TRANSFORMERS := build/transformers-4.57 build/transformers-5.17
 INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py)
 
-.PHONY: demo test test-newest upgrade bench gpu-check cuda-check cuda-build stable-abi clean
+.PHONY: demo test test-cuda test-newest upgrade bench gpu-check cuda-check cuda-build stable-abi clean
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 	$(PYTEST)
@@ -75,14 +75,25 @@ build/transformers-%/installed: python_tests/transformers-%.txt | $(VENV)/instal
 cuda-check: $(VENV)/installed
 	$(BIN)/python -m pytest python_tests/test_cuda_static.py python_tests/test_triton_compile.py
 
-# Builds the whole extension against a torch with CUDA, links and imports it. Needs nvcc, and no GPU; downloads a few GB.
+# The CUDA half of the package as torch calls it, on a pretend GPU (python_tests/pretend_gpu). Needs nvcc, and no GPU;
+# downloads a few GB.
 CUDA := build/cuda
-CUDA_TORCH ?= torch
-cuda-build:
+CUDA_TORCH ?= torch==2.14.1
+test-cuda: $(CUDA)/torch
+	grep -Ev '^(torch|triton|cuda|nvidia)' constraints.txt >$(CUDA)/constraints.txt
+	VTW_KERNELS_BUILD_CUDA=1 VTW_KERNELS_CUDART=shared TORCH_CUDA_ARCH_LIST=9.0 $(CUDA)/bin/pip install --quiet \
+		--constraint $(CUDA)/constraints.txt --no-build-isolation ".[test]"
+	cd python_tests && ../$(CUDA)/bin/python -m pretend_gpu
+
+$(CUDA)/torch:
 	$(PYTHON) -m venv $(CUDA)
 	$(CUDA)/bin/pip install --quiet $(CUDA_TORCH) "setuptools>=77" pybind11 ninja numpy
-	VTW_KERNELS_BUILD_CUDA=1 $(CUDA)/bin/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	cd $(CUDA) && bin/python -c "import torch, vtw_kernels; print(torch.__version__, vtw_kernels.backend_info())"
+	touch $@
+
+# Builds the whole extension for every architecture, links and imports it. Needs nvcc, and no GPU; downloads a few GB.
+cuda-build: $(CUDA)/torch
+	VTW_KERNELS_BUILD_CUDA=1 $(CUDA)/bin/pip install --quiet --no-build-isolation --no-deps --upgrade --target $(CUDA)/built .
+	cd $(CUDA)/built && ../bin/python -c "import torch, vtw_kernels; print(torch.__version__, vtw_kernels.backend_info())"
 
 # Builds a wheel against an old torch, and runs the op tests with it under the torch of .venv. Downloads a few GB.
 OLD := build/old

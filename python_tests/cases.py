@@ -441,6 +441,7 @@ def assert_kl(actual: Tensor, expected: KL, dtype: torch.dtype) -> None:
     assert (actual[~special] >= 0).all()
 
 
-def logits(shape, dtype=torch.float32, scale: float = 3.0, seed: int = 0, device: str = "cpu") -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
-    return x.to(dtype).to(device)
+def logits(shape, dtype=torch.float32, scale: float = 3.0, seed: int = 0, device: str | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
+    return x.to(dtype).to(device or torch.get_default_device())

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import random
 from types import SimpleNamespace
@@ -149,14 +150,22 @@ def gpu_backend(request) -> Backend:
     return request.param
 
 
-@pytest.fixture(autouse=pretend_gpu.WANTED)
-def on_the_pretend_gpu(request):
-    """Tests that name no device run there."""
-    if request.path.stem in ("test_kl_loss", "test_transforms"):
-        with torch.device(os.environ["PRETEND_DEVICE"]):
-            yield
-    else:
-        yield
+def on_the_pretend_gpu(path):
+    """Tests that name no device run there, and so do the tensors of their parameters."""
+    wanted = pretend_gpu.WANTED and path.stem in ("test_kl_loss", "test_transforms")
+    return torch.device(os.environ["PRETEND_DEVICE"]) if wanted else contextlib.nullcontext()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    with on_the_pretend_gpu(collector.path):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with on_the_pretend_gpu(item.path):
+        return (yield)
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_autocast_changes_nothing(function, dtype, autocast):
     p, q = (logits((3, VOCABULARY), dtype, seed=seed).requires_grad_() for seed in (0, 1))
     runs = []
     for enabled in (False, True):
-        with torch.autocast("cpu", autocast, enabled=enabled):
+        with torch.autocast(p.device.type, autocast, enabled=enabled):
             kl = function(p, q)
             runs.append((kl.detach(), *torch.autograd.grad(kl.sum(), (p, q))))
     assert [bytes_of(x) for x in runs[0]] == [bytes_of(x) for x in runs[1]]
@@ -171,7 +171,7 @@ def test_autocast_changes_nothing(function, dtype, autocast):
 def test_autocast_around_a_projection():
     """The usual place: F.linear makes bf16 logits, and the divergence is that of their bits, in fp32."""
     hidden, weight = logits((3, 8), scale=1.0).requires_grad_(), logits((VOCABULARY, 8), scale=1.0, seed=1)
-    with torch.autocast("cpu"):
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         p = torch.nn.functional.linear(hidden, weight)
         kl = vtw.kl_divergence(p, p.detach().roll(1, 0))
     assert p.dtype == torch.bfloat16 and kl.dtype == torch.float32
