@@ -19,7 +19,7 @@ import vtw_kernels as vtw
 pytestmark = pytest.mark.gpu
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DEVICE = os.environ.get("PRETEND_DEVICE", "cuda")
-RUNS = 4 if pretend_gpu.WANTED else 20  # of which each draws other orders of blocks and threads
+RUNS = 3 if pretend_gpu.WANTED else 20  # of which each draws other orders of blocks and threads
 
 B, S, PAGE = 3, 331, 16
 
@@ -212,7 +212,7 @@ def test_equal_bits_run_after_run(gpu_backend, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows, vocabulary", [(1, 151_936), (300, 4099)])
+@pytest.mark.parametrize("rows, vocabulary", [(1, 151_936), (140 if pretend_gpu.WANTED else 300, 4099)])
 def test_equal_bits_of_many_blocks(gpu_backend, rows, vocabulary, dtype):
     """One row that many blocks share, and more rows than there are multiprocessors."""
     g = torch.Generator().manual_seed(0)
@@ -338,7 +338,7 @@ def check_public(name: str, device: str) -> None:
         result.square().sum().backward()
         outcomes.append([result.detach().cpu(), *(x.grad.cpu() for x in inputs)])
     for actual, want in zip(*outcomes):
-        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-5 * max(1, float(want.abs().max())))
 
 
 @GPU

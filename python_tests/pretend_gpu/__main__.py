@@ -15,6 +15,10 @@ ALL = ("test_pretend_gpu.py", "test_gpu.py", *OPS, "test_kl_divergence.py")
 LONG_ROWS = "few_rows or aligned_rows or sizes or broadcast or special or temperature or backward"
 
 
+# Python's handler of faults would hide what the runtime says, and long tracebacks show tensors whose memory is protected.
+OPTIONS = ("-p", "no:faulthandler", "--tb=short", "--numprocesses=auto", "--dist=worksteal")
+
+
 class Run(NamedTuple):
     what: str
     order: str
@@ -42,8 +46,7 @@ def main(arguments: list[str]) -> int:
         began = time.monotonic()
         print(f"pretend GPU: {run.what}, {run.order}, {run.device}", flush=True)
         environment = {"PRETEND_ORDER": run.order, "PRETEND_DEVICE": run.device, "OMP_NUM_THREADS": "1"}
-        # Python's handler of faults would hide what the runtime says.
-        command = [sys.executable, "-m", "pytest", "-p", "no:faulthandler", "--numprocesses=auto", "--dist=worksteal"]
+        command = [sys.executable, "-m", "pytest", *OPTIONS]
         done = subprocess.run(
             [*command, "-k", run.chosen, *run.files, *arguments],
             cwd=HERE.parent,

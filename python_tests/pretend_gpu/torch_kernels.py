@@ -69,8 +69,16 @@ def indexes_by_mask(args: tuple) -> bool:
     return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None)
 
 
-def served_by_cpu(op, name: str):
+def for_numbers(op, args: tuple):
+    """``x % 3`` calls the op with a tensor of 3, which comes here as the number."""
+    pairs = zip(args, op._schema.arguments)
+    mixed = any(isinstance(x, (int, float, complex)) and str(argument.type) == "Tensor" for x, argument in pairs)
+    return op.overloadpacket if mixed else op
+
+
+def served_by_cpu(overload, name: str):
     def kernel(*args, **kwargs):
+        op = for_numbers(overload, args)
         twins = {}  # of the arguments, by identity: (twin, original)
         devices = []
 
@@ -167,5 +175,6 @@ def install() -> None:
             op = getattr(getattr(torch.ops.aten, packet), overload or "default")
             LIBRARY.impl(name, served_by_cpu(op, name), "CUDA", allow_override=True)
     LIBRARY.impl("copy_", copy_, "CUDA", allow_override=True)
-    LIBRARY.impl("_fused_sdp_choice", lambda *_, **__: 0, "CUDA", allow_override=True)
     torch.backends.cudnn.enabled = False
+    for enable in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{enable}_sdp")(False)
