@@ -240,7 +240,10 @@ def test_gradients_of_many_aligned_rows(gpu_backend, vocabulary, wanted, dtype):
     g = torch.Generator().manual_seed(0)
     host = [logits(g, ROWS[vocabulary], vocabulary).to(dtype) for _ in range(2)]
     p, q = (torch.zeros_like(x).to(gpu_backend.device) for x in host)
-    run = lambda: list(gpu_backend.kl_divergence_with_gradients(p, q, None, 1.0, *WANTED[wanted]))
+
+    def run() -> list[Tensor]:
+        return list(gpu_backend.kl_divergence_with_gradients(p, q, None, 1.0, *WANTED[wanted]))
+
     graph, results = capture(gpu_backend.device, run)
     p.copy_(host[0]), q.copy_(host[1])
     replay(gpu_backend.device, graph)

@@ -61,8 +61,10 @@ def launches() -> list[Launch]:
     """What was launched since the last call, oldest first."""
     records = (CLaunch * 100_000)()
     count = runtime.pretend_launches(records, len(records))
-    return [Launch(x.kernel.decode(), x.device, x.stream or 0, *(getattr(x, name) for name in Launch._fields[3:]))
-            for x in records[:count]]
+    return [
+        Launch(x.kernel.decode(), x.device, x.stream or 0, *(getattr(x, name) for name in Launch._fields[3:]))
+        for x in records[:count]
+    ]
 
 
 def sanitized() -> dict[str, str]:

@@ -26,8 +26,18 @@ def build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "versions").write_text("libcudart.so.13 { global: cuda*; __cuda*; pretend_*; local: *; };\n")
     named = ["-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={BUILD / 'versions'}"]
-    run(compiler, *SHARED, "-O2", f"-I{CUDA / 'include'}", HERE / "cudart.cpp", *named, "-ldl", "-pthread", "-o",
-        BUILD / "libcudart.so.13")
+    run(
+        compiler,
+        *SHARED,
+        "-O2",
+        f"-I{CUDA / 'include'}",
+        HERE / "cudart.cpp",
+        *named,
+        "-ldl",
+        "-pthread",
+        "-o",
+        BUILD / "libcudart.so.13",
+    )
     (BUILD / "libcudart.so").unlink(missing_ok=True)
     (BUILD / "libcudart.so").symlink_to("libcudart.so.13")  # what a linker asks for
     nvcc = [CUDA / "bin" / "nvcc", "-std=c++17", "-arch=sm_90", "-Xcompiler=-fPIC", "-shared", "-cudart=shared"]

@@ -47,6 +47,10 @@ def on_cpu(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype).set_(storage, x.storage_offset(), x.shape, x.stride())
 
 
+def on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def is_cuda(x: object) -> bool:
     return isinstance(x, Tensor) and x.is_cuda
 
@@ -100,16 +104,23 @@ def served_by_cpu(overload, name: str):
                 return twins[id(x)][1]
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=devices[0])
 
+        def resized() -> list[tuple[Tensor, Tensor]]:
+            """Outputs that were made to fit, with their twins."""
+            changed = [(twin, x) for twin, x in twins.values() if twin.shape != x.shape]
+            for twin, x in changed:
+                x.resize_(twin.shape)
+            return changed
+
         host_args = tree_map(over_memory, (args, kwargs))
         waiting = name in WAITING or name in INDEXING and indexes_by_mask(args)
         with torch.cuda.device(devices[0]):
             capturing = torch.cuda.is_current_stream_capturing()
         if capturing and not waiting:
-            meta = tree_map(
-                lambda x: over_memory(x, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), "meta"),
-                (args, kwargs),
-            )
-            results = tree_map(to_device, op(*meta[0], **meta[1]))
+            twins.clear()
+            meta_args = tree_map(lambda x: over_memory(x, on_meta, "meta"), (args, kwargs))
+            results = tree_map(to_device, op(*meta_args[0], **meta_args[1]))
+            if resized():
+                host_args = tree_map(over_memory, (args, kwargs))
             record(op, host_args, results, devices[0])
             return results
 
@@ -118,10 +129,8 @@ def served_by_cpu(overload, name: str):
         wait(devices[0])
         with opened():
             results = op(*host_args[0], **host_args[1])
-        for twin, x in twins.values():
-            if twin.shape != x.shape:  # an `out` that was resized
-                x.resize_(twin.shape)
-                fill(x, twin)
+        for twin, x in resized():
+            fill(x, twin)
         made = tree_map(to_device, results)
         tree_map(lambda x, y: fill(x, y) if is_cuda(x) and id(y) not in twins else None, made, results)
         return made
