@@ -105,7 +105,8 @@ KL_IN_RANDOM_ORDER = ("test_sizes", "test_broadcast", "test_merged_shards", "tes
 
 
 def affordable(item) -> bool:
-    if pretend_gpu.WANTED and item.originalname.endswith("more_than_2_31_elements"):
+    # No kernel of Triton runs on a pretend GPU, and 2^31 elements would take it hours.
+    if pretend_gpu.WANTED and ("inductor" in item.name or "more_than_2_31_elements" in item.name):
         return False
     values = item.callspec.params if hasattr(item, "callspec") else {}
     backend = values.get("backend")
