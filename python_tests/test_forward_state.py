@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracle import visual_keys_hidden
 from torch import nn
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, LlavaForConditionalGeneration, StoppingCriteria
 from vlm import FAMILIES, LAYERS, ONE, Batch, make_batch, make_model
 
 import vtw_kernels as vtw
@@ -213,6 +213,55 @@ def test_forward_without_call(family):
         assert torch.equal(model.forward(**batch.inputs(), use_cache=False).logits, wanted)
         with pytest.raises(ValueError, match="labels: expected -100"):
             model.forward(**batch.inputs(), labels=batch.ids)
+
+
+class NotPassing(LlavaForConditionalGeneration):
+    """As many a model with code of its own: no keyword arguments that it does not know."""
+
+    def forward(self, input_ids, pixel_values=None, attention_mask=None, use_cache=None, labels=None):
+        return super().forward(
+            input_ids, pixel_values, attention_mask=attention_mask, use_cache=use_cache, labels=labels
+        )
+
+
+def test_a_model_that_passes_nothing_on():
+    """Right all the same: called within itself, after an interrupt, in threads, compiled as a whole and by layers."""
+    reference, batches = make_model("llava"), prompts("llava")
+    model = NotPassing._from_config(reference.config).eval()
+    model.load_state_dict(reference.state_dict())
+    inner, answers = [], {}
+
+    def call(module, args, output):
+        if not inner:
+            inner.append(None)
+            inner[0] = logits_of(model, batches[1])
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    with vtw.withdraw(reference, LAYER), vtw.withdraw(model, LAYER):
+        wanted = [logits_of(reference, batch) for batch in batches]
+        for layer in place(model, "1"), place(model, "3"):
+            hook = layer.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                logits_of(model, batches[0])
+            hook.remove()
+            hook, inner[:] = layer.register_forward_hook(call), []
+            assert torch.equal(logits_of(model, batches[0]), wanted[0]) and torch.equal(inner[0], wanted[1])
+            hook.remove()
+        with pytest.raises(ValueError, match="labels: expected -100"):
+            model(**batches[0].inputs(), labels=batches[0].ids)
+        work = lambda i: answers.update({i: [logits_of(model, batches[i]) for _ in range(5)]})  # noqa: E731
+        threads = [threading.Thread(target=work, args=[i]) for i in range(3)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert all(torch.equal(x, wanted[i]) for i in range(3) for x in answers[i])
+        torch.compiler.reset()
+        for compiled in torch.compile(model, backend="eager"), model:
+            for batch, want in zip(batches, wanted):
+                assert (logits_of(compiled, batch) - want)[~batch.visual].abs().max() <= TOLERANCE
+            for layer in model.model.language_model.layers:
+                layer.compile(backend="eager")
 
 
 # ------------------------------------------------------------------------------------------------- renamed arguments

@@ -105,14 +105,22 @@ class Hooks:
         forward = kwargs.pop(KEY, None)
         if not self.active:
             return self._call(module, args, kwargs)
+        if self.not_passing is not None and torch.compiler.is_compiling():
+            return self._enter_untraced(module, args, kwargs)
         if forward is None and self.not_passing is not None:
             forward = _per_thread.forward
+            if forward is not None and forward.outermost is module:
+                forward = None  # the model is called within itself
         if forward is not None and not (forward.returned and module is self.parts.decoder):
             return self._go_on(module, forward, args, kwargs)
         # The outermost module: here a forward begins, and ends whatever ends it.
         inputs = self.arguments[module].named(args, kwargs)
         if torch.compiler.is_compiling():
-            self._check_compiled()
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    "torch.export: expected a model without withdrawal, whose number of rows is not known before it runs; "
+                    "export its decoder layers instead, those from withdraw's layer on for the text alone"
+                )
             if self.may_be_visual(module, inputs):
                 return self._run_untraced(module, inputs, args, kwargs)
             return self._run(module, Forward(self, module, inputs), args, kwargs)
@@ -120,17 +128,9 @@ class Hooks:
         forward.look(inputs)
         return self._run(module, forward, args, kwargs)
 
-    def _check_compiled(self) -> None:
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                "torch.export: expected a model without withdrawal, whose number of rows is not known before it runs; "
-                "export its decoder layers instead, those from withdraw's layer on for the text alone"
-            )
-        if self.not_passing is not None:
-            raise RuntimeError(
-                f"torch.compile: expected modules that pass keyword arguments on, as {type(self.not_passing).__name__} "
-                "does not; compile the decoder's layers instead"
-            )
+    @torch.compiler.disable(reason="A module of this model does not pass on which forward it belongs to")
+    def _enter_untraced(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        return self.enter(module, *args, **kwargs)
 
     def may_be_visual(self, module: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether there may be visual tokens in a forward, as far as can be known without asking the device."""
@@ -188,8 +188,15 @@ class Hooks:
         forward = kwargs.pop(KEY, None)
         if not self.active:
             return self._call(module, args, kwargs)
-        if forward is None and self.not_passing is not None:
-            forward = _per_thread.forward
+        if self.not_passing is None:
+            return self._run_layer(index, module, forward, args, kwargs)
+        return self._run_layer_untraced(index, module, args, kwargs)
+
+    @torch.compiler.disable(recursive=False, reason="A module of this model does not pass on which forward it belongs to")
+    def _run_layer_untraced(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        return self._run_layer(index, module, _per_thread.forward, args, kwargs)
+
+    def _run_layer(self, index: int, module: nn.Module, forward: "Forward | None", args: tuple, kwargs: dict) -> Any:
         if forward is not None:
             args, kwargs = forward.before_layer(index, args, kwargs)
         elif index >= self.first:
