@@ -4,9 +4,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -183,8 +183,9 @@ inline void check_logits(const char* op, const Tensor& p, const Tensor& q, doubl
                 "leading dimensions that broadcast with p_logits",
                 text("shapes ", list_text(p.sizes()), " and ", list_text(q.sizes())));
   }
-  VTW_REQUIRE(temperature > 0.0 && temperature < HUGE_VAL, op, "temperature", "a finite number above 0",
-              text(temperature));
+  using Fp32 = std::numeric_limits<float>;
+  VTW_REQUIRE(temperature >= Fp32::min() && temperature <= Fp32::max(), op, "temperature",
+              "a number above 0, from 1.2e-38 to 3.4e38 as fp32 has it", text(temperature));
 }
 
 // A state or its gradient, in the backward of kl_divergence: of the type that the logits are computed in.

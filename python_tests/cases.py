@@ -410,7 +410,8 @@ def kl_oracle(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> K
         kl = np.where(broken[0] | broken[1], np.nan, kl)
         lse = np.maximum(np.abs(m_p + np.log(z_p)), np.abs(m_q + np.log(z_q)))
     results = (kl, state, np.abs(weighted).sum(-1), part_p, part_q, ratio, lse)
-    return KL(*(np.asarray(x, np.float64) for x in results))
+    with np.errstate(over="ignore"):
+        return KL(*(np.asarray(x, np.float64) for x in results))
 
 
 def _softmax(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -245,9 +245,9 @@ BAD = {
     "q_scalar": Bad(KL, {"q_logits": zeros()}, "q_logits", "1 dimension", "scalar"),
     **{
         f"temperature_{value}": Bad(
-            (*KL, *LINEAR), {"temperature": value}, "temperature", "above 0", str(value).split(".")[0]
+            (*KL, *LINEAR), {"temperature": value}, "temperature", "above 0", f"{value:g}".split(".")[0]
         )
-        for value in (0.0, -0.0, -1.0, float("nan"), float("inf"), float("-inf"))
+        for value in (0.0, -0.0, -1.0, float("nan"), float("inf"), float("-inf"), 1e39, 1e-39)
     },
     # what autograd hands to the backward
     "slope_shape": Bad(BACKWARD, {"grad": zeros(2, 3, 4)}, "grad", "[2, 3, 5]", "[2, 3, 4]"),

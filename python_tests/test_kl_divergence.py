@@ -274,6 +274,16 @@ def special_rows(vocabulary: int, dtype: torch.dtype) -> dict[str, tuple[torch.T
         "least_leading_p": (put(p, slice(leading), least), q, None),
         "least_q": (p, put(q, places[0], least / 2), None),
         "least_both": (put(p, slice(leading), least), put(q, slice(leading), least), None),
+        # The same, and p by something else: where all of a block or a shard is, the sum of p - q overflows, though in the
+        # end it weighs little or nothing.
+        **{
+            f"least_q_where_p_is_{low:g}": (
+                put(p, slice(leading), max(low, least)),
+                put(q, slice(leading), least),
+                None,
+            )
+            for low in (-20.0, -1e4, -1e9, -1e30)
+        },
         "inf_p": (put(p, places[1], INF), q, NAN),
         "inf_q": (p, put(q, places[1], INF), NAN),
         "inf_both": (put(p, places[1], INF), put(q, places[1], INF), NAN),
@@ -300,6 +310,22 @@ def test_special_values(backend, dtype, vocabulary):
     for name in ("p_zero", "q_zero", "one_hot_apart", "nan_p_middle", "inf_q"):
         check_forward(backend, p[finite.index(name)], q)
         check_forward(backend, p, q[finite.index(name)])
+
+
+@over_dtypes
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_overflow_where_nothing_counts(backend, dtype, temperature):
+    """p and q masked by numbers that are not the same, in a region that has blocks and tiles of its own."""
+    least = torch.finfo(dtype).min
+    for low in (-1e4, least / 2):
+        p, q = logits((3, 9000), dtype, seed=0), logits((3, 9000), dtype, seed=1)
+        p[:, 100:8500], q[:, 100:8500] = low, least
+        expected = check_forward(backend, p.to(backend.device), q.to(backend.device), temperature)
+        assert (expected.kl < 100).all()
+        for grad, want in zip(
+            gradients(backend, p.to(backend.device), q.to(backend.device), temperature), grad_oracle(p, q, temperature)
+        ):
+            assert_grad(grad, want, dtype)
 
 
 def test_empty_vocabulary_is_the_neutral_state(backend):

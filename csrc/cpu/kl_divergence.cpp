@@ -14,12 +14,14 @@
 #include "allocate.h"
 #include "checks.h"
 #include "cpu/simd.h"
+#include "kl_state.h"
 
 namespace vtw {
 namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kPerUnit = 1 / kUnit;
 // A block shares one pair of maxima: 2 x 8 KiB of fp32, so that the second look at it finds it in the L1 cache.
 constexpr int64_t kBlock = 2048;
 // A segment is one thread's piece of work: 2 to 3 microseconds.
@@ -30,7 +32,7 @@ constexpr int64_t kSharing = 8;
 // States that a thread merges, or finishes, at least: some 20 microseconds.
 constexpr int64_t kRows = 256;
 
-// KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py.
+// KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py. a is in units of kUnit.
 struct State {
   double m_p = -INFINITY, z_p = 0, a = 0, m_q = -INFINITY, z_q = 0;
 
@@ -48,19 +50,26 @@ struct State {
   // Subtracting in fp64 keeps what two log-sum-exps of some tens would round away. Rounding may still leave a hair
   // below 0, which no divergence is; the comparison lets NaN through.
   double divergence() const {
-    const double kl = a / z_p - (m_p + std::log(z_p)) + (m_q + std::log(z_q));
+    const double kl = a / z_p * kUnit - (m_p + std::log(z_p)) + (m_q + std::log(z_q));
     return kl < 0 ? 0 : kl;
   }
 
-  // An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has run
-  // to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0.
-  static double weigh(double a, double weight) {
-    return a == INFINITY ? a : weight == 0 && !std::isnan(a) ? 0.0 : a * weight;
-  }
+  // An infinite divergence stays infinite, however small the probability that carries it has become.
+  static double weigh(double a, double weight) { return a == INFINITY ? a : a * weight; }
   static double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }
   // An empty or all -inf part has z = 0 and a = 0 and weighs nothing, where -inf - -inf would make it NaN.
   static double rescale(double m, double top) { return m == -INFINITY ? 0.0 : m == top ? 1.0 : std::exp(m - top); }
 };
+
+template <typename R>
+State read_state(const R* s) {
+  return {s[0], s[1], s[2] / kUnit, s[3], s[4]};
+}
+
+template <typename R>
+std::array<R, 5> round_state(const State& s) {
+  return rounded_state<R, std::array<R, 5>>(s.m_p, s.z_p, s.a, s.m_q, s.z_q);
+}
 
 // The same of one block, before the temperature is applied to all but the exponents.
 struct Sums {
@@ -68,11 +77,11 @@ struct Sums {
   double z_p, a, z_q;
 };
 
-// One vector of pairs. The plain version is right as long as all logits are finite; if any is not, `a` comes out as an
-// infinity or NaN, and the block is done again by the careful version:
+// One vector of pairs. The plain version, in which a is not in units yet, is right as long as all logits are finite and
+// a does not overflow; else `a` comes out as an infinity or NaN, and the block is done again by the careful version:
 //   p = -inf            adds nothing, whatever q is;
 //   q = -inf < p        adds +inf, even where e^(p - m_p) has underflowed to 0;
-//   e^(p - m_p) = 0     adds nothing to any other q, even if p - q overflows;
+//   e^(p - m_p) = 0     adds nothing to any other q;
 //   NaN, +inf           make the sums NaN: x - x is 0 for every finite x and NaN for these.
 template <int Bytes, bool careful>
 VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, float m_p, float m_q, float scale,
@@ -81,7 +90,7 @@ VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, 
   using F = typename V::F;
   F e_p = V::exp2(p - m_p, scale);
   F e_q = V::exp2(q - m_q, scale);
-  F term = e_p * (p - q);
+  F term = e_p * (careful ? p * kPerUnit - q * kPerUnit : p - q);
   if (careful) {
     const F none = V::splat(-kInfinity), zero = V::splat(0.0f);
     e_p = p == none ? zero : e_p + (p - p);
@@ -126,6 +135,7 @@ VTW_INLINE void add_block(const T* p, const T* q, int64_t count, float scale, Su
     prefetch_step<Bytes>(q + i + kBlock);
     for (int h = 0; h < 2; ++h) add_pairs<Bytes, careful>(ps.half[h], qs.half[h], m_p, m_q, scale, z_p, a, z_q);
   }
+  if (!careful) a *= kPerUnit;
   if (i < count) {
     const auto ps = load_tail<Bytes>(p, i, count), qs = load_tail<Bytes>(q, i, count);
     for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], qs.half[h], m_p, m_q, scale, z_p, a, z_q);
@@ -196,6 +206,7 @@ VTW_INLINE void add_shared_block(const T* p, const T* q, const float* e_p, const
       }
     }
   }
+  a *= kPerUnit;
   if (i < count) {
     const auto ps = load_tail<Bytes>(p, i, count), qs = load_tail<Bytes>(q, i, count);
     for (int h = 0; h < 2; ++h) add_pairs<Bytes, true>(ps.half[h], qs.half[h], m_p, m_q, scale, z_p, a, z_q);
@@ -260,9 +271,13 @@ VTW_INLINE void segment_states(const double* const* p, const double* const* q, i
                                double inverse_temperature, State* const* states) {
   for (int64_t i = 0; i < pairs * count; ++i) {
     const int64_t pair = i / count, at = i % count;
-    const double x = p[pair][at] * inverse_temperature, y = q[pair][at] * inverse_temperature;
+    const auto scaled = [&](double logit) {  // what is finite stays finite
+      constexpr double kLargest = std::numeric_limits<double>::max();
+      return std::isfinite(logit) ? std::clamp(logit * inverse_temperature, -kLargest, kLargest) : logit;
+    };
+    const double x = scaled(p[pair][at]), y = scaled(q[pair][at]);
     const double nan_p = x == -INFINITY ? 0 : x - x, nan_q = y == -INFINITY ? 0 : y - y;
-    const double term = x == -INFINITY ? 0 : y == -INFINITY ? INFINITY : x - y;
+    const double term = x == -INFINITY ? 0 : y == -INFINITY ? INFINITY : x / kUnit - y / kUnit;
     states[pair]->merge({x, (x == -INFINITY ? 0 : 1) + nan_p, term, y, (y == -INFINITY ? 0 : 1) + nan_q});
   }
 }
@@ -530,8 +545,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
     State whole = partial[row * segments];
     for (int64_t i = 1; i < segments; ++i) whole.merge(partial[row * segments + i]);
     kl_data[row] = static_cast<Real<T>>(whole.divergence());
-    const double values[5] = {whole.m_p, whole.z_p, whole.a, whole.m_q, whole.z_q};
-    std::copy_n(values, 5, state_data + row * 5);
+    std::copy_n(round_state<Real<T>>(whole).data(), 5, state_data + row * 5);
   }
   return {kl, state};
 }
@@ -670,14 +684,14 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
     kl_data[row] = static_cast<R>(whole.divergence());
     T* to_p = grad_p_data ? grad_p_data + row * n : nullptr;
     T* to_q = grad_q_data ? grad_q_data + row * n : nullptr;
-    const R state[5] = {R(whole.m_p), R(whole.z_p), R(whole.a), R(whole.m_q), R(whole.z_q)};
+    const std::array<R, 5> state = round_state<R>(whole);
     R gradient[5];
-    weigh_row(state, weight_of(row), gradient);
+    weigh_row(state.data(), weight_of(row), gradient);
     if (counts_for_nothing(gradient)) {
       if (to_p) std::fill_n(to_p, n, T(0));
       if (to_q) std::fill_n(to_q, n, T(0));
     } else {
-      backward_fn(p, q, n, Slope<R>(state, gradient, static_cast<R>(temperature)), to_p, to_q, around_caches);
+      backward_fn(p, q, n, Slope<R>(state.data(), gradient, static_cast<R>(temperature)), to_p, to_q, around_caches);
     }
   };
   const int64_t grain = std::max<int64_t>(1, kSegment / std::max<int64_t>(1, pairs.vocabulary));
@@ -731,11 +745,6 @@ void scale_(const std::vector<Tensor>& tensors, const Tensor& factor) {
 }
 
 template <typename R>
-State read_state(const R* s) {
-  return {s[0], s[1], s[2], s[3], s[4]};
-}
-
-template <typename R>
 Tensor merge(const std::vector<Tensor>& states) {
   std::vector<Tensor> parts;
   for (const Tensor& state : states) parts.push_back(torch::stable::contiguous(state));
@@ -748,8 +757,7 @@ Tensor merge(const std::vector<Tensor>& states) {
     for (int64_t row = begin; row < end; ++row) {
       State whole;
       for (const R* part : from) whole.merge(read_state(part + row * 5));
-      const double values[5] = {whole.m_p, whole.z_p, whole.a, whole.m_q, whole.z_q};
-      std::copy_n(values, 5, to + row * 5);
+      std::copy_n(round_state<R>(whole).data(), 5, to + row * 5);
     }
   });
   return result;

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cluster.cuh"
+#include "kl_state.h"
 #include "launch.cuh"
 
 #ifdef __CUDACC__
@@ -63,7 +64,8 @@ __device__ inline double product(double x, double y) { return __dmul_rn(x, y); }
 // --- states ----------------------------------------------------------------------------------------------------------
 
 // KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py. While a row is read, m and a
-// are in units of the logits as they are; the temperature divides them at the end.
+// are those of the logits as they are; the temperature divides them at the end. The sums of p, z_p and a, are in units
+// of kUnit everywhere but in a tensor.
 template <typename R>
 struct State {
   R m_p, z_p, a, m_q, z_q;
@@ -78,11 +80,10 @@ __device__ R weight_of(R m, R top, R scale) {
   return m == R(-INFINITY) ? R(0) : m == top ? R(1) : power_of_2((m - top) * scale);
 }
 
-// An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has run
-// to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0.
+// An infinite divergence stays infinite, however small the probability that carries it has become.
 template <typename R>
 __device__ R weigh(R a, R weight) {
-  return a == R(INFINITY) ? a : weight == 0 && a == a ? R(0) : a * weight;
+  return a == R(INFINITY) ? a : a * weight;
 }
 
 template <typename R>
@@ -148,7 +149,7 @@ __device__ State<R> cluster_merge(State<R> x, R scale) {
 // In fp64, which keeps what the subtraction of two log-sum-exps of some tens would round away. Rounding may still leave
 // a hair below 0, which no divergence is; the comparison lets NaN through.
 __device__ inline double divergence(const State<double>& s) {
-  const double kl = s.a / s.z_p + ((s.m_q + log(s.z_q)) - (s.m_p + log(s.z_p)));
+  const double kl = s.a / s.z_p + ((s.m_q + log(s.z_q)) - (s.m_p + log(s.z_p * kUnit)));
   return kl < 0 ? 0 : kl;
 }
 
@@ -170,12 +171,16 @@ struct Exponent {
 // exceeds it by as much again moves it; in between, an exponent is small and rounds little.
 //
 // e^((x - origin)/temperature) is 2^(x·scale - shift)·mend, where shift is origin·scale, rounded, and mend, a number
-// next to 1, is what the rounding took. That is one FMA and one exponential per logit, and a multiplication per vector.
+// next to 1, is what the rounding took; it also brings the sums to their unit. That is one FMA and one exponential per
+// logit, and a multiplication per vector.
 template <typename R>
 struct Side {
   R m = -INFINITY;
   R origin = -INFINITY, shift = NAN, mend = 1;  // the NaN sends the first vector to add_carefully
   R z = 0;
+  const R per_unit;
+
+  __device__ explicit Side(double unit) : per_unit(static_cast<R>(1 / unit)) {}
 
   // Moves the origin above the maximum, if that has outgrown it, and returns the weight of what has been summed so far.
   __device__ R move_origin(R scale, R headroom) {
@@ -186,7 +191,7 @@ struct Side {
     shift = top * scale;
     // Beyond this, rounding alone would take the exponential far from where it should be.
     if (!(fabs(shift) < R(1 << 20))) shift = NAN;
-    mend = power_of_2(-fma(top, scale, -shift));
+    mend = per_unit * power_of_2(-fma(top, scale, -shift));
     return weight;
   }
 };
@@ -194,7 +199,7 @@ struct Side {
 template <typename R>
 struct Sums {
   R scale, headroom;
-  Side<R> p, q;
+  Side<R> p{kUnit}, q{1};
   R a = 0;
 
   __device__ explicit Sums(const Exponent<R>& e) : scale(e.scale), headroom(e.headroom) {}
@@ -226,7 +231,7 @@ struct Sums {
 
   // p = -inf            adds nothing, whatever q is;
   // q = -inf < p        adds +inf, even where e^(p - m_p) has underflowed to 0;
-  // e^(p - m_p) = 0     adds nothing to any other q, even if p - q overflows;
+  // e^(p - m_p) = 0     adds nothing to any other q;
   // NaN, +inf           make z NaN, as +inf - +inf is.
   template <int count>
   __device__ void add_carefully(const R (&x)[count], const R (&y)[count]) {
@@ -236,8 +241,9 @@ struct Sums {
     for (int i = 0; i < count; ++i) {
       const R e_p = x[i] == R(-INFINITY) ? R(0) : power_of_2((x[i] - p.origin) * scale);
       const R e_q = y[i] == R(-INFINITY) ? R(0) : power_of_2((y[i] - q.origin) * scale);
-      const R term = y[i] == R(-INFINITY) ? R(INFINITY) : e_p == 0 ? R(0) : e_p * (x[i] - y[i]);
-      p.z += e_p;
+      const R difference = x[i] * p.per_unit - y[i] * p.per_unit;  // which would overflow without
+      const R term = y[i] == R(-INFINITY) ? R(INFINITY) : e_p == 0 ? R(0) : e_p * difference;
+      p.z += e_p * p.per_unit;
       q.z += e_q;
       a += x[i] == R(-INFINITY) ? R(0) : term;
     }
@@ -466,9 +472,15 @@ __device__ State<double> apply(double temperature, const State<R>& s) {
   return {s.m_p / temperature, s.z_p, s.a / temperature, s.m_q / temperature, s.z_q};
 }
 
+// As a tensor has it.
 template <typename R>
 __device__ State<R> rounded(const State<double>& s) {
-  return {R(s.m_p), R(s.z_p), R(s.a), R(s.m_q), R(s.z_q)};
+  return rounded_state<R, State<R>>(s.m_p, s.z_p * kUnit, s.a, s.m_q, s.z_q);
+}
+
+template <typename R>
+__device__ State<double> from_tensor(const State<R>& s) {
+  return {s.m_p, s.z_p / kUnit, s.a / kUnit, s.m_q, s.z_q};
 }
 
 template <typename T>
@@ -703,8 +715,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (row >= rows) return;
   State<double> whole = State<double>::empty();
   for (int i = 0; i < list.count; ++i) {
-    const State<R> s = list.states[i][row];
-    whole = merge(whole, State<double>{s.m_p, s.z_p, s.a, s.m_q, s.z_q}, kLog2e);
+    whole = merge(whole, from_tensor(list.states[i][row]), kLog2e);
   }
   to[row] = rounded<R>(whole);
 }
@@ -713,8 +724,7 @@ template <typename R>
 __global__ void __launch_bounds__(kMaxThreads) from_state_kernel(const State<R>* states, int64_t rows, R* kl) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  const State<R> s = states[row];
-  kl[row] = static_cast<R>(divergence({s.m_p, s.z_p, s.a, s.m_q, s.z_q}));
+  kl[row] = static_cast<R>(divergence(from_tensor(states[row])));
 }
 
 // --- launches --------------------------------------------------------------------------------------------------------

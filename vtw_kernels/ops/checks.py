@@ -16,6 +16,11 @@ def require(condition: bool, op: str, argument: str, wanted: str, given: object)
         raise RuntimeError(f"{op}: {argument}: expected {wanted}, got {given}")
 
 
+def real_dtype(logits: Tensor) -> torch.dtype:
+    """What logits are computed in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def check_keep(keep: Tensor, length: int) -> None:
     op = "plan_compaction"
     require(keep.dtype == torch.bool, op, "keep", "dtype bool", str(keep.dtype))
@@ -203,8 +208,8 @@ def _check_rows(op: str, name: str, p: Tensor, q: Tensor) -> None:
 
 
 def _check_temperature(op: str, temperature: float) -> None:
-    finite = 0.0 < temperature < float("inf")
-    require(finite, op, "temperature", "a finite number above 0", temperature)
+    normal = torch.finfo(torch.float32).tiny <= temperature <= torch.finfo(torch.float32).max
+    require(normal, op, "temperature", "a number above 0, from 1.2e-38 to 3.4e38 as fp32 has it", temperature)
 
 
 def check_linear_kl(
@@ -249,7 +254,7 @@ def check_state(op: str, argument: str, state: Tensor) -> None:
 def check_row_states(op: str, p_logits: Tensor, q_logits: Tensor, *last: int, **given: Tensor) -> None:
     """Tensors ``[..., *last]`` with a part for each pair of rows, of the type that the logits are computed in."""
     rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
-    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    dtype = real_dtype(p_logits)
     for argument, x in given.items():
         require(x.dtype == dtype, op, argument, f"dtype {dtype}", str(x.dtype))
         require(x.device == p_logits.device, op, argument, f"device {p_logits.device} of p_logits", str(x.device))
@@ -276,7 +281,7 @@ def check_scaled(tensors: list[Tensor], factor: Tensor) -> None:
     op = "scale_"
     require(factor.dim() == 0, op, "factor", "a scalar", f"shape {list(factor.shape)}")
     for i, x in enumerate(tensors):
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = real_dtype(x)
         require(x.dtype in FLOATING_LOGITS, op, f"tensors[{i}]", "a dtype of fp32, fp16, bf16 or fp64", str(x.dtype))
         require(factor.dtype == dtype, op, "factor", f"dtype {dtype}", str(factor.dtype))
         require(x.device == factor.device, op, f"tensors[{i}]", f"device {factor.device} of factor", str(x.device))

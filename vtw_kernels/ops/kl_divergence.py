@@ -2,7 +2,8 @@
 
 A state is ``(m_p, z_p, a, m_q, z_q)``: two maxima, two sums of exponentials ``z = Σ e^(x - m)``, and
 ``a = Σ e^(p - m_p)·(p - q)``, so that ``KL = a/z_p - (m_p + ln z_p) + (m_q + ln z_q)``. (The running form of ``a`` is
-known from Fast-LLM's entropy kernels.) ``V`` is the size of the vocabulary.
+known from Fast-LLM's entropy kernels.) Where ``a`` would overflow, as in a shard in which q is masked by the least finite
+number, ``m_p`` is a number above the maximum, which says the same. ``V`` is the size of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vtw_kernels.ops import reference
 from vtw_kernels.ops._registration import register, register_composite, register_gradient
-from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states
+from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states, real_dtype
 
 _OPS = torch.ops.vtw_kernels
 
@@ -26,7 +27,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
         p_logits: ``[..., V]``, fp32, fp16, bf16 or fp64, any strides.
         q_logits: ``[..., V]`` of the same dtype and device. Leading dimensions broadcast: one reference row against
             many candidates is never expanded.
-        temperature: a number above 0 that divides both.
+        temperature: a number above 0 (of the normal ones of fp32) that divides both.
 
     Returns:
         ``[...]``, fp32 (fp64 for fp64 logits). Never below 0, and exactly 0 for equal rows. Near 0 an absolute error
@@ -39,7 +40,8 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
     come, and everything is computed in fp32.
 
     Raises:
-        RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0.
+        RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0 or so large or small
+            that fp32 has no normal number for it.
     """
     return _OPS.kl_divergence_with_state.default(p_logits, q_logits, temperature)[0]
 
@@ -74,7 +76,7 @@ def kl_from_state(state: Tensor) -> Tensor:
 def _with_state_fake(p_logits: Tensor, q_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     check_logits("kl_divergence", p_logits, q_logits, temperature)
     rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
-    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    dtype = real_dtype(p_logits)
     return p_logits.new_empty(rows, dtype=dtype), p_logits.new_empty(*rows, 5, dtype=dtype)
 
 

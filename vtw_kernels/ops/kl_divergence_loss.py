@@ -13,7 +13,7 @@ from vtw_kernels.ops._registration import (
     register_mutation,
     register_over_ops,
 )
-from vtw_kernels.ops.checks import check_loss, check_scaled, require
+from vtw_kernels.ops.checks import check_loss, check_scaled, real_dtype, require
 
 OPS = torch.ops.vtw_kernels
 
@@ -52,7 +52,7 @@ def kl_divergence_loss(
             requires a gradient.
     """
     if weight is not None:
-        weight = weight.to(torch.float64 if p_logits.dtype == torch.float64 else torch.float32)
+        weight = weight.to(real_dtype(p_logits))
     return OPS.kl_divergence_loss(p_logits, q_logits, temperature, weight)
 
 
@@ -67,7 +67,7 @@ def _forward(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0, weigh
 
 def _forward_fake(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0, weight: Tensor | None = None) -> Tensor:
     check_loss("kl_divergence_loss", p_logits, q_logits, weight, temperature)
-    return p_logits.new_empty((), dtype=torch.float64 if p_logits.dtype == torch.float64 else torch.float32)
+    return p_logits.new_empty((), dtype=real_dtype(p_logits))
 
 
 class _WithGradients(torch.autograd.Function):
@@ -105,7 +105,7 @@ def _autograd(keyset, p_logits, q_logits, temperature=1.0, weight=None):
 def _with_gradients_fake(p_logits, q_logits, weight, temperature, need_p, need_q):
     check_loss("kl_divergence_with_gradients", p_logits, q_logits, weight, temperature)
     rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
-    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    dtype = real_dtype(p_logits)
     shape = (*rows, p_logits.shape[-1])
     grads = (x.new_empty(shape if need else 0) for x, need in ((p_logits, need_p), (q_logits, need_q)))
     return p_logits.new_empty(rows, dtype=dtype), *grads

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtw_kernels.ops._registration import register_autocast, register_composite, register_gradient, register_over_ops
-from vtw_kernels.ops.checks import check_linear_kl
+from vtw_kernels.ops.checks import check_linear_kl, real_dtype
 from vtw_kernels.ops.kl_divergence import no_second_derivative
 from vtw_kernels.ops.reference import grad_of_kl
 
@@ -81,7 +81,7 @@ def _rows(p: _Projection, q: _Projection) -> torch.Size:
 
 
 def _sum_dtype(p: _Projection) -> torch.dtype:
-    return torch.float64 if p.hidden.dtype == torch.float64 else torch.float32
+    return real_dtype(p.hidden)
 
 
 def _chunks(p: _Projection, q: _Projection, chunk: int | None) -> Iterator[slice]:

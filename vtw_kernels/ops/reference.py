@@ -20,6 +20,7 @@ from vtw_kernels.ops.checks import (
     check_states,
     check_tensors,
     paged_sizes,
+    real_dtype,
     require,
 )
 
@@ -118,17 +119,24 @@ def _gather(x: Tensor, token_dim: int, batch_dim: int, source: Tensor) -> Tensor
     return out.movedim((0, 1), (batch_dim, token_dim)).contiguous().view(x.dtype)
 
 
+# As the kernels do, sums a = Σ e^(p - m_p)·(p - q) in units of 2^40. Where q is masked by the least finite number, p - q is
+# close to what a number can hold, and a sum of it beyond; yet it may weigh nothing in the end, where p is low as well.
+UNIT = 2.0**40
+
+
 def kl_divergence_with_state(p_logits: Tensor, q_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     check_logits("kl_divergence", p_logits, q_logits, temperature)
-    p, q = _scaled(p_logits, temperature), _scaled(q_logits, temperature)
-    p, q = torch.broadcast_tensors(p, q)
-    m_p, e_p = _max_and_exp(p)
-    m_q, e_q = _max_and_exp(q)
+    p, q = torch.broadcast_tensors(*(x.to(real_dtype(x)) for x in (p_logits, q_logits)))
+    m_p, e_p = _max_and_exp(p, temperature)
+    m_q, e_q = _max_and_exp(q, temperature)
     # Where p is 0 the term is 0, whatever q is; where only q is 0 it is +inf, even if e_p has underflowed.
-    term = torch.where(p == -torch.inf, 0.0, torch.where(q == -torch.inf, torch.inf, e_p * (p - q)))
+    term = torch.where(q == -torch.inf, torch.inf, e_p * (p / UNIT - q / UNIT))
+    term = torch.where(p == -torch.inf, 0.0, term)
     term = torch.where(p.isnan() | q.isnan(), torch.nan, term)
-    state = torch.stack((m_p, e_p.sum(-1), term.sum(-1), m_q, e_q.sum(-1)), dim=-1)
-    return kl_from_state(state), state
+    # The rest in fp64, so that the subtraction of the two log-sum-exps does not round again.
+    z_p, a, z_q = (x.sum(-1).double() for x in (e_p, term, e_q))
+    m_p, a, m_q = (x.double() / temperature for x in (m_p, a, m_q))
+    return _divergence(m_p, z_p, a, m_q, z_q).to(p.dtype), _rounded_state(m_p, z_p, a, m_q, z_q, p.dtype)
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -141,22 +149,18 @@ def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Te
 
 def merge_kl_states(states: list[Tensor]) -> Tensor:
     check_states(states)
-    m_p, z_p, a, m_q, z_q = torch.stack(list(states)).unbind(-1)
-    scale_p, scale_q = _merge_scale(m_p), _merge_scale(m_q)
-    # An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has
-    # run to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0.
-    weighed = torch.where((scale_p == 0) & ~a.isnan(), 0.0, a * scale_p)
-    a = torch.where(a == torch.inf, a, weighed)
-    merged = (m_p.amax(0), (z_p * scale_p).sum(0), a.sum(0), m_q.amax(0), (z_q * scale_q).sum(0))
-    return torch.stack(merged, dim=-1)
+    m_p, z_p, a, m_q, z_q = torch.stack(list(states)).double().unbind(-1)
+    weight_p, weight_q = _merge_weight(m_p), _merge_weight(m_q)
+    # An infinite divergence stays infinite, however small the probability that carries it has become.
+    a = torch.where(a == torch.inf, a, a / UNIT * weight_p)
+    merged = m_p.amax(0), (z_p * weight_p).sum(0), a.sum(0), m_q.amax(0), (z_q * weight_q).sum(0)
+    return _rounded_state(*merged, states[0].dtype)
 
 
 def kl_from_state(state: Tensor) -> Tensor:
     check_state("kl_from_state", "state", state)
-    # In fp64, so that the subtraction of the two log-sum-exps does not round again.
     m_p, z_p, a, m_q, z_q = state.double().unbind(-1)
-    kl = a / z_p - (m_p + z_p.log()) + (m_q + z_q.log())
-    return kl.clamp(min=0).to(state.dtype)
+    return _divergence(m_p, z_p, a / UNIT, m_q, z_q).to(state.dtype)
 
 
 def kl_divergence_backward(
@@ -178,7 +182,8 @@ def kl_divergence_backward(
     e_p = torch.where(p == -torch.inf, 0.0, (p - m_p).exp())
     grad_p = grad_q = p_logits.new_empty(0)
     if need_p:
-        slope = torch.where(~counts | (p == -torch.inf), 0.0, e_p * (g_zp + g_a * (p - q + 1)))
+        # Nothing for an entry without probability, where p - q may be infinite.
+        slope = torch.where(~counts | (e_p == 0), 0.0, e_p * (g_zp + g_a * (p - q + 1)))
         grad_p = (slope / temperature).to(p_logits.dtype).contiguous()
     if need_q:
         e_q = torch.where(q == -torch.inf, 0.0, (q - m_q).exp())
@@ -219,15 +224,37 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
+    return logits.to(real_dtype(logits)) / temperature
 
 
-def _max_and_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _max_and_exp(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if logits.shape[-1] == 0:  # an empty shard: the neutral state
         return logits.new_full(logits.shape[:-1], -torch.inf), logits
     m = logits.amax(-1)
-    return m, torch.where(logits == -torch.inf, 0.0, (logits - m.unsqueeze(-1)).exp())
+    return m, torch.where(logits == -torch.inf, 0.0, ((logits - m.unsqueeze(-1)) / temperature).exp())
 
 
-def _merge_scale(m: Tensor) -> Tensor:
+def _divergence(m_p: Tensor, z_p: Tensor, a: Tensor, m_q: Tensor, z_q: Tensor) -> Tensor:
+    """Of fp64 numbers, ``a`` in units."""
+    return (a / z_p * UNIT - (m_p + z_p.log()) + (m_q + z_q.log())).clamp(min=0)
+
+
+def _rounded_state(m_p: Tensor, z_p: Tensor, a: Tensor, m_q: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state of fp64 numbers, ``a`` in units. Where ``a`` without them overflows, the sums of p are made relative to a
+    number above the maximum instead, which says the same. Beyond 2^27 or so, numbers are too coarse for that; but there
+    a logit weighs all or nothing, and ``a`` itself, which only has to be finite, stops at the largest number."""
+    largest, step = torch.finfo(dtype).max, 27.7  # ln 2^40
+    raised = (m_p + step).to(dtype).double()
+    raises = a.isfinite() & (a.abs() > largest / UNIT) & ((raised - m_p - step).abs() < 8)
+    weight = torch.where(raises, (m_p - raised).exp(), 1.0)
+    m_p, unit = torch.where(raises, raised, m_p), weight * UNIT
+
+    def within(x: Tensor, limit: Tensor | float) -> Tensor:  # what is finite stays finite
+        return torch.where(x.isfinite(), x.clamp(-limit, limit), x)
+
+    numbers = within(m_p, largest), z_p * weight, within(a, largest / unit) * unit, within(m_q, largest), z_q
+    return torch.stack(numbers, -1).to(dtype)
+
+
+def _merge_weight(m: Tensor) -> Tensor:
     return torch.where(m == -torch.inf, 0.0, (m - m.amax(0)).exp())

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtw_kernels.ops.checks import check_backward, check_logits, check_loss, check_scaled, check_state, check_states
+from vtw_kernels.ops.checks import (
+    check_backward,
+    check_logits,
+    check_loss,
+    check_scaled,
+    check_state,
+    check_states,
+    real_dtype,
+)
 from vtw_kernels.ops.reference import weights_of
 from vtw_kernels.triton.launch import launch
 
@@ -36,6 +44,11 @@ MERGED = 32  # states that a warp merges at a time
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
+# Sums a = Σ e^(p - m_p)·(p - q) are in units of 2^40, everywhere but in a state. Where q is masked by the least finite
+# number, p - q is close to what a number can hold, and a sum of it beyond; yet it may weigh nothing in the end, where p
+# is low as well. In these units it stays finite, and +inf always means that q is 0 somewhere where p is not.
+UNIT = tl.constexpr(2.0**40)
+PER_UNIT = tl.constexpr(2.0**-40)
 
 
 # --- a pair of rows -------------------------------------------------------------------------------
@@ -78,18 +91,17 @@ def rescale(m, top, scale):
 
 @triton.jit
 def weigh(a, weight):
-    """An infinite divergence stays infinite, however small the probability that carries it has become. A sum that has
-    run to -inf is a row masked by the least finite number instead of -inf: it adds nothing once its weight is 0."""
-    return tl.where(a == INF, a, tl.where((a == -INF) & (weight == 0), 0.0, a * weight))
+    """An infinite divergence stays infinite, however small the probability that carries it has become."""
+    return tl.where(a == INF, a, a * weight)
 
 
 @triton.jit
 def push(p, q, m_p, z_p, a, m_q, z_q, scale, CAREFUL: tl.constexpr):
-    """Adds a tile to the sums of its lanes. The plain version is right as long as all logits are finite; if any is not,
-    its ``a`` isn't either. The careful one keeps the rules:
+    """Adds a tile to the sums of its lanes. The plain version is right as long as all logits are finite and no sum
+    overflows; else its ``a`` isn't finite either. The careful one keeps the rules:
     p = -inf            adds nothing, whatever q is;
     q = -inf < p        adds +inf, even where e^(p - m_p) has underflowed to 0;
-    e^(p - m_p) = 0     adds nothing to any other q, even if p - q overflows;
+    e^(p - m_p) = 0     adds nothing to any other q;
     NaN, +inf           make z_p or z_q NaN."""
     top_p, top_q = tl.maximum(m_p, lane_max(p)), tl.maximum(m_q, lane_max(q))
     base_p, base_q = top_p, top_q
@@ -99,14 +111,13 @@ def push(p, q, m_p, z_p, a, m_q, z_q, scale, CAREFUL: tl.constexpr):
     e_p = tl.exp2((p - base_p[None, :, None]) * scale)
     e_q = tl.exp2((q - base_q[None, :, None]) * scale)
     r_p, r_q = tl.exp2((m_p - base_p) * scale), tl.exp2((m_q - base_q) * scale)
-    term = e_p * (p - q)
     if CAREFUL:
-        term = tl.where(e_p == 0, 0.0, term)
+        term = tl.where(e_p == 0, 0.0, e_p * (p * PER_UNIT - q * PER_UNIT))
         term = tl.where(p == -INF, 0.0, tl.where(q == -INF, INF, term))
-        a = weigh(a, r_p)
+        a = weigh(a, r_p) + lane_sum(term)
     else:
-        a = a * r_p
-    return top_p, z_p * r_p + lane_sum(e_p), a + lane_sum(term), top_q, z_q * r_q + lane_sum(e_q)
+        a = a * r_p + lane_sum(e_p * (p - q)) * PER_UNIT
+    return top_p, z_p * r_p + lane_sum(e_p), a, top_q, z_q * r_q + lane_sum(e_q)
 
 
 @triton.jit
@@ -144,14 +155,32 @@ def store_state(state_ptr, m_p, z_p, a, m_q, z_q):
 
 
 @triton.jit
+def within(x, largest):
+    """What is finite stays finite; the comparisons let NaN through."""
+    x = tl.where((x > largest) & (x < INF), largest, x)
+    return tl.where((x < -largest) & (x > -INF), -largest, x)
+
+
+@triton.jit
 def finish(state_ptr, kl_ptr, m_p, z_p, a, m_q, z_q, inverse):
     """Applies the temperature, stores state and divergence: in fp64, so that the subtraction of two log-sum-exps does
     not round again. That may still leave a hair below 0, which no divergence is; the comparison lets NaN through."""
-    m_p, a, m_q = m_p * inverse, a * inverse, m_q * inverse
+    m_p, a, m_q = m_p.to(tl.float64) * inverse, a.to(tl.float64) * inverse, m_q.to(tl.float64) * inverse
     z_p, z_q = z_p.to(tl.float64), z_q.to(tl.float64)
-    store_state(state_ptr, m_p, z_p, a, m_q, z_q)
-    kl = a / z_p - (m_p + tl.log(z_p)) + (m_q + tl.log(z_q))
+    kl = a / z_p * UNIT - (m_p + tl.log(z_p)) + (m_q + tl.log(z_q))
     tl.store(kl_ptr, tl.where(kl < 0, 0.0, kl))
+    # Where a without its unit overflows the dtype of states, the sums of p are made relative to a number above the maximum
+    # instead, which says the same. Beyond 2^27 or so, numbers are too coarse for that; but there a logit weighs all or
+    # nothing, and a itself, which only has to be finite, stops at the largest number.
+    real: tl.constexpr = state_ptr.dtype.element_ty
+    LARGEST: tl.constexpr = 1.7976931348623157e308 if real == tl.float64 else 3.4028234663852886e38
+    STEP: tl.constexpr = 27.7  # ln 2^40
+    raised = (m_p + STEP).to(real).to(tl.float64)
+    raise_it = (tl.abs(a) > LARGEST / UNIT) & (tl.abs(a) < INF) & (tl.abs(raised - m_p - STEP) < 8)
+    weight = tl.where(raise_it, tl.exp(m_p - raised), 1.0)
+    m_p, m_q = within(tl.where(raise_it, raised, m_p), LARGEST), within(m_q, LARGEST)
+    unit = weight * UNIT
+    store_state(state_ptr, m_p, z_p * weight, within(a, LARGEST / unit) * unit, m_q, z_q)
 
 
 @triton.jit(do_not_specialize=["p_step", "q_step", "vocabulary", "spans", "span", "inverse_bits"])
@@ -159,8 +188,8 @@ def span_kernel(
     p_ptr, q_ptr, state_ptr, kl_ptr, sizes, p_strides, q_strides, p_step, q_step, vocabulary, spans, span, inverse_bits,
     VECTOR: tl.constexpr, LANES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """The state and the divergence of a row; or, without ``kl_ptr``, the state of one of its spans, still without the
-    temperature, so that its maxima are exact."""
+    """The state and the divergence of a row; or, without ``kl_ptr``, the state of one of its spans, still in units and
+    without the temperature, so that its maxima are exact."""
     TILE: tl.constexpr = LANES * ENTRIES
     real: tl.constexpr = state_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
@@ -195,7 +224,9 @@ def span_kernel(
 
 
 @triton.jit(do_not_specialize=["parts", "inverse_bits"])
-def merge_kernel(parts_ptr, state_ptr, kl_ptr, parts, inverse_bits, MERGED: tl.constexpr):
+def merge_kernel(
+    parts_ptr, state_ptr, kl_ptr, parts, inverse_bits, PART_UNIT: tl.constexpr, MERGED: tl.constexpr
+):  # fmt: skip
     """States [rows, parts, 5] without their temperature → state [rows, 5] and divergence [rows]; a warp per row."""
     row = tl.program_id(0).to(tl.int64)
     inverse = inverse_bits.to(tl.float64, bitcast=True)
@@ -208,7 +239,7 @@ def merge_kernel(parts_ptr, state_ptr, kl_ptr, parts, inverse_bits, MERGED: tl.c
         from_ptr, inside = parts_ptr + (row * parts + part) * 5, part < parts
         some_m_p = tl.load(from_ptr, mask=inside, other=-INF).to(tl.float64)
         some_z_p = tl.load(from_ptr + 1, mask=inside, other=0.0).to(tl.float64)
-        some_a = tl.load(from_ptr + 2, mask=inside, other=0.0).to(tl.float64)
+        some_a = tl.load(from_ptr + 2, mask=inside, other=0.0).to(tl.float64) * (PART_UNIT * PER_UNIT)
         some_m_q = tl.load(from_ptr + 3, mask=inside, other=-INF).to(tl.float64)
         some_z_q = tl.load(from_ptr + 4, mask=inside, other=0.0).to(tl.float64)
         top_p, top_q = tl.maximum(m_p, tl.max(some_m_p, 0)), tl.maximum(m_q, tl.max(some_m_q, 0))
@@ -338,9 +369,10 @@ def inverse_bits(temperature: float) -> int:
     return struct.unpack("q", struct.pack("d", 1 / temperature))[0]
 
 
-def merge(parts: Tensor, temperature: float, state: Tensor, kl: Tensor) -> None:
+def merge(parts: Tensor, part_unit: float, temperature: float, state: Tensor, kl: Tensor) -> None:
     launch(
-        merge_kernel, kl.numel(), kl, parts, state, kl, parts.shape[-2], inverse_bits(temperature), MERGED, num_warps=1,
+        merge_kernel, kl.numel(), kl, parts, state, kl, parts.shape[-2], inverse_bits(temperature), part_unit, MERGED,
+        num_warps=1,
     )  # fmt: skip
 
 
@@ -351,7 +383,7 @@ def kl_divergence_with_state(p_logits: Tensor, q_logits: Tensor, temperature: fl
     check_logits("kl_divergence", p_logits, q_logits, temperature)
     pairs, vocabulary = Pairs.of(p_logits, q_logits), p_logits.shape[-1]
     rows = pairs.shape.numel()
-    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    dtype = real_dtype(p_logits)
     kl, state = p_logits.new_empty(pairs.shape, dtype=dtype), p_logits.new_empty(*pairs.shape, 5, dtype=dtype)
     wanted = triton.cdiv(PROGRAMS, max(rows, 1))
     span = max(1, triton.cdiv(triton.cdiv(vocabulary, pairs.tile), wanted)) * pairs.tile
@@ -362,7 +394,7 @@ def kl_divergence_with_state(p_logits: Tensor, q_logits: Tensor, temperature: fl
         vocabulary, spans, span, inverse_bits(temperature), *pairs.options, num_warps=WARPS,
     )  # fmt: skip
     if spans > 1:
-        merge(parts, temperature, state, kl)
+        merge(parts, UNIT.value, temperature, state, kl)
     return kl, state
 
 
@@ -408,7 +440,7 @@ def merge_kl_states(states: list[Tensor]) -> Tensor:
     check_states(states)
     parts = torch.stack(states, -2)
     state = parts.new_empty(states[0].shape)
-    merge(parts, 1.0, state, state.new_empty(state.shape[:-1]))
+    merge(parts, 1.0, 1.0, state, state.new_empty(state.shape[:-1]))
     return state
 
 
@@ -416,5 +448,5 @@ def kl_from_state(state: Tensor) -> Tensor:
     check_state("kl_from_state", "state", state)
     parts = state.unsqueeze(-2).contiguous()
     kl = state.new_empty(state.shape[:-1])
-    merge(parts, 1.0, torch.empty_like(parts), kl)
+    merge(parts, 1.0, 1.0, torch.empty_like(parts), kl)
     return kl
