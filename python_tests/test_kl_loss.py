@@ -73,6 +73,26 @@ def test_only_the_gradient_is_kept():
     assert grad.data_ptr() == kept[0].data_ptr()  # scaled where it is
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize(
+    "weight", [None, torch.rand(64, generator=torch.Generator().manual_seed(2)) / 64], ids=["mean", "weighted"]
+)
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_under_a_loss_scale(dtype, weight, scale):
+    """Entries of some 1e-7, which fp16 can only hold once they are scaled: no less is left of them than of F.kl_div's."""
+    p, q = logits((64, 8000), dtype, 1.0, seed=0), logits((64, 8000), dtype, 1.0, seed=1).requires_grad_()
+    loss = vtw.kl_divergence_loss(p, q, 1.0, weight)
+    (grad,) = torch.autograd.grad(loss * scale, q)
+    factors = torch.full((64, 1), 1 / 64, dtype=torch.float64) if weight is None else weight[:, None].double()
+    exact = (q.detach().double().softmax(-1) - p.double().softmax(-1)) * factors * scale
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        grad.double(), exact.to(dtype).double(), rtol=2 * step, atol=torch.finfo(dtype).tiny * step
+    )
+    if scale > 1:
+        assert (grad == 0).double().mean() < 0.001 and (grad.double() - exact).norm() < 0.003 * exact.norm()
+
+
 def test_a_graph_that_is_retained():
     p, q = pair()
     loss = vtw.kl_divergence_loss(p, q, 1.0, WEIGHT)

@@ -43,6 +43,9 @@ def kl_divergence_loss(
     in place by what it gets from above, so factors belong in ``weight``: where it gets 1, as ``loss.backward()`` gives
     it, it does nothing. If the graph is retained the backward multiplies out of place and may be repeated.
 
+    fp16 has no room for a gradient that a loss scale (``torch.amp.GradScaler``) multiplies afterwards: most of it would
+    be 0 by then. So fp16 logits are kept instead, and the backward reads them again, as that of ``kl_divergence`` does.
+
     Logits are taken as they come under ``torch.autocast``. Under ``torch.func.vmap``, with gradients taken outside, this
     is the weighted sum of ``kl_divergence``, gradients in a second read. Not supported, and raising an error:
     ``torch.func.grad``, ``create_graph=True``, ``is_grads_batched=True`` and a gradient of ``weight``.
@@ -75,7 +78,6 @@ class _WithGradients(torch.autograd.Function):
     def forward(ctx, p_logits, q_logits, temperature, weight):
         needs = ctx.needs_input_grad
         check_loss("kl_divergence_loss", p_logits, q_logits, weight, temperature)
-        require(not needs[3], "kl_divergence_loss", "weight", "one that requires no gradient", "one that does")
         kl, *grads = OPS.kl_divergence_with_gradients(p_logits, q_logits, weight, temperature, *needs[:2])
         grads = [grad.sum_to_size(x.shape) for grad, x, need in zip(grads, (p_logits, q_logits), needs) if need]
         ctx.save_for_backward(*grads)
@@ -96,6 +98,10 @@ def _autograd(keyset, p_logits, q_logits, temperature=1.0, weight=None):
     """Here, where all tensors are plain ones whatever transforms them, it is known which gradients are needed."""
     refuse_tangents("kl_divergence_loss", (p_logits, q_logits, weight))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p_logits, q_logits, weight)):
+        no_gradient = weight is None or not weight.requires_grad
+        require(no_gradient, "kl_divergence_loss", "weight", "one that requires no gradient", "one that does")
+        if p_logits.dtype == torch.float16:
+            return _forward(p_logits, q_logits, temperature, weight)
         return _WithGradients.apply(p_logits, q_logits, temperature, weight)
     below = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():
