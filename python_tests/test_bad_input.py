@@ -1,5 +1,7 @@
 """Wrong input raises before any write, and says the op, the argument, what is wanted and what was given."""
 
+import copy
+import pickle
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -380,6 +382,47 @@ def test_one_tensor_instead_of_a_list(op):
     length = [4] if op is vtw.expand else []
     with pytest.raises(TypeError, match=f"{op.__name__}: tensors: expected a list of tensors, got one tensor"):
         op(torch.zeros(2, 5, 3), PUBLIC_PLAN, *length, 1)
+
+
+@pytest.mark.parametrize("op", [vtw.compact, vtw.compact_], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_plan_made_for_another_number_of_tokens(op, device):
+    """A stale plan, or a wrong dimension, would lose rows without a word: values of a plan are not looked at on a device."""
+    plan = vtw.plan_compaction(torch.ones(2, 4, dtype=torch.bool, device=device))
+    x, y = torch.rand(2, 4, 8, device=device), torch.rand(2, 8, 4, device=device)
+    before = x.clone()
+    for tensors, dims in (([x, y], 1), ([x], 2), ([y], -2)):
+        i = len(tensors) - 1
+        given = rf"expected the 4 rows in dimension {dims} that plan was made for, got 8; .* longer=True"
+        with pytest.raises(RuntimeError, match=rf"{op.__name__}: tensors\[{i}\]: {given}"):
+            op(tensors, plan, dims)
+    assert device == "meta" or torch.equal(x, before)
+    op([x, y], plan, 1, longer=True)
+    with pytest.raises(
+        RuntimeError, match=r"expected at least the 4 rows in dimension 1 that plan was made for, got 3"
+    ):
+        op([x, x[:, :3]], plan, 1, longer=True)
+
+
+def test_a_plan_made_for_another_length():
+    plan = vtw.plan_compaction(torch.ones(2, 4, dtype=torch.bool, device="meta"), 2)
+    x = torch.ones(2, 2, 3, device="meta")
+    with pytest.raises(
+        RuntimeError, match="expand: length: expected at least the 4 rows that plan was made for, got 3"
+    ):
+        vtw.expand([x], plan, 3, 1)
+    assert vtw.expand([x], plan, 5, 1)[0].shape == (2, 5, 3)
+
+
+def test_a_plan_knows_its_tokens():
+    """Beside the two tensors that it has always been."""
+    keep = torch.tensor([[True, False, True]])
+    plan = vtw.plan_compaction(keep, 2)
+    source, lengths = plan
+    assert plan.tokens == 3 and len(plan) == 2 and source is plan.source and lengths is plan.lengths
+    assert copy.copy(plan).tokens == pickle.loads(pickle.dumps(plan)).tokens == 3
+    assert vtw.CompactionPlan(source, lengths).tokens is None and vtw.CompactionPlan(source, lengths, 3).tokens == 3
+    vtw.compact([torch.zeros(1, 8)], vtw.CompactionPlan(source, lengths), 1)  # which says nothing of tokens
 
 
 @pytest.mark.parametrize("pad", ["middle", "", None, "Right"])

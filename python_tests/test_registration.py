@@ -320,12 +320,12 @@ def test_fakes(device, grad):
             torch.empty(3, 2, 12, 4, dtype=torch.float8_e4m3fn, **on).transpose(1, 2),
         ]
         dims = dict(token_dims=[1, 2, -3], batch_dims=[0, 1, 0])
-        out = vtw.compact(tensors, plan, **dims)
+        out = vtw.compact(tensors, plan, **dims, longer=True)
         assert [x.shape for x in out] == [(3, 4, 8), (2, 3, 4), (3, 4, 2, 4)]
         assert [x.dtype for x in out] == [x.dtype for x in tensors]
         assert all(x.device.type == device and x.is_contiguous() for x in out)
         assert [x.shape for x in vtw.expand(out, plan, 20, **dims)] == [(3, 20, 8), (2, 3, 20), (3, 20, 2, 4)]
-        assert vtw.compact_(tensors[2:], plan, 1) is None
+        assert vtw.compact_(tensors[2:], plan, 1, longer=True) is None
         pages = torch.empty(3, 4, dtype=torch.int32, **on)
         caches = [torch.empty(10, 16, 2, 8, dtype=torch.bfloat16, **on)] * 2
         lens = torch.empty(3, dtype=torch.int32, **on)

@@ -18,12 +18,25 @@ from vtw_kernels.ops.checks import check_keep, check_paged, check_tensors, requi
 _OPS = torch.ops.vtw_kernels
 
 
-class CompactionPlan(NamedTuple):
-    """Which rows survive. ``source`` int32 ``[B, T]``: ascending source rows, ``-1`` for a padding row; ``lengths``
-    int32 ``[B]``: how many rows of each sequence are kept."""
-
+class _Rows(NamedTuple):
     source: Tensor
     lengths: Tensor
+
+
+class CompactionPlan(_Rows):
+    """Which rows survive; ``source, lengths = plan``.
+
+    ``source`` int32 ``[B, T]``: ascending source rows, ``-1`` for a padding row; ``lengths`` int32 ``[B]``: how many rows
+    of each sequence are kept; ``tokens``: the ``S`` that the plan was made for, so that no tensor of another size loses
+    rows to it, or None where that is not known (``CompactionPlan(source, lengths)``), and then nothing is checked.
+    """
+
+    tokens: int | None = None
+
+    def __new__(cls, source: Tensor, lengths: Tensor, tokens: int | None = None) -> "CompactionPlan":
+        plan = super().__new__(cls, source, lengths)
+        plan.tokens = tokens
+        return plan
 
 
 def plan_compaction(keep: Tensor, length: int | None = None, pad: Literal["right", "left"] = "right") -> CompactionPlan:
@@ -47,7 +60,8 @@ def plan_compaction(keep: Tensor, length: int | None = None, pad: Literal["right
         raise ValueError(f"plan_compaction: pad: expected 'right' or 'left', got {pad!r}")
     if length is not None:
         require(length >= 0, "plan_compaction", "length", "a number of rows, or None for all of S", length)
-    return CompactionPlan(*_OPS.plan_compaction.default(keep, -1 if length is None else length, pad == "left"))
+    source, lengths = _OPS.plan_compaction.default(keep, -1 if length is None else length, pad == "left")
+    return CompactionPlan(source, lengths, keep.shape[1])
 
 
 def compact(
@@ -55,6 +69,8 @@ def compact(
     plan: CompactionPlan,
     token_dims: int | Sequence[int],
     batch_dims: int | Sequence[int] = 0,
+    *,
+    longer: bool = False,
 ) -> list[Tensor]:
     """Gathers the surviving rows of every tensor into new, contiguous tensors.
 
@@ -66,19 +82,22 @@ def compact(
         plan: what ``plan_compaction`` returned.
         token_dims: the dimension of size ``S``, one for all tensors or one each.
         batch_dims: the dimension of size ``B`` (or 1), likewise.
+        longer: takes tensors of more than ``S`` rows as well, such as a static cache that is not full.
 
     Returns:
         One tensor per input, with ``T`` in place of ``S`` and ``B`` in the batch dimension; padding rows are zero.
         Differentiable in the floating-point tensors.
 
     Raises:
-        RuntimeError: a dimension, dtype, device or batch size that does not fit; on the CPU also a ``plan.source``
-            that is out of range or not ascending.
+        RuntimeError: a dimension, dtype, device or batch size that does not fit, or a number of rows other than the ``S``
+            that the plan was made for; on the CPU also a ``plan.source`` that is out of range or not ascending.
+        TypeError: ``plan`` is not a ``CompactionPlan``, or ``tensors`` not a list.
     """
     op = "compact"
     tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return call_on_list(_OPS.compact.default, tensors, token_dims, batch_dims, _source_of(op, plan))
+    _check_plan(op, plan, tensors, token_dims, longer)
+    return call_on_list(_OPS.compact.default, tensors, token_dims, batch_dims, plan.source)
 
 
 def compact_(
@@ -86,6 +105,8 @@ def compact_(
     plan: CompactionPlan,
     token_dims: int | Sequence[int],
     batch_dims: int | Sequence[int] = 0,
+    *,
+    longer: bool = False,
 ) -> None:
     """Moves the surviving rows of every tensor to the front, in place.
 
@@ -96,11 +117,13 @@ def compact_(
     Raises:
         RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself or another one, or one
             that requires a gradient.
+        TypeError: as ``compact``.
     """
     op = "compact_"
     tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    call_on_list(_OPS.compact_.default, tensors, token_dims, batch_dims, _source_of(op, plan), in_place=True)
+    _check_plan(op, plan, tensors, token_dims, longer)
+    call_on_list(_OPS.compact_.default, tensors, token_dims, batch_dims, plan.source, in_place=True)
 
 
 def expand(
@@ -115,7 +138,7 @@ def expand(
     Args:
         tensors: tensors with ``T`` rows in their token dimension and batch size ``B`` (or 1: broadcast).
         plan: the plan that compacted them.
-        length: ``S``, the number of rows to go back to.
+        length: ``S``, the number of rows to go back to, or more.
         token_dims, batch_dims: as in ``compact``.
 
     Returns:
@@ -123,12 +146,17 @@ def expand(
         tensors.
 
     Raises:
-        RuntimeError: as ``compact``; on the CPU also when the plan names a row at or beyond ``length``.
+        RuntimeError: as ``compact``; also for a ``length`` below the ``S`` that the plan was made for, and on the CPU
+            when the plan names a row at or beyond ``length``.
+        TypeError: as ``compact``.
     """
     op = "expand"
     tensors = _as_list(op, tensors)
     token_dims, batch_dims = _per_tensor(token_dims, tensors), _per_tensor(batch_dims, tensors)
-    return call_on_list(_OPS.expand.default, tensors, token_dims, batch_dims, _source_of(op, plan), length)
+    _check_plan(op, plan)
+    enough = plan.tokens is None or length >= plan.tokens
+    require(enough, op, "length", f"at least the {plan.tokens} rows that plan was made for", length)
+    return call_on_list(_OPS.expand.default, tensors, token_dims, batch_dims, plan.source, length)
 
 
 def compact_paged_(
@@ -167,16 +195,30 @@ def compact_paged_(
     return call_on_list(_OPS.compact_paged_.default, list(caches), block_table, seq_lens, keep, layout, in_place=True)
 
 
+def _check_plan(
+    op: str, plan: CompactionPlan, tensors: Sequence[Tensor] = (), token_dims: Sequence[int] = (), longer: bool = False
+) -> None:
+    """A stale plan, or a dimension that isn't that of the tokens, would silently lose rows: an op sees only ``source``."""
+    if not isinstance(plan, CompactionPlan):
+        raise TypeError(f"{op}: plan: expected what plan_compaction returns, got {type(plan).__name__}")
+    if plan.tokens is None:
+        return
+    try:
+        sizes = [x.shape[dim] for x, dim in zip(tensors, token_dims)]
+    except IndexError:
+        return  # the op says of which tensor the dimension is out of range
+    for i, size in enumerate(sizes):
+        if size == plan.tokens or (longer and size > plan.tokens):
+            continue
+        wanted = f"the {plan.tokens} rows in dimension {token_dims[i]} that plan was made for"
+        hint = "" if longer else "; if it is longer on purpose, as a static cache is, write longer=True"
+        require(False, op, f"tensors[{i}]", f"at least {wanted}" if longer else wanted, f"{size}{hint}")
+
+
 def _as_list(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         raise TypeError(f"{op}: tensors: expected a list of tensors, got one tensor; write [tensor]")
     return list(tensors)
-
-
-def _source_of(op: str, plan: CompactionPlan) -> Tensor:
-    if not isinstance(plan, CompactionPlan):
-        raise TypeError(f"{op}: plan: expected what plan_compaction returns, got {type(plan).__name__}")
-    return plan.source
 
 
 def _per_tensor(dims: int | Sequence[int], tensors: list[Tensor]) -> list[int]:
