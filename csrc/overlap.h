@@ -1,9 +1,10 @@
-// Do tensors that are written in place share memory?
+// Do tensors that are written in place share memory, with one another or with what is read?
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -61,8 +62,10 @@ struct Extent {
   }
 };
 
-// In place, two tensors that share bytes would leave whichever was written last.
-inline void check_disjoint(const char* op, const char* argument, const std::vector<Tensor>& tensors) {
+// In place, two tensors that share bytes would leave whichever was written last; and what says where rows go, which is
+// only `read`, must not change while they do. The latter is refused wherever its bytes lie between those of a tensor.
+inline void check_disjoint(const char* op, const char* argument, const std::vector<Tensor>& tensors,
+                           std::initializer_list<std::pair<const char*, const Tensor&>> read) {
   std::vector<Extent> extents;
   extents.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -70,6 +73,14 @@ inline void check_disjoint(const char* op, const char* argument, const std::vect
     extents.emplace_back(i, tensors[i]);
     VTW_REQUIRE(extents.back().nests(), op, text(argument, "[", i, "]"), "memory of its own for every element",
                 text("strides ", list_text(tensors[i].strides())));
+  }
+  for (const auto& [name, x] : read) {
+    if (x.numel() == 0) continue;
+    const Extent other(0, x);
+    for (const Extent& extent : extents) {
+      VTW_REQUIRE(other.end <= extent.begin || extent.end <= other.begin, op, text(argument, "[", extent.index, "]"),
+                  text("memory apart from ", name), "an overlap");
+    }
   }
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
   for (size_t i = 0; i < extents.size(); ++i) {

@@ -372,6 +372,30 @@ def test_unusual_memory_that_is_not_shared(backend, strides):
     assert torch.equal(x, want)
 
 
+def test_what_is_read_lies_in_what_is_written(backend):
+    """Rows would go where a plan says that is no longer there."""
+    memory = torch.zeros(64, dtype=torch.int32, device=backend.device)
+    source, other = memory[4:8].view(1, 4), torch.arange(8, device=backend.device)[None]
+    source.copy_(rows([1, 3, 4, -1]))
+    before = memory.clone(), other.clone()
+    for x in (memory[None, :8], memory[None, 6:20], memory[:64:2].view(1, 32)):
+        for i, tensors in enumerate(([x, other], [other, x])):
+            with pytest.raises(RuntimeError, match=rf"compact_: tensors\[{i}\]: expected memory apart from source"):
+                backend.compact_(tensors, [1, 1], [0, 0], source)
+    assert torch.equal(memory, before[0]) and torch.equal(other, before[1])
+    backend.compact_([memory[None, 8:20], other], [1, 1], [0, 0], source)  # behind it
+
+    call = {name: x for name, x in paged_call().items() if isinstance(x, torch.Tensor)}
+    places = {"block_table": memory[:8], "seq_lens": memory[8:10], "keep": memory[12:16].view(torch.bool)[:14]}
+    for name, place in places.items():
+        inside = place.view(call[name].shape).copy_(call[name])
+        given = {key: inside if key == name else x.to(backend.device) for key, x in call.items()}
+        before = memory.clone()
+        with pytest.raises(RuntimeError, match=rf"compact_paged_: caches\[0\]: expected memory apart from {name}"):
+            backend.compact_paged_([memory.view(8, 2, 1, 4)], **given, layout="NHD")
+        assert torch.equal(memory, before)
+
+
 # --- the public functions -------------------------------------------------------------------------
 
 PUBLIC_PLAN = vtw.CompactionPlan(SOURCE, torch.tensor([3, 4]))

@@ -241,6 +241,39 @@ def test_compile_in_place_on_inputs(compiled):
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 
 
+def test_compile_views_whose_offset_is_dynamic():
+    """Inductor would write to the beginning of their memory."""
+
+    def compact(states, keep):
+        vtw.compact_([states[1]], vtw.plan_compaction(keep), 2)
+        return states * 1
+
+    def compact_clone(states, keep):
+        values = states[1].clone()  # which it takes for needless
+        vtw.compact_([values], vtw.plan_compaction(keep), 2)
+        states[1].copy_(values)
+        return states * 1
+
+    def as_the_error_says(states, keep):
+        plan = vtw.plan_compaction(keep)
+        states[1].copy_(vtw.compact([states[1]], plan, 2)[0])
+        vtw.compact_([states[0, :, :1]], plan, 2)
+        return states * 1
+
+    torch._dynamo.reset()
+    run = torch.compile(as_the_error_says, dynamic=True, fullgraph=True)
+    for tokens in (9, 12):
+        states, keep = normal(2, 2, 2, tokens, 3), step_inputs(tokens)[-1]
+        want = states.clone()
+        assert torch.equal(run(states, keep), as_the_error_says(want, keep)) and torch.equal(states, want)
+    expected = r"compact_: tensors\[{}\]: expected memory that begins .* torch.compile, got a view .* write x.copy_"
+    for function in (compact, compact_clone):
+        with pytest.raises(RuntimeError, match=expected.format(0)):
+            torch.compile(function, dynamic=True, fullgraph=True)(states, keep)
+    with pytest.raises(RuntimeError, match=expected.format(1)):  # views that come from outside
+        torch.compile(drop_in_cache, dynamic=True, fullgraph=True)(*states, keep)
+
+
 @pytest.mark.parametrize("function", [vtw.kl_divergence, sharded_kl, weighted_loss], ids=lambda x: x.__name__)
 def test_compile_kl(compiled, function):
     grads = []

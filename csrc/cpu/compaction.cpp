@@ -350,7 +350,7 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
   const auto dims = check_tensors(Op::kCompactInPlace, tensors, token_dims, batch_dims, source);
   Runs runs = compact_runs(Source(source));
   check_runs(Op::kCompactInPlace, runs, tensors, dims);
-  check_disjoint("compact_", "tensors", tensors);
+  check_disjoint("compact_", "tensors", tensors, {{"source", source}});
 
   // What already stands in its place (all before the first dropped row) and padding are not runs to move.
   int64_t first = INT64_MAX, last = 0;
@@ -433,7 +433,7 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
                       const Tensor& keep, const std::string& layout) {
   const char* op = "compact_paged_";
   check_paged(caches, block_table, seq_lens, keep, layout);
-  check_disjoint(op, "caches", caches);
+  check_disjoint(op, "caches", caches, {{"block_table", block_table}, {"seq_lens", seq_lens}, {"keep", keep}});
   const int64_t slots = layout == "NHD" ? 1 : 2;
   const int64_t batch = keep.size(0), columns = block_table.size(1);
   const int64_t pages = caches.empty() ? 0 : caches[0].size(0);

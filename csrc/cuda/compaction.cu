@@ -108,7 +108,7 @@ std::vector<Tensor> expand(const std::vector<Tensor>& tensors, const std::vector
 void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& token_dims,
               const std::vector<int64_t>& batch_dims, const Tensor& source) {
   const auto dims = check_tensors(Op::kCompactInPlace, tensors, token_dims, batch_dims, source);
-  check_disjoint("compact_", "tensors", tensors);
+  check_disjoint("compact_", "tensors", tensors, {{"source", source}});
   const OnDeviceOf on(source);
   std::vector<Lanes> list;
   list.reserve(tensors.size());
@@ -122,7 +122,8 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
 Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_table, const Tensor& seq_lens,
                       const Tensor& keep, const std::string& layout) {
   check_paged(caches, block_table, seq_lens, keep, layout);
-  check_disjoint("compact_paged_", "caches", caches);
+  check_disjoint("compact_paged_", "caches", caches,
+                 {{"block_table", block_table}, {"seq_lens", seq_lens}, {"keep", keep}});
   const int64_t batch = keep.size(0), tokens = keep.size(1);
   const int64_t slots = layout == "NHD" ? 1 : 2;
   const OnDeviceOf on(keep);

@@ -138,8 +138,10 @@ def check_pages(caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, kee
         require(users[page] == 1, op, "block_table", wanted, f"page {page} in {users[page]} places")
 
 
-def check_disjoint(op: str, name: str, tensors: list[Tensor]) -> None:
-    """In place, two elements at one address would leave whichever was written last.
+def check_disjoint(op: str, name: str, tensors: list[Tensor], **read: Tensor) -> None:
+    """In place, two elements at one address would leave whichever was written last; and what says where rows go, which
+    is only ``read``, must not change while they do. The latter is refused wherever its bytes lie between those of a
+    tensor.
 
     Strides *nest* when each is at least as long as all that lies inside it; every view of a cache nests, and then
     overlap has an exact answer. Anything else is refused rather than trusted.
@@ -156,6 +158,13 @@ def check_disjoint(op: str, name: str, tensors: list[Tensor]) -> None:
             require(stride >= inside, op, f"{name}[{i}]", "memory of its own for every element", own)
             inside += stride * (size - 1)
         extents.append((x.data_ptr(), x.data_ptr() + inside, i, item, dims))
+    for argument, x in read.items():
+        if x.numel() == 0:
+            continue
+        reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape)) + 1
+        for begin, end, i, *_ in extents:
+            apart = x.data_ptr() >= end or x.data_ptr() + reach * x.element_size() <= begin
+            require(apart, op, f"{name}[{i}]", f"memory apart from {argument}", "an overlap")
     extents.sort(key=lambda extent: extent[0])
     for at, (begin, end, i, item, dims) in enumerate(extents):
         for other_begin, _, j, other_item, other_dims in extents[at + 1 :]:

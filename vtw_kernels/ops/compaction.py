@@ -115,8 +115,9 @@ def compact_(
     those of ``compact``, except that every tensor has batch size ``B`` and memory of its own for each element.
 
     Raises:
-        RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself or another one, or one
-            that requires a gradient.
+        RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself, another one or
+            ``plan.source``, one that requires a gradient, or, under torch.compile, a view whose offset depends on a
+            dynamic shape.
         TypeError: as ``compact``.
     """
     op = "compact_"
@@ -186,9 +187,10 @@ def compact_paged_(
         The new lengths, int32 ``[B]``.
 
     Raises:
-        RuntimeError: a shape, dtype, device or layout that does not fit, caches that overlap or require a gradient; on
-            the CPU also lengths or pages out of range, and shared pages that would change. On a GPU, where values are
-            not looked at, a token without a page in range stays where it is.
+        RuntimeError: a shape, dtype, device or layout that does not fit, caches that overlap (one another, themselves,
+            or what is read) or require a gradient, under torch.compile views as in ``compact_``; on the CPU also
+            lengths or pages out of range, and shared pages that would change. On a GPU, where values are not looked
+            at, a token without a page in range stays where it is.
     """
     if isinstance(caches, Tensor):
         raise TypeError("compact_paged_: caches: expected a list of tensors, got one tensor; write [cache]")
@@ -243,8 +245,21 @@ def _compact_fake(tensors, token_dims, batch_dims, source):
     return [_resized(x, token_dim, kept, batch_dim, batch) for x, (token_dim, batch_dim) in zip(tensors, dims)]
 
 
+def _check_offsets(op: str, name: str, tensors: list[Tensor], instead: str = "") -> None:
+    """Inductor makes the views that an op writes to anew, and loses an offset that depends on a dynamic shape; that of a
+    view that was cloned, too."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # seconds to import, and here already there
+
+    for i, x in enumerate(tensors):
+        offset = x.storage_offset()
+        given = f"a view at offset {offset}; {instead}make its shape static (torch._dynamo.mark_static)"
+        wanted = "memory that begins at a place known to torch.compile"
+        require(is_concrete_int(offset), op, f"{name}[{i}]", wanted, given)
+
+
 def _compact_inplace_fake(tensors, token_dims, batch_dims, source):
     check_tensors("compact_", tensors, token_dims, batch_dims, source)
+    _check_offsets("compact_", "tensors", tensors, "write x.copy_(compact([x], ...)[0]) instead, or ")
 
 
 def _expand_fake(tensors, token_dims, batch_dims, source, length):
@@ -257,6 +272,7 @@ def _expand_fake(tensors, token_dims, batch_dims, source, length):
 
 def _compact_paged_inplace_fake(caches, block_table, seq_lens, keep, layout="NHD"):
     check_paged(caches, block_table, seq_lens, keep, layout)
+    _check_offsets("compact_paged_", "caches", caches)
     return torch.empty_like(seq_lens)
 
 

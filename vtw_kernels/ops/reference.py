@@ -54,7 +54,7 @@ def compact_(tensors: list[Tensor], token_dims: list[int], batch_dims: list[int]
     dims = check_tensors("compact_", tensors, token_dims, batch_dims, source)
     for i, (x, (token_dim, _)) in enumerate(zip(tensors, dims)):
         check_source_rows("compact_", source, x.shape[token_dim], f"tensors[{i}]")
-    check_disjoint("compact_", "tensors", tensors)
+    check_disjoint("compact_", "tensors", tensors, source=source)
     for x, (token_dim, batch_dim) in zip(tensors, dims):
         kept = min(source.shape[1], x.shape[token_dim])
         front = _as_bytes(x).movedim((batch_dim, token_dim), (0, 1))[:, :kept]
@@ -82,7 +82,7 @@ def compact_paged_(
     caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, keep: Tensor, layout: str = "NHD"
 ) -> Tensor:
     check_paged(caches, block_table, seq_lens, keep, layout)
-    check_disjoint("compact_paged_", "caches", caches)
+    check_disjoint("compact_paged_", "caches", caches, block_table=block_table, seq_lens=seq_lens, keep=keep)
     check_pages(caches, block_table, seq_lens, keep, layout)
     row = torch.arange(keep.shape[1], dtype=torch.int32, device=keep.device).expand(keep.shape)
     source, lengths = plan_compaction(keep & (row < seq_lens.unsqueeze(1)))

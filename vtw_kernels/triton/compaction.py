@@ -359,7 +359,7 @@ def compact(tensors: list[Tensor], token_dims: list[int], batch_dims: list[int],
 
 def compact_(tensors: list[Tensor], token_dims: list[int], batch_dims: list[int], source: Tensor) -> None:
     dims = check_tensors("compact_", tensors, token_dims, batch_dims, source)
-    check_disjoint("compact_", "tensors", tensors)
+    check_disjoint("compact_", "tensors", tensors, source=source)
     move([lanes for x, dim in zip(tensors, dims) if x.numel() for lanes in describe(x, x, *dim)], source, None, 1)
 
 
@@ -379,7 +379,7 @@ def compact_paged_(
     caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, keep: Tensor, layout: str = "NHD"
 ) -> Tensor:
     check_paged(caches, block_table, seq_lens, keep, layout)
-    check_disjoint("compact_paged_", "caches", caches)
+    check_disjoint("compact_paged_", "caches", caches, block_table=block_table, seq_lens=seq_lens, keep=keep)
     source, lengths = make_plan(keep, seq_lens, keep.shape[1], False)
     slot_dim = 1 if layout == "NHD" else 2
     described = []
