@@ -3,7 +3,9 @@
 With --benchmark-json=RUN.json the report is also written to RUN.md, with plots in RUN-roofline.png and RUN-ratio.png.
 """
 
+import os
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +28,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="on the CPU, leave glibc's malloc as it is, which returns large blocks to the system: peers are then timed "
         "with the page faults of their results",
+    )
+    group.addoption(
+        "--busy",
+        action="store_true",
+        help="beside busy processes, one for every core but one, as on a machine that is shared",
     )
     group.addoption("--op", choices=OPS, help="these ops only; may be given several times", **several)
     group.addoption(
@@ -79,6 +86,16 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.benchmark(timer=device_clock.now))
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
     items[:] = filter(is_wanted, items)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def neighbours(request):
+    count = os.cpu_count() - 1 if request.config.getoption("busy") else 0
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -174,6 +191,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         machine_info[package] = version_of(package)
     if device == "cpu":
         machine_info["fresh_memory"] = config.getoption("fresh_memory")
+        machine_info["busy"] = config.getoption("busy")
     if device == "cuda":
         machine_info |= {"gpu": torch.cuda.get_device_name(), "driver": driver(), "cuda": torch.version.cuda}
     machine_info |= measured_speeds(device)
@@ -204,7 +222,8 @@ def pytest_terminal_summary(terminalreporter, config):
     device = config.getoption("device")
     machine = {"torch": torch.__version__, **measured_speeds(device)}
     memory = ", fresh memory" * config.getoption("fresh_memory")
-    on_cpu = f"CPU, {torch.get_num_threads()} threads{memory}"
+    busy = ", beside busy processes" * config.getoption("busy")
+    on_cpu = f"CPU, {torch.get_num_threads()} threads{memory}{busy}"
     machine["gpu"] = torch.cuda.get_device_name() if device == "cuda" else on_cpu
     run = {"machine_info": machine, "benchmarks": [bench.as_dict(include_data=False) for bench in measured]}
     text = report(run)

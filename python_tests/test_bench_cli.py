@@ -56,6 +56,14 @@ def test_run(saved, run):
     assert machine["fresh_memory"] is False
 
 
+def test_busy(tmp_path):
+    result = run_command(
+        tmp_path, "--op", "plan_compaction", "--json", "run.json", *QUICK, "--busy", "-k", "vtw_kernels"
+    )
+    assert result.returncode == 0 and "beside busy processes; torch" in result.stdout
+    assert json.loads((tmp_path / "run.json").read_text())["machine_info"]["busy"] is True
+
+
 def test_fresh_memory(tmp_path):
     chosen = ["--op", "kl_divergence", "--dtype", "bf16", "--json", "run.json"]
     result = run_command(tmp_path, *chosen, *QUICK, "--fresh-memory", "-k", "against and vtw_kernels")

@@ -591,6 +591,29 @@ def test_triton_serves_a_gpu_where_cuda_is_not_built(forced, wanted):
     assert done.stdout.strip() == f"False {wanted}", done.stderr
 
 
+COUNTS_THREADS = """
+import os, torch, vtw_kernels as vtw
+def work(n):
+    p, q, x = (torch.empty(n, *shape) for shape in ((8000,), (8000,), (32, 500)))  # torch may share the filling
+    vtw.kl_divergence(p.requires_grad_(), q).sum().backward()
+    vtw.kl_divergence_loss(p, q).backward()
+    vtw.merge_kl_states([vtw.kl_state(p[:, :9], q[:, :9])] * 2)
+    plan = vtw.plan_compaction(torch.arange(32).expand(n, 32) % 3 > 0)
+    vtw.compact([x], plan, 1), vtw.compact_([x], plan, 1)
+    return len(os.listdir("/proc/self/task"))
+print(len(os.listdir("/proc/self/task")), work(4), work(64))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_small_work_stays_on_one_thread():
+    """Another thread is woken only where it pays: OpenMP makes its threads when it first needs them."""
+    done = run_python("-c", COUNTS_THREADS, OMP_NUM_THREADS="3")
+    assert done.returncode == 0, done.stderr
+    before, small, large = map(int, done.stdout.split())
+    assert before == small < large
+
+
 def test_unknown_backend():
     done = run_python("-c", "import vtw_kernels", VTW_KERNELS_BACKEND="fpga")
     assert done.returncode != 0

@@ -28,8 +28,9 @@ constexpr int64_t kTasksPerThread = 16;
 constexpr int64_t kLaneBytes = 128 * 1024;
 // and not into strips narrower than this.
 constexpr int64_t kStripBytes = 2 * 1024;
-// Below this many bytes in all, waking a second thread costs more than it saves.
-constexpr int64_t kSerialBytes = 64 * 1024;
+// What a thread moves at least, some 50 to 100 microseconds. Sharing less gains little where a core is idle, and where
+// another process has it, the op waits for that one's turn to end, milliseconds.
+constexpr int64_t kSerialBytes = 512 * 1024;
 // How far ahead of a long run that is streamed its source is fetched.
 constexpr int64_t kAheadBytes = 4 * 1024;
 

@@ -29,8 +29,13 @@ constexpr int64_t kSegment = 4 * kBlock;
 // How many rows one look at a row that they all are compared with serves at most: enough for its exponentials to cost
 // next to nothing, and few enough to leave work for every thread.
 constexpr int64_t kSharing = 8;
-// States that a thread merges, or finishes, at least: some 20 microseconds.
-constexpr int64_t kRows = 256;
+// What a thread does at least: pairs that it reads, states that it merges or finishes, some 100 microseconds each.
+// Sharing less gains little where a core is idle, and where another process has it, the op waits for that one's turn to
+// end, milliseconds.
+constexpr int64_t kGrain = 20 * kSegment;
+constexpr int64_t kRows = 1280;
+// Beside its pairs a segment takes as long as so many more, and a backward as three forwards.
+constexpr int64_t kSegmentCost = 128, kBackwardCost = 3;
 
 // KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py. a is in units of kUnit.
 struct State {
@@ -504,8 +509,7 @@ struct RowPairs {
 template <typename Work>
 void for_each_segment(const RowPairs& pairs, int64_t count, const Work& work) {
   const int64_t segments = pairs.segments();
-  const int64_t shortest = std::max<int64_t>(1, std::min(pairs.vocabulary, kSegment));
-  const int64_t grain = std::max<int64_t>(1, kSegment / shortest);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(pairs.vocabulary, kSegment) + kSegmentCost));
   torch::stable::parallel_for(0, count * segments, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) work(i / segments, i % segments);
     finish_streams();
@@ -694,7 +698,7 @@ std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const 
       backward_fn(p, q, n, Slope<R>(state.data(), gradient, static_cast<R>(temperature)), to_p, to_q, around_caches);
     }
   };
-  const int64_t grain = std::max<int64_t>(1, kSegment / std::max<int64_t>(1, pairs.vocabulary));
+  const int64_t grain = std::max<int64_t>(1, kGrain / kBackwardCost / (pairs.vocabulary + kSegmentCost));
   torch::stable::parallel_for(0, pairs.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) work(row);
     finish_streams();
@@ -732,7 +736,7 @@ void scale(const Tensor& x, const Tensor& factor) {
   const Real<T> by = *static_cast<const Real<T>*>(factor.const_data_ptr());
   if (by == 1) return;
   auto* data = static_cast<T*>(x.mutable_data_ptr());
-  torch::stable::parallel_for(0, x.numel(), kSegment, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) data[i] = static_cast<T>(data[i] * by);
   });
 }
