@@ -483,14 +483,10 @@ def test_tensor_that_stands_for_one_with_a_gradient():
     assert out.requires_grad
 
 
-def test_transforms_without_a_rule_refuse():
-    plan, x = vtw.CompactionPlan(SOURCE, None), normal(2, 9, 3)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: vtw.compact([x], plan, 1)[0].sum())(x)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        torch.func.vmap(lambda x: vtw.compact([x], plan, 1)[0])(x[None])
+def test_in_place_under_func_grad():
     with pytest.raises(RuntimeError, match="requires no gradient"):
-        torch.func.grad(lambda x: (vtw.compact_([x], plan, 1), x.sum())[1])(x)
+        plan = vtw.CompactionPlan(SOURCE, None)
+        torch.func.grad(lambda x: (vtw.compact_([x], plan, 1), x.sum())[1])(normal(2, 9, 3))
 
 
 VECTOR, MATRIX, HIDDEN = normal(3), normal(7, 3), normal(2, 9, 3, seed=1)

@@ -1,9 +1,9 @@
-"""The KL ops under torch.func.vmap and torch.autocast."""
+"""The ops under torch.func (vmap, grad) and torch.autocast."""
 
 import pytest
 import torch
 from cases import bytes_of, logits
-from torch.func import vmap
+from torch.func import grad, jacrev, vmap
 
 import vtw_kernels as vtw
 from vtw_kernels.ops import reference
@@ -146,6 +146,141 @@ def test_vmap_in_a_graph(backend):
     torch._dynamo.reset()
     compiled = torch.compile(vmap(sharded, in_dims), fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(p, q), vmap(sharded, in_dims)(p, q), rtol=1e-6, atol=1e-6)
+
+
+# --- compaction under vmap ------------------------------------------------------------------------
+
+EACH, SEQUENCES, TOKENS, KEPT = 4, 3, 9, 5
+
+
+def withdraw(hidden, states, rotary, keep):
+    plan = vtw.plan_compaction(keep, KEPT)
+    short, *others = vtw.compact([hidden, states, rotary], plan, [1, -2, 1])
+    return short, *others, vtw.expand([short.sin()], plan, TOKENS, 1)[0], *plan
+
+
+def withdraw_in_place(hidden, states, rotary, keep):
+    vtw.compact_([hidden, states], vtw.plan_compaction(keep), [1, 2])
+    return hidden * 1, states * 1
+
+
+SHAPES = ((SEQUENCES, TOKENS, 2), (SEQUENCES, 2, TOKENS, 3), (1, TOKENS, 4), (SEQUENCES, TOKENS))
+
+
+def arguments(in_dims):
+    """Made for each, and put together where vmap takes them apart."""
+    for seed, (shape, dim) in enumerate(zip(SHAPES, in_dims)):
+        x = logits(shape, seed=seed) if dim is None else logits((EACH, *shape), seed=seed).movedim(0, dim).contiguous()
+        yield x > 0 if seed == 3 else x
+
+
+def one_by_one(function, in_dims, args):
+    runs = [function(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims))) for i in range(EACH)]
+    return tuple(map(torch.stack, zip(*runs)))
+
+
+@pytest.mark.parametrize("keep", [None, 0, 1, 2])
+@pytest.mark.parametrize("rotary", [None, 1])
+@pytest.mark.parametrize("states", [None, 0, 3])
+@pytest.mark.parametrize("hidden", [None, 0, 1, -1])
+def test_vmap_of_compaction(hidden, states, rotary, keep):
+    in_dims = (hidden, states, rotary, keep)
+    if set(in_dims) == {None}:
+        pytest.skip("nothing to map over")
+    args = [*arguments(in_dims)]
+    assert list(map(torch.equal, vmap(withdraw, in_dims)(*args), one_by_one(withdraw, in_dims, args))) == [True] * 6
+    if hidden is None or states is None:
+        return
+    expected = [x.clone() for x in args]
+    want = one_by_one(withdraw_in_place, in_dims, expected)
+    assert all(map(torch.equal, vmap(withdraw_in_place, in_dims)(*args), want))
+    assert all(map(torch.equal, args, expected))  # the memory itself
+
+
+def test_vmap_of_compaction_in_memory_of_any_strides():
+    """Where no view has the sequences of all in one dimension, and where there are none at all."""
+    keep, x = logits((EACH, SEQUENCES, TOKENS)) > 0, logits((TOKENS, EACH, 2, SEQUENCES), seed=1)
+    moved = x.permute(1, 3, 0, 2)
+    want = torch.stack([vtw.compact([a], vtw.plan_compaction(b), 1)[0] for a, b in zip(moved, keep)])
+    before = moved.clone()
+    vmap(lambda a, b: (vtw.compact_([a], vtw.plan_compaction(b), 1), a)[1])(moved, keep)
+    kept = torch.arange(TOKENS) < keep.sum(-1, keepdim=True)
+    assert torch.equal(moved, torch.where(kept[..., None], want, before))
+    none = vmap(lambda a, b: vtw.compact([a], vtw.plan_compaction(b), 1)[0])(moved[:, :0], keep[:, :0])
+    assert none.shape == (EACH, 0, TOKENS, 2)
+
+
+def test_vmap_of_pages():
+    """Sequences that vmap maps over, in the pages of one cache."""
+    keep, lens = logits((2, 2, 6)) > 0, torch.tensor([[6, 3], [5, 4]], dtype=torch.int32)
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).to(torch.int32).view(2, 2, 3)
+    cache = logits((12, 2, 1, 3), seed=1)
+    want = cache.clone()
+    lengths = vtw.compact_paged_([want], table.flatten(0, 1), lens.flatten(), keep.flatten(0, 1))
+    actual = vmap(lambda *args: vtw.compact_paged_([cache], *args))(table, lens, keep)
+    assert torch.equal(actual, lengths.view(2, 2)) and torch.equal(cache, want)
+    with pytest.raises(RuntimeError, match="compact_paged_: caches: expected pages that are the same for all"):
+        vmap(lambda cache, *args: vtw.compact_paged_([cache], *args))(
+            cache[None].repeat(2, 1, 1, 1, 1), table, lens, keep
+        )
+
+
+def test_vmap_of_compaction_refuses():
+    x, keep = torch.zeros(EACH, SEQUENCES, TOKENS, 2), torch.ones(EACH, SEQUENCES, TOKENS, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"compact_: tensors\[0\]: expected one that vmap maps over"):
+        vmap(lambda keep: vtw.compact_([x[0]], vtw.plan_compaction(keep), 1))(keep)
+    for op in (vtw.compact, vtw.compact_):
+        with pytest.raises(RuntimeError, match=rf"{op.__name__}: token_dims\[0\]: expected .* \[-3, 2\], got 3"):
+            vmap(lambda x, keep, op=op: op([x], vtw.plan_compaction(keep), 3))(x, keep)
+        with pytest.raises(RuntimeError, match=rf"{op.__name__}: tensors\[0\]: expected the 9 rows .*, got 2"):
+            vmap(lambda x, keep, op=op: op([x], vtw.plan_compaction(keep), 2))(x, keep)
+
+
+# --- torch.func.grad ------------------------------------------------------------------------------
+
+
+def projected(p, q):
+    weight = torch.eye(VOCABULARY)
+    return vtw.linear_kl_divergence(p, weight, q, weight, chunk=20).sum()
+
+
+PLAN = vtw.plan_compaction(logits((3, VOCABULARY), seed=5) > 0, 30)
+
+
+def compacted(p, q):
+    short, other = vtw.compact([p, q], PLAN, 1)
+    return (short * other).sum() + vtw.expand([other.sin()], PLAN, VOCABULARY, 1)[0].square().sum()
+
+
+SCALARS = {
+    "kl_divergence": lambda p, q: vtw.kl_divergence(p, q, 2.0).square().sum(),
+    "kl_divergence_loss": vtw.kl_divergence_loss,
+    "sharded": lambda p, q: sharded(p, q).sum(),
+    "linear_kl_divergence": projected,
+    "compact": compacted,
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_func_grad(name):
+    """By itself, within and around vmap, against autograd."""
+    function, pairs = SCALARS[name], [logits((2, 3, VOCABULARY), seed=seed) for seed in (0, 1)]
+    want = []
+    for i in (0, 1):
+        leaves = [x[i].clone().requires_grad_() for x in pairs]
+        want.append(torch.autograd.grad(function(*leaves), leaves))
+    both = tuple(map(torch.stack, zip(*want)))
+    close = lambda actual, expected: torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    close(grad(function, (0, 1))(*(x[0] for x in pairs)), want[0])
+    close(jacrev(function, (0, 1))(*(x[0] for x in pairs)), want[0])
+    close(vmap(grad(function, (0, 1)))(*pairs), both)
+    close(grad(lambda *args: vmap(function)(*args).sum(), (0, 1))(*pairs), both)
+
+
+def test_func_grad_twice():
+    p, q = logits((3, VOCABULARY)), logits((3, VOCABULARY), seed=1)
+    with pytest.raises(RuntimeError, match="kl_divergence: expected to be differentiated once"):
+        jacrev(jacrev(SCALARS["kl_divergence"]))(p, q)
 
 
 # --- autocast -------------------------------------------------------------------------------------

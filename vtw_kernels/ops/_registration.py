@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
@@ -170,10 +171,19 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable | N
         args += tuple(x.default_value for x in arguments[len(args) :])  # which the dispatcher leaves out
         first, *rest = args
         refuse_tangents(name, first if takes_list else args)
-        output = Recorded.apply(*(first if takes_list else [first]), *rest, below)
+        output = apply(Recorded, *(first if takes_list else [first]), *rest, below)
         return list(output) if gives_list else output
 
     register_autograd_kernel(name, record)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, which within torch.func refuses every function without rules for its transforms: a kernel of
+    the dispatcher needs none, as what it calls is transformed in its turn."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
 
 
 def refuse_tangents(name: str, values: Sequence[Any]) -> None:

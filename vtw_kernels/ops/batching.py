@@ -1,14 +1,16 @@
-"""Batching rules for torch.func.vmap: a batch dimension is one more leading dimension that broadcasts, so nothing is
-expanded or copied, and a reference that is not batched is still read once.
+"""Batching rules for torch.func.vmap.
 
-Gradients are taken outside (``loss(vmap(...)).backward()``, or ``is_grads_batched=True``): torch.func.grad refuses
-every op whose gradient is that of a plain autograd.Function.
+KL: a batch dimension is one more leading dimension that broadcasts, so nothing is expanded or copied, and a reference
+that is not batched is still read once. Compaction: under one plan for all it is one more dimension of a tensor; with a
+plan for each, the sequences of all are those of one batch.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from vtw_kernels.ops.checks import require
 
 OPS = torch.ops.vtw_kernels
 
@@ -64,6 +66,115 @@ def _from_state(info, in_dims, state: Tensor):
     return OPS.kl_from_state(state.movedim(in_dims[0], 0)), 0
 
 
+# --- compaction -----------------------------------------------------------------------------------
+
+
+def _plan(info, in_dims, keep: Tensor, length: int = -1, pad_left: bool = False):
+    keep = keep.movedim(in_dims[0], 0)
+    outputs = OPS.plan_compaction(keep.flatten(0, 1), length, pad_left)
+    return tuple(x.unflatten(0, keep.shape[:2]) for x in outputs), (0, 0)
+
+
+def _from_front(op: str, name: str, tensors: Sequence[Tensor], in_dims: Sequence[int | None], dims: Sequence[int]):
+    """Dimensions of the tensors that a function under vmap sees, counted from the front."""
+    require(len(dims) == len(tensors), op, name, f"one entry for each of the {len(tensors)} tensors", len(dims))
+    ranks = [x.dim() - (dim is not None) for x, dim in zip(tensors, in_dims)]
+    for i, (rank, dim) in enumerate(zip(ranks, dims)):
+        require(-rank <= dim < rank, op, f"{name}[{i}]", f"a dimension in [{-rank}, {rank - 1}]", dim)
+    return [dim % rank for rank, dim in zip(ranks, dims)]
+
+
+def _beside(x: Tensor, dim: int | None, batch_dim: int, source: Tensor) -> Tensor:
+    """A tensor with the dimension of vmap in front of its sequences, as ``source`` ``[N, B, T]`` has it."""
+    x = x.unsqueeze(batch_dim) if dim is None else x.movedim(dim, batch_dim)
+    sizes = [-1] * x.dim()
+    sizes[batch_dim] = source.shape[0]
+    if x.shape[batch_dim + 1] == 1:
+        sizes[batch_dim + 1] = source.shape[1]
+    return x.expand(sizes)
+
+
+def _gathering(name: str):
+    op = getattr(OPS, name)
+
+    def rule(info, in_dims, tensors, token_dims, batch_dims, source: Tensor, *length: int):
+        of_tensors, of_source = in_dims[0], in_dims[3]
+        token_dims = _from_front(name, "token_dims", tensors, of_tensors, token_dims)
+        batch_dims = _from_front(name, "batch_dims", tensors, of_tensors, batch_dims)
+        if of_source is None:
+            tensors = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, of_tensors)]
+            dims = ([d + (dim is not None) for d, dim in zip(x, of_tensors)] for x in (token_dims, batch_dims))
+            return op(tensors, *dims, source, *length), [None if dim is None else 0 for dim in of_tensors]
+        source = source.movedim(of_source, 0)
+        merged = [
+            # One that all sequences of all share is broadcast as ever.
+            x if dim is None and x.shape[b] == 1 else _beside(x, dim, b, source).flatten(b, b + 1)
+            for x, dim, b in zip(tensors, of_tensors, batch_dims)
+        ]
+        outputs = op(merged, token_dims, batch_dims, source.flatten(0, 1), *length)
+        return [x.unflatten(b, source.shape[:2]) for x, b in zip(outputs, batch_dims)], batch_dims
+
+    return rule
+
+
+def _moving(info, in_dims, tensors, token_dims, batch_dims, source: Tensor):
+    of_tensors, of_source = in_dims[0], in_dims[3]
+    token_dims = _from_front("compact_", "token_dims", tensors, of_tensors, token_dims)
+    batch_dims = _from_front("compact_", "batch_dims", tensors, of_tensors, batch_dims)
+    if of_source is None:
+        tensors = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, of_tensors)]
+        dims = ([d + (dim is not None) for d, dim in zip(x, of_tensors)] for x in (token_dims, batch_dims))
+        OPS.compact_(tensors, *dims, source)
+        return None, None
+    source = source.movedim(of_source, 0)
+    for i, dim in enumerate(of_tensors):
+        require(dim is not None, "compact_", f"tensors[{i}]", "one that vmap maps over, as over source", "one for all")
+    # Sequences that lie apart in memory are no dimension of a view; a copy moves in their place.
+    apart = [x.movedim(dim, b) for x, dim, b in zip(tensors, of_tensors, batch_dims)]
+    merged = [x.flatten(b, b + 1) for x, b in zip(apart, batch_dims)]
+    OPS.compact_(merged, token_dims, batch_dims, source.flatten(0, 1))
+    for x, y, b in zip(apart, merged, batch_dims):
+        if not y._is_view() or y._base is not x._base:
+            x.copy_(y.unflatten(b, source.shape[:2]))
+    return None, None
+
+
+def _moving_pages(info, in_dims, caches, block_table, seq_lens, keep, layout="NHD"):
+    shared = all(dim is None for dim in in_dims[0])
+    require(shared, "compact_paged_", "caches", "pages that are the same for all that vmap maps over", "some for each")
+    each = [_batched(x, dim, info.batch_size) for x, dim in zip((block_table, seq_lens, keep), in_dims[1:4])]
+    lengths = OPS.compact_paged_(caches, *(x.flatten(0, 1) for x in each), layout)
+    return lengths.unflatten(0, each[1].shape[:2]), 0
+
+
+# --- KL of projections ----------------------------------------------------------------------------
+
+
+def _one_by_one(name: str):
+    """A loop: each has matrix products of its own, whose size is what counts."""
+    op = getattr(OPS, name)
+
+    def rule(info, in_dims, *args):
+        def of(i: int):
+            return (x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims))
+
+        outputs = [op(*of(i)) for i in range(info.batch_size)]
+        kind = type(outputs[0])
+        stacked = kind(torch.stack(x) for x in zip(*outputs))
+        return stacked, kind(0 for _ in stacked)
+
+    return rule
+
+
+torch.library.register_vmap("vtw_kernels::plan_compaction", _plan)
+torch.library.register_vmap("vtw_kernels::compact", _gathering("compact"))
+torch.library.register_vmap("vtw_kernels::expand", _gathering("expand"))
+torch.library.register_vmap("vtw_kernels::compact_", _moving)
+torch.library.register_vmap("vtw_kernels::compact_paged_", _moving_pages)
+torch.library.register_vmap(
+    "vtw_kernels::linear_kl_divergence_with_state", _one_by_one("linear_kl_divergence_with_state")
+)
+torch.library.register_vmap("vtw_kernels::linear_kl_divergence_backward", _one_by_one("linear_kl_divergence_backward"))
 torch.library.register_vmap("vtw_kernels::kl_divergence_with_state", _with_state)
 torch.library.register_vmap("vtw_kernels::kl_divergence_backward", _backward)
 torch.library.register_vmap("vtw_kernels::kl_divergence_loss", _loss)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vtw_kernels.ops import reference
 from vtw_kernels.ops._registration import (
+    apply,
     refuse_tangents,
     register,
     register_autograd_kernel,
@@ -46,9 +47,9 @@ def kl_divergence_loss(
     fp16 has no room for a gradient that a loss scale (``torch.amp.GradScaler``) multiplies afterwards: most of it would
     be 0 by then. So fp16 logits are kept instead, and the backward reads them again, as that of ``kl_divergence`` does.
 
-    Logits are taken as they come under ``torch.autocast``. Under ``torch.func.vmap``, with gradients taken outside, this
-    is the weighted sum of ``kl_divergence``, gradients in a second read. Not supported, and raising an error:
-    ``torch.func.grad``, ``create_graph=True``, ``is_grads_batched=True`` and a gradient of ``weight``.
+    Logits are taken as they come under ``torch.autocast``. Under ``torch.func`` (``vmap``, ``grad``, ...) this is the
+    weighted sum of ``kl_divergence``, gradients in a second read. Not supported, and raising an error:
+    ``create_graph=True``, ``is_grads_batched=True`` and a gradient of ``weight``.
 
     Raises:
         RuntimeError: dtypes, devices or shapes that do not fit, a temperature that is not above 0, or a weight that
@@ -100,9 +101,9 @@ def _autograd(keyset, p_logits, q_logits, temperature=1.0, weight=None):
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p_logits, q_logits, weight)):
         no_gradient = weight is None or not weight.requires_grad
         require(no_gradient, "kl_divergence_loss", "weight", "one that requires no gradient", "one that does")
-        if p_logits.dtype == torch.float16:
+        if p_logits.dtype == torch.float16 or torch._C._are_functorch_transforms_active():
             return _forward(p_logits, q_logits, temperature, weight)
-        return _WithGradients.apply(p_logits, q_logits, temperature, weight)
+        return apply(_WithGradients, p_logits, q_logits, temperature, weight)
     below = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():
         return OPS.kl_divergence_loss.default.redispatch(below, p_logits, q_logits, temperature, weight)
