@@ -27,12 +27,11 @@ def stop(message: str) -> None:
 if int(setuptools.__version__.split(".")[0]) < 77:
     stop(f"setuptools 77 or newer is needed, found {setuptools.__version__}; run: pip install -U setuptools")
 try:
-    import pybind11
     import torch
     from torch.utils import cpp_extension
 except ImportError as missing:
     stop(
-        f"{missing.name} is needed to build; run: pip install torch pybind11 ninja, "
+        f"{missing.name} is needed to build; run: pip install torch ninja, "
         "then: pip install --no-build-isolation ."
     )
 
@@ -128,7 +127,7 @@ setup(
         Extension(
             "vtw_kernels._C",
             sources,
-            include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()],
+            include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
             extra_compile_args={"cxx": cxx_flags + defines, "nvcc": ["-std=c++17", "-O3", *defines]},
             language="c++",
             **link,

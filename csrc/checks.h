@@ -165,11 +165,39 @@ inline void check_paged(const std::vector<Tensor>& caches, const Tensor& block_t
   }
 }
 
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Double;
+}
+
+// Leading dimensions, that of the vocabulary left out: they broadcast, and to what.
+inline void check_rows(const char* op, const char* name, const Tensor& p, const Tensor& q) {
+  for (int64_t i = p.dim() - 2, j = q.dim() - 2; i >= 0 && j >= 0; --i, --j) {
+    VTW_REQUIRE(p.size(i) == q.size(j) || p.size(i) == 1 || q.size(j) == 1, op, text("q_", name),
+                text("leading dimensions that broadcast with p_", name),
+                text("shapes ", list_text(p.sizes()), " and ", list_text(q.sizes())));
+  }
+}
+
+inline std::vector<int64_t> broadcast_rows(const Tensor& p, const Tensor& q) {
+  const Tensor& longer = p.dim() >= q.dim() ? p : q;
+  const Tensor& shorter = p.dim() >= q.dim() ? q : p;
+  std::vector<int64_t> rows(longer.sizes().begin(), longer.sizes().end() - 1);
+  for (int64_t i = shorter.dim() - 2, j = longer.dim() - 2; i >= 0; --i, --j) {
+    if (rows[j] == 1) rows[j] = shorter.size(i);
+  }
+  return rows;
+}
+
+inline void check_temperature(const char* op, double temperature) {
+  using Fp32 = std::numeric_limits<float>;
+  VTW_REQUIRE(temperature >= Fp32::min() && temperature <= Fp32::max(), op, "temperature",
+              "a number above 0, from 1.2e-38 to 3.4e38 as fp32 has it", text(temperature));
+}
+
 inline void check_logits(const char* op, const Tensor& p, const Tensor& q, double temperature) {
   const auto dtype = p.scalar_type();
-  const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
-                        dtype == ScalarType::Double;
-  VTW_REQUIRE(floating, op, "p_logits", "a dtype of fp32, fp16, bf16 or fp64", dtype_name(dtype));
+  VTW_REQUIRE(is_floating(dtype), op, "p_logits", "a dtype of fp32, fp16, bf16 or fp64", dtype_name(dtype));
   VTW_REQUIRE(q.scalar_type() == dtype, op, "q_logits", text("dtype ", dtype_name(dtype), " of p_logits"),
               dtype_name(q.scalar_type()));
   VTW_REQUIRE(q.device() == p.device(), op, "q_logits", "the device of p_logits", "another one");
@@ -178,14 +206,8 @@ inline void check_logits(const char* op, const Tensor& p, const Tensor& q, doubl
   const int64_t vocabulary = p.size(p.dim() - 1);
   VTW_REQUIRE(q.size(q.dim() - 1) == vocabulary, op, "q_logits", text("vocabulary size ", vocabulary, " of p_logits"),
               text(q.size(q.dim() - 1)));
-  for (int64_t i = p.dim() - 2, j = q.dim() - 2; i >= 0 && j >= 0; --i, --j) {
-    VTW_REQUIRE(p.size(i) == q.size(j) || p.size(i) == 1 || q.size(j) == 1, op, "q_logits",
-                "leading dimensions that broadcast with p_logits",
-                text("shapes ", list_text(p.sizes()), " and ", list_text(q.sizes())));
-  }
-  using Fp32 = std::numeric_limits<float>;
-  VTW_REQUIRE(temperature >= Fp32::min() && temperature <= Fp32::max(), op, "temperature",
-              "a number above 0, from 1.2e-38 to 3.4e38 as fp32 has it", text(temperature));
+  check_rows(op, "logits", p, q);
+  check_temperature(op, temperature);
 }
 
 // A state or its gradient, in the backward of kl_divergence: of the type that the logits are computed in.
@@ -217,9 +239,7 @@ inline void check_scaled(const std::vector<Tensor>& tensors, const Tensor& facto
     const Tensor& x = tensors[i];
     const auto argument = [&] { return text("tensors[", i, "]"); };
     const auto dtype = x.scalar_type(), of_factor = factor.scalar_type();
-    const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-    VTW_REQUIRE(half || dtype == ScalarType::Float || dtype == ScalarType::Double, op, argument(),
-                "a dtype of fp32, fp16, bf16 or fp64", dtype_name(dtype));
+    VTW_REQUIRE(is_floating(dtype), op, argument(), "a dtype of fp32, fp16, bf16 or fp64", dtype_name(dtype));
     VTW_REQUIRE(of_factor == real_type(dtype), op, "factor", text("dtype ", dtype_name(real_type(dtype))),
                 dtype_name(of_factor));
     VTW_REQUIRE(x.device() == factor.device(), op, argument(), "the device of factor", "another one");

@@ -1,18 +1,11 @@
-// Every schema of torch.ops.vtw_kernels, and the pybind11 module that carries them.
+// Every schema of torch.ops.vtw_kernels.
 //
 // Semantics, shapes and errors: the docstrings of vtw_kernels/ops. Each device registers its kernels in one block of
-// its own (cpu/compaction.cpp, cpu/kl_divergence.cpp); a device without a kernel gets the plain PyTorch of
-// vtw_kernels/ops/reference.py, which Python registers.
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// its own (cpu/compaction.cpp, cpu/kl_divergence.cpp); ops that are made of others have theirs in composite.cpp. So
+// torch.ops.load_library is all that they need. What Python adds: gradients, fakes, batching rules, Triton, and the
+// plain PyTorch of vtw_kernels/ops/reference.py for devices without a kernel.
 
 #include <torch/csrc/stable/library.h>
-
-#include "cpu/capability.h"
-#ifdef VTW_WITH_CUDA
-#include "cuda/build_info.h"
-#endif
 
 STABLE_TORCH_LIBRARY(vtw_kernels, m) {
   // Compaction. A length may be symbolic while a graph is traced; kernels are only ever called with numbers.
@@ -24,8 +17,8 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
       "compact_paged_(Tensor(a!)[] caches, Tensor block_table, Tensor seq_lens, Tensor keep, str layout=\"NHD\") "
       "-> Tensor");
 
-  // KL divergence. kl_divergence and kl_state are the two halves of kl_divergence_with_state (Python says so to the
-  // dispatcher), which alone has kernels and a gradient.
+  // KL divergence. kl_divergence and kl_state are the two halves of kl_divergence_with_state, which alone has kernels
+  // and a gradient.
   m.def("kl_divergence(Tensor p_logits, Tensor q_logits, float temperature=1.0) -> Tensor");
   m.def("kl_state(Tensor p_logits, Tensor q_logits, float temperature=1.0) -> Tensor");
   m.def("merge_kl_states(Tensor[] states) -> Tensor");
@@ -42,7 +35,7 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
       "bool need_q) -> (Tensor kl, Tensor grad_p, Tensor grad_q)");
   m.def("scale_(Tensor(a!)[] tensors, Tensor factor) -> ()");
 
-  // KL divergence of two projections: written in Python over the ops above, for every device.
+  // KL divergence of two projections.
   m.def(
       "linear_kl_divergence(Tensor p_hidden, Tensor p_weight, Tensor q_hidden, Tensor q_weight, "
       "float temperature=1.0, *, Tensor? p_bias=None, Tensor? q_bias=None, SymInt? chunk=None) -> Tensor");
@@ -53,27 +46,4 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
       "linear_kl_divergence_backward(Tensor grad_state, Tensor p_hidden, Tensor p_weight, Tensor? p_bias, "
       "Tensor q_hidden, Tensor q_weight, Tensor? q_bias, Tensor state, float temperature, SymInt? chunk, bool[] needs) "
       "-> Tensor[]");
-}
-
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled kernels of vtw_kernels; importing it registers torch.ops.vtw_kernels.";
-  module.def(
-      "build_info",
-      [] {
-        pybind11::dict info;
-        info["torch"] = VTW_BUILT_WITH_TORCH;
-        info["compiler"] = __VERSION__;
-        info["cpu_capability"] = vtw::cpu_capability_name();
-#ifdef VTW_WITH_CUDA
-        info["cuda"] = vtw::cuda_version();
-        info["cuda_archs"] = vtw::cuda_archs();
-#else
-        info["cuda"] = pybind11::none();
-        info["cuda_archs"] = pybind11::list();
-#endif
-        info["why_no_cuda"] = VTW_WHY_NO_CUDA;
-        return info;
-      },
-      "What this build holds: torch and compiler versions, the CPU vector set chosen at run time, CUDA and its archs "
-      "or why it has none.");
 }

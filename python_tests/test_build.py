@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.utils import cpp_extension
 from vlm import make_model
 
 import vtw_kernels as vtw
@@ -152,3 +153,62 @@ def test_info_command():
     result = subprocess.run([sys.executable, "-m", "vtw_kernels", "info"], capture_output=True, text=True, check=True)
     for word in ("avx" if _C.build_info()["cpu_capability"] != "default" else "default", "compact_", "reference"):
         assert word in result.stdout
+
+
+USES_THE_OPS = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+assert "vtw_kernels" not in sys.modules
+ops = torch.ops.vtw_kernels
+p, q = torch.linspace(-1, 1, 100).view(1, 100), torch.linspace(1, -1, 100).view(1, 100)
+weight, eye = torch.tensor([2.0]), torch.eye(100)
+source, lengths = ops.plan_compaction(torch.tensor([[True, False, True]]), 2)
+rows = ops.compact([torch.arange(3)[None]], [1], [0], source)[0]
+state = ops.merge_kl_states([ops.kl_state(p[:, :40], q[:, :40]), ops.kl_state(p[:, 40:], q[:, 40:])])
+linear = [ops.linear_kl_divergence(p, eye, q, eye, chunk=chunk) for chunk in (None, 30)]
+print(rows.tolist(), *[round(x.item(), 4) for x in (
+    ops.kl_divergence(p, q), ops.kl_from_state(state), ops.kl_divergence_loss(p, q), *linear,
+    ops.kl_divergence_loss(p, q, 1.0, weight), ops.kl_divergence_loss(p, q, 1.0, weight * 0))])
+for wrong in (lambda: ops.kl_divergence_loss(p, q, 1.0, weight[0]), lambda: ops.linear_kl_divergence(p, eye[1:], q, eye)):
+    try:
+        wrong()
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_load_library_alone():
+    """Without the Python half: every op but gradients."""
+    done = subprocess.run([sys.executable, "-c", USES_THE_OPS, _C.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    numbers, *errors = done.stdout.splitlines()
+    assert numbers == "[[0, 2]] 0.6379 0.6379 0.6379 0.6379 0.6379 1.2759 0.0"
+    assert errors == [
+        "kl_divergence_loss: weight: expected shape [1], got shape []",
+        "linear_kl_divergence: q_weight: expected vocabulary size 99 of p_weight, got 100",
+    ]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
+def test_the_cpp_example(tmp_path):
+    """Built as examples/README.md says, and run in a process without Python."""
+    libraries = cpp_extension.library_paths()[0]
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-O0",
+        ROOT / "examples/cpp/withdraw.cpp",
+        "-o",
+        tmp_path / "withdraw",
+    ]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()] + [f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+    command += ["-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([tmp_path / "withdraw", _C.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "kept 4 of 12: 0 1 10 11",
+        "first rows of the cache: 0 1 10 11",
+        "KL 0.0000 and 0.6379",
+    ]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -80,7 +81,15 @@ def register_over_ops(name: str, *, kernel: Callable, fake: Callable) -> None:
     """Gives an op that has a gradient of its own, but computes by calling other ops, its fake and its only kernel:
     which backend does the work is decided where those are called."""
     torch.library.register_fake(f"vtw_kernels::{name}", fake)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _replace(name, kernel, "CompositeExplicitAutograd")
+
+
+def _replace(name: str, kernel: Callable, key: str) -> None:
+    """Takes the place of a kernel of ``csrc/composite.cpp``, which is for programs without Python: an error of an op that
+    is called through the C interface of the stable ABI loses its type on the way, and before torch 2.13 its text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is one already
+        _library.impl(name, kernel, key)
 
 
 def register_autocast(name: str, *, cast: bool) -> None:
@@ -204,7 +213,7 @@ def register_autograd_kernel(name: str, function: Callable) -> None:
 
 def register_composite(name: str, function: Callable) -> None:
     """Registers an op that only calls other ops: kernels, fakes and gradients are theirs."""
-    _library.impl(name, function, "CompositeImplicitAutograd")
+    _replace(name, function, "CompositeImplicitAutograd")
 
 
 def backend_info() -> dict[str, Any]:
