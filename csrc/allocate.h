@@ -9,16 +9,19 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "checks.h"
+
 namespace vtw {
 
-// Contiguous and uninitialised, on the device of `like`, and of its dtype unless another one is given.
+// Contiguous and uninitialised, on the device of `like`, and of its dtype unless another one is given. Torch's own
+// error does not come through its C interface, so this one says how much was asked for.
 inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const std::vector<int64_t>& shape,
                                       std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
     strides[d] = stride;
-    stride *= shape[d] > 1 ? shape[d] : 1;
+    if (__builtin_mul_overflow(stride, shape[d] > 1 ? shape[d] : 1, &stride)) stride = INT64_MAX;  // which will fail
   }
   int32_t dtype_code, device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -29,8 +32,15 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const s
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype_code));
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  dtype_code, device_type, device_index, &handle));
+  const auto failed = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                               dtype_code, device_type, device_index, &handle);
+  if (failed) {
+    using torch::headeronly::ScalarType;  // which others than that of `like` are fp64, fp32 and int32
+    double gibibytes = (!dtype ? like.element_size() : *dtype == ScalarType::Double ? 8 : 4) / 0x1p30;
+    for (const int64_t size : shape) gibibytes *= static_cast<double>(size);
+    throw std::runtime_error(text("out of memory: expected room for ", gibibytes, " GiB, a result of shape ",
+                                  list_text(shape), ", got none"));
+  }
   return torch::stable::Tensor(handle);
 }
 

@@ -396,6 +396,15 @@ def test_what_is_read_lies_in_what_is_written(backend):
         assert torch.equal(memory, before)
 
 
+@pytest.mark.parametrize("length", [2**52, 2**61])
+def test_a_result_that_no_memory_holds(length):
+    """One that has a size, and one whose size is beyond 64 bits."""
+    with pytest.raises(
+        RuntimeError, match=r"out of memory: expected room for .*e\+\d+ GiB, a result of shape \[8, \d+\]"
+    ):
+        torch.ops.vtw_kernels.plan_compaction(torch.ones(8, 4, dtype=torch.bool), length)
+
+
 # --- the public functions -------------------------------------------------------------------------
 
 PUBLIC_PLAN = vtw.CompactionPlan(SOURCE, torch.tensor([3, 4]))

@@ -5,6 +5,7 @@ what it checks does not depend on values.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import vtw_kernels as vtw
+from vtw_kernels import _C
 
 OPS = torch.ops.vtw_kernels
 NAMES = [
@@ -625,6 +627,40 @@ def test_unknown_backend():
     assert (
         "VTW_KERNELS_BACKEND: expected one of cuda, triton, cpu, reference, got 'fpga'" in done.stderr.splitlines()[-1]
     )
+
+
+def test_a_corrected_backend():
+    """In one process, as in a notebook."""
+    code = """
+import os
+try:
+    import vtw_kernels
+except ImportError:
+    os.environ["VTW_KERNELS_BACKEND"] = "cpu"
+"""
+    done = run_python("-c", code + USES_EVERY_OP, VTW_KERNELS_BACKEND="fpga")
+    assert done.stdout.strip() == EXPECTED, done.stderr
+
+
+def test_another_build_in_the_process(tmp_path):
+    copy = tmp_path / "other.so"
+    shutil.copy(_C.__file__, copy)
+    load = "import sys, torch; torch.ops.load_library(sys.argv[1])"
+    done = run_python("-c", f"{load}; import vtw_kernels", str(copy))
+    expected = f"ImportError: vtw_kernels: another build of its ops is loaded in this process (by torch.ops.load_library: {copy})"
+    assert done.stderr.splitlines()[-1].startswith(expected)
+    done = run_python("-c", f"{load}\n{USES_EVERY_OP}", _C.__file__)  # the same one is no other
+    assert done.stdout.strip() == EXPECTED, done.stderr
+
+
+def test_a_stale_build():
+    """As one without an op that its Python knows."""
+    code = "import torch._C\nall_names = torch._C._dispatch_get_all_op_names\n"
+    code += "torch._C._dispatch_get_all_op_names = lambda: [x for x in all_names() if not x.endswith('::expand')]\n"
+    done = run_python("-c", code + "import vtw_kernels")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: vtw_kernels: ") and "was built from other sources than its Python" in last
+    assert "pip install" in last
 
 
 CAPABILITIES = ["default", "avx2", "avx512"]

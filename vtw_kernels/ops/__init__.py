@@ -1,15 +1,6 @@
 """The ops, usable on their own: knows torch and the compiled extension, nothing of transformers."""
 
-import torch  # noqa: F401  _C finds libtorch's symbols in the process
-
-try:
-    import vtw_kernels._C  # noqa: F401  registers torch.ops.vtw_kernels
-except ImportError as error:
-    raise ImportError(
-        f"vtw_kernels is not compiled for this Python and torch {torch.__version__} ({error}); "
-        "run: pip install --no-build-isolation ."
-    ) from None
-
+from vtw_kernels.ops import _extension  # noqa: F401, I001  registers torch.ops.vtw_kernels, which all others use
 from vtw_kernels.ops import batching  # noqa: F401  registers the rules of torch.func.vmap
 from vtw_kernels.ops._registration import backend_info
 from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, compact_paged_, expand, plan_compaction

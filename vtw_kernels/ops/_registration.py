@@ -1,7 +1,6 @@
 """How the Python half of an op is registered, and what the dispatcher then does with a tensor of each device."""
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,9 +13,8 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 from torch.utils._pytree import tree_leaves
 
-from vtw_kernels import _C
+from vtw_kernels.ops._extension import FORCED_BACKEND, build_info, op_names
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
 # Ops that are made of other ops have no kernels of their own; this is the one that does the work of each.
 KERNEL_OF = {
     "kl_divergence": "kl_divergence_with_state",
@@ -26,10 +24,6 @@ KERNEL_OF = {
     "linear_kl_divergence_with_state": "kl_divergence_with_state",
     "linear_kl_divergence_backward": "kl_divergence_backward",
 }
-
-FORCED_BACKEND = os.environ.get("VTW_KERNELS_BACKEND") or None
-if FORCED_BACKEND not in (None, *BACKENDS):
-    raise ImportError(f"VTW_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {FORCED_BACKEND!r}")
 
 _library = torch.library.Library("vtw_kernels", "IMPL")
 
@@ -225,10 +219,9 @@ def backend_info() -> dict[str, Any]:
         ``backends``: for each backend "available", or why it is not; ``ops``: for each op and device type the backend
         that runs it, or None when a call would raise.
     """
-    prefix = "vtw_kernels::"
-    ops = sorted(name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
+    ops = [name.removeprefix("vtw_kernels::") for name in op_names()]
     return {
-        "build": _C.build_info(),
+        "build": build_info(),
         "forced": FORCED_BACKEND,
         "backends": _backends(),
         "ops": {name: {device: _backend_of(name, device) for device in ("cpu", "cuda")} for name in ops},
@@ -236,7 +229,7 @@ def backend_info() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, str]:
-    build, on_gpu = _C.build_info(), "available" if torch.cuda.is_available() else "idle: torch finds no GPU"
+    build, on_gpu = build_info(), "available" if torch.cuda.is_available() else "idle: torch finds no GPU"
     return {
         "cpu": "available",
         "cuda": on_gpu if build["cuda"] else f"not built: {build['why_no_cuda']}",
