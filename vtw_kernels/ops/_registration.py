@@ -1,6 +1,7 @@
 """How the Python half of an op is registered, and what the dispatcher then does with a tensor of each device."""
 
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -120,6 +121,9 @@ def register_mutation(name: str) -> None:
     _library.impl(name, record, "ADInplaceOrView", with_keyset=True)
 
 
+EACH_RANK = "call it on every rank with x.to_local(), which has the sequences or heads of that rank"
+
+
 def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_place: bool = False) -> Any:
     """``op(tensors, *args)``, past the kernels of autograd where nothing is to be differentiated: they are Python, and
     take longer than a small compaction. Whoever else may want to see the call (a compiler, torch.func,
@@ -132,11 +136,27 @@ def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_pla
         or (torch.is_grad_enabled() and torch._C._any_requires_grad(tensors))
     ):
         return op(tensors, *args)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        result = op(tensors, *args)
+    try:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op(tensors, *args)
+    except (NotImplementedError, RuntimeError):  # what DTensor says of an op that it does not know
+        refuse_sharded(op._schema.name.removeprefix("vtw_kernels::"), EACH_RANK, tensors, args)
+        raise
     if in_place:
         torch.autograd.graph.increment_version(tensors)
     return result
+
+
+def is_sharded(*values: Any) -> bool:
+    """Whether a DTensor is among them; whoever has one has imported its module."""
+    if torch.compiler.is_compiling() or (module := sys.modules.get("torch.distributed.tensor")) is None:
+        return False
+    return any(type(x) is not torch.Tensor and isinstance(x, module.DTensor) for x in tree_leaves(values))
+
+
+def refuse_sharded(name: str, instead: str, *values: Any) -> None:
+    if is_sharded(*values):
+        raise RuntimeError(f"{name}: expected plain tensors, got a DTensor; {instead}")
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable | None = None) -> None:

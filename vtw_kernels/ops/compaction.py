@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import call_on_list, register, register_gradient, register_mutation
+from vtw_kernels.ops._registration import (
+    EACH_RANK,
+    call_on_list,
+    refuse_sharded,
+    register,
+    register_gradient,
+    register_mutation,
+)
 from vtw_kernels.ops.checks import check_keep, check_paged, check_tensors, require
-
 
 _OPS = torch.ops.vtw_kernels
 
@@ -60,6 +66,7 @@ def plan_compaction(keep: Tensor, length: int | None = None, pad: Literal["right
         raise ValueError(f"plan_compaction: pad: expected 'right' or 'left', got {pad!r}")
     if length is not None:
         require(length >= 0, "plan_compaction", "length", "a number of rows, or None for all of S", length)
+    refuse_sharded("plan_compaction", EACH_RANK, keep)
     source, lengths = _OPS.plan_compaction.default(keep, -1 if length is None else length, pad == "left")
     return CompactionPlan(source, lengths, keep.shape[1])
 

@@ -7,12 +7,13 @@ number, ``m_p`` is a number above the maximum, which says the same. ``V`` is the
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import register, register_composite, register_gradient
+from vtw_kernels.ops._registration import is_sharded, register, register_composite, register_gradient
 from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states, real_dtype
 
 _OPS = torch.ops.vtw_kernels
@@ -36,13 +37,16 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
         finite logit. Differentiable once, in both; a row that nothing depends on gets a gradient of 0, even where its
         divergence is not finite. As a training loss, ``kl_divergence_loss`` is cheaper.
 
+    DTensors may be sharded by rows, both alike; otherwise they are gathered (but see ``kl_divergence_vocab_parallel``).
     Leading dimensions may be those of ``torch.func.vmap``. ``torch.autocast`` changes nothing: logits are taken as they
-    come, and everything is computed in fp32.
+    come, and everything is computed in fp32. ``torch.set_flush_denormal`` concerns the calling thread alone; under it the
+    last bits may depend on the number of threads.
 
     Raises:
         RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0 or so large or small
             that fp32 has no normal number for it.
     """
+    _know_sharding(p_logits, q_logits)
     return _OPS.kl_divergence_with_state.default(p_logits, q_logits, temperature)[0]
 
 
@@ -53,6 +57,7 @@ def kl_state(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Te
     shard (``V`` = 0) has the neutral state. Gradients flow through ``z`` and ``a``; the maxima are constants, which
     is exact for everything that doesn't depend on the choice of the maxima, as the divergence doesn't.
     """
+    _know_sharding(p_logits, q_logits)
     return _OPS.kl_divergence_with_state.default(p_logits, q_logits, temperature)[1]
 
 
@@ -71,6 +76,12 @@ def merge_kl_states(states: Sequence[Tensor] | Tensor) -> Tensor:
 def kl_from_state(state: Tensor) -> Tensor:
     """``KL(p‖q)`` ``[...]`` of a state ``[..., 5]``; computed in fp64, returned in the dtype of ``state``."""
     return _OPS.kl_from_state.default(state)
+
+
+def _know_sharding(*logits: Tensor) -> None:
+    """DTensor takes a second to import, so its rules wait for one."""
+    if any(type(x) is not Tensor for x in logits) and is_sharded(*logits):
+        import_module("vtw_kernels.ops.sharding")
 
 
 def _with_state_fake(p_logits: Tensor, q_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

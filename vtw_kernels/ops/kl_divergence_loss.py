@@ -7,6 +7,7 @@ from torch import Tensor
 from vtw_kernels.ops import reference
 from vtw_kernels.ops._registration import (
     apply,
+    refuse_sharded,
     refuse_tangents,
     register,
     register_autograd_kernel,
@@ -55,6 +56,7 @@ def kl_divergence_loss(
         RuntimeError: dtypes, devices or shapes that do not fit, a temperature that is not above 0, or a weight that
             requires a gradient.
     """
+    refuse_sharded("kl_divergence_loss", "write kl_divergence(...).mean()", p_logits, q_logits)
     if weight is not None:
         weight = weight.to(real_dtype(p_logits))
     return OPS.kl_divergence_loss(p_logits, q_logits, temperature, weight)

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtw_kernels.ops._registration import register_autocast, register_composite, register_gradient, register_over_ops
+from vtw_kernels.ops._registration import (
+    refuse_sharded,
+    register_autocast,
+    register_composite,
+    register_gradient,
+    register_over_ops,
+)
 from vtw_kernels.ops.checks import check_linear_kl, real_dtype
 from vtw_kernels.ops.kl_divergence import no_second_derivative
 from vtw_kernels.ops.reference import grad_of_kl
@@ -62,9 +68,9 @@ def linear_kl_divergence(
     Raises:
         RuntimeError: dtypes, devices or shapes that do not fit, a temperature that is not above 0, a chunk below 1.
     """
-    return OPS.linear_kl_divergence_with_state(
-        p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, temperature, chunk
-    )[0]
+    tensors = p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias
+    refuse_sharded("linear_kl_divergence", "write kl_divergence of two projections", tensors)
+    return OPS.linear_kl_divergence_with_state(*tensors, temperature, chunk)[0]
 
 
 class _Projection(NamedTuple):
