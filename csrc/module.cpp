@@ -45,4 +45,4 @@ PyModuleDef module{PyModuleDef_HEAD_INIT, "_C",
 
 }  // namespace
 
-PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -126,7 +126,8 @@ EACH_RANK = "call it on every rank with x.to_local(), which has the sequences or
 
 def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_place: bool = False) -> Any:
     """``op(tensors, *args)``, past the kernels of autograd where nothing is to be differentiated: they are Python, and
-    take longer than a small compaction. Whoever else may want to see the call (a compiler, torch.func,
+    take longer than a small compaction (a C++ one could not go on below itself: the C interface of the stable ABI calls
+    ops from the top, and hands no set of keys to a kernel). Whoever else may want to see the call (a compiler, torch.func,
     ``__torch_function__``) sees it as ever."""
     if (
         torch.compiler.is_compiling()
