@@ -31,11 +31,11 @@ class Header:
 LOGITS = ("float", "__half", "__nv_bfloat16", "double")
 HEADERS = {
     "compaction": Header(
-        "auto* use = &gather; auto* used = &plan; auto* uses = &invert;"
-        "template void vtw::cuda::move(std::vector<Lanes>, const Plan&, const DenseRows&, cudaStream_t);"
-        "template void vtw::cuda::move(std::vector<Lanes>, const Plan&, const PagedRows&, cudaStream_t);",
-        loads={"13gather_kernel": 4, "11move_kernel": 8},
-        stores={"13gather_kernel": 4, "11move_kernel": 8},
+        "auto* use = &gather; auto* used = &plan; auto* uses = &invert; using Zeros = unsigned* (*)(int64_t);"
+        "template void vtw::cuda::move(std::vector<Lanes>, const Plan&, const DenseRows&, Zeros&&, cudaStream_t);"
+        "template void vtw::cuda::move(std::vector<Lanes>, const Plan&, const PagedRows&, Zeros&&, cudaStream_t);",
+        loads={"GatheredRows": 4, "DenseRows": 8, "PagedRows": 8},
+        stores={"GatheredRows": 4, "DenseRows": 8, "PagedRows": 8},
     ),
     "kl_divergence": Header(
         "".join(

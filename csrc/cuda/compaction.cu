@@ -55,6 +55,23 @@ void describe(const vtw::Lanes& view, int64_t limit, std::vector<Lanes>& list) {
   }
 }
 
+// Gives zeros that live as long as it does.
+class Zeros {
+ public:
+  Zeros(const Tensor& like, cudaStream_t stream) : like_(like), stream_(stream) {}
+  unsigned* operator()(int64_t count) {
+    tensors_.push_back(allocate(like_, {count}, ScalarType::Int));
+    void* const memory = tensors_.back().mutable_data_ptr();
+    cudaMemsetAsync(memory, 0, count * sizeof(unsigned), stream_);
+    return static_cast<unsigned*>(memory);
+  }
+
+ private:
+  const Tensor& like_;
+  cudaStream_t stream_;
+  std::vector<Tensor> tensors_;
+};
+
 std::tuple<Tensor, Tensor> plan_compaction(const Tensor& keep, int64_t length, bool pad_left) {
   check_keep(keep, length);
   const int64_t batch = keep.size(0), tokens = keep.size(1);
@@ -116,7 +133,8 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
     if (tensors[i].numel() == 0) continue;
     describe(vtw::Lanes(tensors[i], tensors[i], dims[i]), tensors[i].size(dims[i].token), list);
   }
-  move(std::move(list), plan_of(source), DenseRows(), on.stream);
+  Zeros zeros(source, on.stream);
+  move(std::move(list), plan_of(source), DenseRows(), zeros, on.stream);
 }
 
 Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_table, const Tensor& seq_lens,
@@ -140,8 +158,9 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
   }
   if (list.empty() || source.numel() == 0) return lengths;
   const PagedRows rows{static_cast<const int32_t*>(block_table.const_data_ptr()), block_table.size(1),
-                       block_table.stride(0), block_table.stride(1), static_cast<int>(caches[0].size(slots))};
-  move(std::move(list), plan_of(source), rows, on.stream);
+                       block_table.stride(0), block_table.stride(1), Divisor(caches[0].size(slots))};
+  Zeros zeros(source, on.stream);
+  move(std::move(list), plan_of(source), rows, zeros, on.stream);
   return lengths;
 }
 

@@ -16,9 +16,28 @@
 namespace vtw::cuda {
 
 constexpr int kLogThreads = 8, kThreads = 1 << kLogThreads;
-constexpr int kPlanThreads = 512, kPlanItems = 8;
+constexpr int kPlanThreads = 512, kPlanItems = 16;
 
 // --- descriptors -----------------------------------------------------------------------------------------------------
+
+// Divides what is below 2^31 by a number that the host knows: a multiplication and a shift. (Granlund and Montgomery,
+// Division by Invariant Integers using Multiplication, 1994.)
+struct Divisor {
+  uint32_t size = 1, magic = (1u << 31) + 1;
+  int shift = 31;
+
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) : size(static_cast<uint32_t>(divisor)) {
+    while ((int64_t(1) << (shift - 31)) < divisor) ++shift;
+    magic = static_cast<uint32_t>((uint64_t(1) << shift) / size + 1);
+  }
+  // Returns the remainder and leaves the quotient.
+  __device__ uint32_t take(uint32_t& n) const {
+    const uint32_t whole = n;
+    n = static_cast<uint32_t>(uint64_t(whole) * magic >> shift);
+    return whole - n * size;
+  }
+};
 
 // One tensor of a list; in place, `from` and `to` are the same. Strides are in bytes.
 struct Lanes {
@@ -34,44 +53,48 @@ struct Lanes {
   int64_t count;                                   // lanes per sequence
   Dim dims[kDims];                                 // of which they are made, innermost first; unused: size 1
   int64_t vectors;                                 // in the block of a row
-  int64_t first_block;                             // of the grid's blocks, the first that works on this tensor
   int8_t log_vector;                               // bytes of a vector
   int8_t log_columns, log_rows, log_lanes;         // how a block's threads are laid out: vectors × rows × lanes
+  Divisor column_tiles, lane_tiles;
 
   __device__ void locate(int64_t lane, int64_t& from_offset, int64_t& to_offset) const {
     from_offset = to_offset = 0;
+#pragma unroll 1
     for (int d = 0; d < kDims; ++d) {
-      const int64_t index = lane % dims[d].size;
+      const bool last = lane < dims[d].size;  // most often the first is, and nothing is divided
+      const int64_t index = last ? lane : lane % dims[d].size;
       from_offset += index * dims[d].from_stride;
       to_offset += index * dims[d].to_stride;
+      if (last) break;
       lane /= dims[d].size;
     }
   }
 };
 
 // A kernel's arguments may take 4 KB, and 32 KB from CUDA 12.1 on; a launch takes the smallest table that fits.
-constexpr int kSmallTable = 24, kMediumTable = 80, kLargeTable = 200;
+constexpr int kSmallTable = 20, kMediumTable = 80, kLargeTable = 176;
 
 template <int Capacity>
 struct Table {
-  int64_t count;
+  int32_t count;
+  int32_t first_block[Capacity];  // of the grid's blocks, the first that works on each tensor
   Lanes lanes[Capacity];
 
   // The tensor that a block works on.
-  __device__ const Lanes& of_block(int64_t block) const {
+  __device__ int of_block(int block) const {
     int first = 0;
-    for (int last = static_cast<int>(count) - 1; first < last;) {
+    for (int last = count - 1; first < last;) {
       const int middle = (first + last + 1) / 2;
-      if (lanes[middle].first_block <= block) {
+      if (first_block[middle] <= block) {
         first = middle;
       } else {
         last = middle - 1;
       }
     }
-    return lanes[first];
+    return first;
   }
 };
-static_assert(sizeof(Table<kSmallTable>) <= 4096 - 128 && sizeof(Table<kLargeTable>) <= 32764 - 128);
+static_assert(sizeof(Table<kSmallTable>) <= 4096 - 256 && sizeof(Table<kLargeTable>) <= 32764 - 256);
 
 // Rows of each sequence, as plan_compaction gives them.
 struct Plan {
@@ -79,16 +102,6 @@ struct Plan {
   int64_t batch, rows, batch_stride, row_stride;
 
   __device__ int at(int64_t sequence, int64_t row) const { return data[sequence * batch_stride + row * row_stride]; }
-};
-
-// Where a thread stands in its block's tile of vectors × rows × lanes.
-struct Place {
-  int column, row, lane;
-
-  __device__ explicit Place(const Lanes& lanes)
-      : column(threadIdx.x & ((1 << lanes.log_columns) - 1)),
-        row((threadIdx.x >> lanes.log_columns) & ((1 << lanes.log_rows) - 1)),
-        lane(threadIdx.x >> (lanes.log_columns + lanes.log_rows)) {}
 };
 
 __host__ __device__ inline int64_t tiles(int64_t size, int log_tile) {
@@ -126,9 +139,10 @@ __global__ void __launch_bounds__(kPlanThreads)
   for (int64_t tile = 0; tile < tokens && kept < rows; tile += kPlanThreads * kPlanItems) {
     const int64_t first = tile + threadIdx.x * kPlanItems;
     unsigned flags = 0;
-    for (int i = 0; i < kPlanItems && first + i < tokens; ++i) {
+#pragma unroll  // all loads are on their way before the first is looked at
+    for (int i = 0; i < kPlanItems; ++i) {
       const int64_t token = pad_left ? tokens - 1 - first - i : first + i;
-      flags |= unsigned(keep[token * keep_token] != 0) << i;
+      flags |= unsigned(first + i < tokens && keep[token * keep_token] != 0) << i;
     }
     int up_to_here = __popc(flags);  // in this warp
     for (int step = 1; step < 32; step *= 2) {
@@ -169,159 +183,171 @@ __global__ void __launch_bounds__(kPlanThreads) invert_kernel(Plan plan, int64_t
   }
 }
 
-// --- gather ----------------------------------------------------------------------------------------------------------
+// --- gather and move --------------------------------------------------------------------------------------------------
 
-// Rows that a thread has in flight: 64 bytes, which with 2048 threads on an SM is several times what its share of the
-// memory's bandwidth needs to cover the latency.
-constexpr int kGatherRows = 4, kLogGatherRows = 2;
+// A block moves a tile of rows × columns of some lanes, in three steps: it works out where the rows of the tile are,
+// once for all columns and lanes; loads; stores. A thread has the bytes of several rows in flight at a time.
+//
+// Out of place, tiles have nothing to do with one another. In place, a row may lie where another tile has yet to read.
+// Kept rows ascend, so row j comes from j or further back: what a tile overwrites is read by itself or by tiles of
+// earlier rows. So it stores once all its own threads, and all blocks with earlier rows of the same lanes and columns,
+// have loaded; no data takes a detour through other memory.
 
-template <typename Vector>
-__device__ void gather_tile(const Lanes& lanes, const Plan& plan, int64_t tile) {
-  const int64_t column_tiles = tiles(lanes.vectors, lanes.log_columns);
-  const int64_t row_tiles = tiles(plan.rows, lanes.log_rows + kLogGatherRows);
-  const int64_t lane_tiles = tiles(lanes.count, lanes.log_lanes);
-  const Place place(lanes);
-  const int64_t column = (tile % column_tiles << lanes.log_columns) + place.column;
-  tile /= column_tiles;
-  const int64_t first = (tile % row_tiles << (lanes.log_rows + kLogGatherRows)) + place.row;
-  tile /= row_tiles;
-  const int64_t lane = (tile % lane_tiles << lanes.log_lanes) + place.lane;
-  const int64_t sequence = tile / lane_tiles;
-  if (column >= lanes.vectors || lane >= lanes.count) return;
-
+// The way of a row: offsets from the first row of a lane, in bytes. Negative: there is nothing to load, or to store.
+struct alignas(16) Way {
   int64_t from, to;
-  lanes.locate(lane, from, to);
-  from += sequence * lanes.from_batch + column * int64_t(sizeof(Vector));
-  to += sequence * lanes.to_batch + column * int64_t(sizeof(Vector));
-  Vector values[kGatherRows];
-#pragma unroll
-  for (int i = 0; i < kGatherRows; ++i) {
-    const int64_t row = first + (int64_t(i) << lanes.log_rows);
-    const int64_t source = row < plan.rows ? plan.at(sequence, row) : -1;
-    values[i] = Vector();  // what a padding row holds
-    if (0 <= source && source < lanes.limit) {
-      values[i] = *reinterpret_cast<const Vector*>(lanes.from + from + source * lanes.from_row);
-    }
+};
+
+// Rows of new tensors. `kRows` of a thread are in flight: 64 bytes, which with 1536 threads on an SM is several times
+// what its share of the memory's bandwidth needs to cover the latency.
+struct GatheredRows {
+  static constexpr int kRows = 4, kBlocksPerSM = 6;
+  static constexpr bool kInPlace = false;
+
+  __device__ Way way(const Lanes& lanes, const Plan& plan, int64_t sequence, int64_t row) const {
+    if (row >= plan.rows) return {-1, -1};
+    const int source = plan.at(sequence, row);
+    const bool read = 0 <= source && source < lanes.limit;  // what is not is a padding row, which holds 0
+    return {read ? sequence * lanes.from_batch + source * lanes.from_row : -1,
+            sequence * lanes.to_batch + row * lanes.to_row};
   }
-#pragma unroll
-  for (int i = 0; i < kGatherRows; ++i) {
-    const int64_t row = first + (int64_t(i) << lanes.log_rows);
-    if (row < plan.rows) *reinterpret_cast<Vector*>(lanes.to + to + row * lanes.to_row) = values[i];
-  }
-}
+};
 
-template <int Capacity>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ Table<Capacity> table, Plan plan) {
-  const Lanes& lanes = table.of_block(blockIdx.x);
-  with_vector(lanes.log_vector,
-              [&](auto vector) { gather_tile<decltype(vector)>(lanes, plan, blockIdx.x - lanes.first_block); });
-}
-
-// --- move ------------------------------------------------------------------------------------------------------------
-
-// Rows that a thread holds between the load and the store of a step. A step is a round trip to memory, so it should be
-// long; and where there is one narrow lane only, it is all that is in flight.
-constexpr int kMoveRows = 8;
-
-// Where logical rows lie: in which page (-1: in none, so that nothing is moved), and where in it.
+// Rows that move within their tensors. Those that stay, before the first one dropped, are not touched; nor is anything
+// that does not exist.
 struct DenseRows {
-  static constexpr int kBlocksPerSM = 3;  // the most for which no register spills
+  static constexpr int kRows = 8, kBlocksPerSM = 4;
+  static constexpr bool kInPlace = true;
 
-  __device__ int page(const Lanes& lanes, int64_t, int64_t row) const { return 0 <= row && row < lanes.limit ? 0 : -1; }
-  __device__ int64_t offset(const Lanes& lanes, int64_t sequence, int, int64_t row) const {
-    return sequence * lanes.from_batch + row * lanes.from_row;
+  __device__ Way way(const Lanes& lanes, const Plan& plan, int64_t sequence, int64_t row) const {
+    const int source = row < plan.rows ? plan.at(sequence, row) : -1;
+    if (source < 0 || source == row || source >= lanes.limit || row >= lanes.limit) return {-1, -1};
+    const int64_t base = sequence * lanes.from_batch;
+    return {base + source * lanes.from_row, base + row * lanes.from_row};
   }
 };
 
 struct PagedRows {
-  static constexpr int kBlocksPerSM = 2;
+  static constexpr int kRows = 8, kBlocksPerSM = 4;
+  static constexpr bool kInPlace = true;
 
   const int32_t* pages;
   int64_t columns, batch_stride, column_stride;
-  int page_size;
+  Divisor page_size;
 
-  // Rows come from a plan, so they have 32 bits.
-  __device__ int page(const Lanes& lanes, int64_t sequence, int row) const {
-    const int column = row / page_size;
-    if (row < 0 || column >= columns) return -1;
+  // Where a logical row lies, or -1 if it is in no page.
+  __device__ int64_t offset(const Lanes& lanes, int64_t sequence, uint32_t row) const {
+    uint32_t column = row;
+    const uint32_t slot = page_size.take(column);
+    if (column >= columns) return -1;
     const int page = pages[sequence * batch_stride + column * column_stride];
-    return page < lanes.limit ? page : -1;
+    return page < 0 || page >= lanes.limit ? -1 : page * lanes.from_batch + slot * lanes.from_row;
   }
-  __device__ int64_t offset(const Lanes& lanes, int64_t, int page, int row) const {
-    return page * lanes.from_batch + row % page_size * lanes.from_row;
+  __device__ Way way(const Lanes& lanes, const Plan& plan, int64_t sequence, int64_t row) const {
+    const int source = row < plan.rows ? plan.at(sequence, row) : -1;
+    if (source < 0 || source == row) return {-1, -1};
+    const Way way{offset(lanes, sequence, source), offset(lanes, sequence, static_cast<uint32_t>(row))};
+    return way.from < 0 || way.to < 0 ? Way{-1, -1} : way;
   }
 };
 
-// The first row of [first, end) for which `holds` is false; it is true for all before it. The threads of a block search
-// together: each round narrows the range to one of as many parts as there are threads.
-template <typename Predicate>
-__device__ int64_t first_without(int64_t first, int64_t end, const Predicate& holds) {
-  while (first < end) {
-    const int64_t part = (end - first + kThreads - 1) / kThreads;
-    const int64_t probe = first + threadIdx.x * part;
-    const int passed = __syncthreads_count(probe < end && holds(probe));
-    if (passed == 0) break;
-    end = min(end, first + passed * part);
-    first += (passed - 1) * part + 1;
+// What blocks that move rows of the same bytes know of one another. They take their tiles in the order in which they
+// begin, earlier rows first, and wait for none but those that began before them: so all get on, however few run at once.
+struct Progress {
+  unsigned* next = nullptr;    // how many blocks have begun; null where nothing spans more than one tile of rows
+  unsigned* loaded = nullptr;  // [blocks], 1 once a block will read no more
+
+  __device__ unsigned begin() const {
+    if (next == nullptr) return blockIdx.x;
+    __shared__ unsigned block;
+    if (threadIdx.x == 0) block = atomicAdd(next, 1u);
+    __syncthreads();  // the number is there
+    return block;
   }
-  return first;
-}
+  // After a barrier behind the loads of all threads.
+  __device__ void publish(unsigned block) const {
+    if (next == nullptr || threadIdx.x > 0) return;
+    __threadfence();  // the loads come first
+    *reinterpret_cast<volatile unsigned*>(&loaded[block]) = 1;
+  }
+  // Until the `earlier` blocks that precede this one at distances of `step` have loaded.
+  __device__ void wait(unsigned block, unsigned step, unsigned earlier) const {
+    if (next == nullptr) return;
+    for (unsigned i = threadIdx.x; i < earlier; i += kThreads) {
+      while (*reinterpret_cast<const volatile unsigned*>(&loaded[block - (i + 1) * step]) == 0) __nanosleep(20);
+      __threadfence();  // the stores come last
+    }
+    __syncthreads();
+  }
+};
 
-// One block owns a strip of columns of some lanes and walks its rows forward, so no two blocks share a byte and the
-// order of blocks doesn't matter. Within the block, in steps of many rows: kept rows ascend, so row j comes from j or
-// further back, and what a step has yet to read lies at or beyond the end of what all steps before it have written.
-// Only the rows of one step overlap one another, hence the barrier between its loads and its stores.
+// Of rows that a tile moves at once, at most: then each thread works out where one row is.
+template <typename Rows>
+constexpr int kMostPlaces = kThreads / Rows::kRows;
+
+// `block` is the place of this block among those of the tensor, `global` that among all of the grid.
 template <typename Vector, typename Rows>
-__device__ void move_strip(const Lanes& lanes, const Plan& plan, const Rows& rows, int64_t strip) {
-  const int64_t column_tiles = tiles(lanes.vectors, lanes.log_columns);
-  const int64_t lane_tiles = tiles(lanes.count, lanes.log_lanes);
-  const Place place(lanes);
-  const int64_t column = (strip % column_tiles << lanes.log_columns) + place.column;
-  strip /= column_tiles;
-  const int64_t lane = (strip % lane_tiles << lanes.log_lanes) + place.lane;
-  const int64_t sequence = strip / lane_tiles;
+__device__ void move_tile(const Lanes& lanes, const Plan& plan, const Rows& rows, const Progress& progress,
+                          const Divisor& batch, uint32_t block, uint32_t global) {
+  const uint32_t strips = lanes.column_tiles.size * lanes.lane_tiles.size * batch.size;
+  const int log_columns = lanes.log_columns, log_rows = lanes.log_rows;
+  const int64_t column = (int64_t(lanes.column_tiles.take(block)) << log_columns) + threadIdx.x % (1 << log_columns);
+  const int64_t lane = (int64_t(lanes.lane_tiles.take(block)) << lanes.log_lanes) +
+                       (threadIdx.x >> (log_columns + log_rows));
+  const int64_t sequence = batch.take(block);
+  const uint32_t earlier = block;  // tiles of the same columns and lanes
+
+  // By the turn at which a thread moves a row and its place among those moved at once; one place more, with nothing to
+  // move, is for threads beyond the columns or lanes.
+  __shared__ Way ways[Rows::kRows][kMostPlaces<Rows> + 1];
+  bool something = false;
+  if (threadIdx.x < Rows::kRows << log_rows) {
+    const int64_t row = (int64_t(earlier) * Rows::kRows << log_rows) + threadIdx.x;
+    const Way way = rows.way(lanes, plan, sequence, row);
+    ways[threadIdx.x >> log_rows][threadIdx.x % (1 << log_rows)] = way;
+    something = way.to >= 0;
+  }
+  if (threadIdx.x < Rows::kRows) ways[threadIdx.x][kMostPlaces<Rows>] = {-1, -1};
+  if (!__syncthreads_or(something)) {  // the ways are there
+    if (Rows::kInPlace) progress.publish(global);
+    return;
+  }
+
+  int64_t from, to;
+  lanes.locate(lane, from, to);
+  const char* const source = lanes.from + from + column * int64_t(sizeof(Vector));
+  char* const target = lanes.to + to + column * int64_t(sizeof(Vector));
   const bool mine = column < lanes.vectors && lane < lanes.count;
-
-  int64_t offset, same;
-  lanes.locate(lane, offset, same);
-  char* base = lanes.to + offset + column * int64_t(sizeof(Vector));
-  // What stands before the first dropped row stays as it is.
-  const int64_t begin = first_without(0, plan.rows, [&](int64_t row) { return plan.at(sequence, row) == row; });
-  const int64_t end = first_without(begin, plan.rows, [&](int64_t row) { return plan.at(sequence, row) >= 0; });
-
-  for (int64_t step = begin; step < end; step += int64_t(kMoveRows) << lanes.log_rows) {
-    // One kind of load at a time, for all rows: a row's index, its page and its bytes depend on one another, and must
-    // not wait for those of the row before it as well.
-    int sources[kMoveRows], from[kMoveRows], to[kMoveRows];
-    Vector values[kMoveRows];
-    const auto row_of = [&](int i) { return step + (int64_t(i) << lanes.log_rows) + place.row; };
+  const int place = mine ? (threadIdx.x >> log_columns) % (1 << log_rows) : kMostPlaces<Rows>;
+  Vector values[Rows::kRows];
 #pragma unroll
-    for (int i = 0; i < kMoveRows; ++i) sources[i] = mine && row_of(i) < end ? plan.at(sequence, row_of(i)) : -1;
+  for (int i = 0; i < Rows::kRows; ++i) {
+    if (!Rows::kInPlace) values[i] = Vector();  // what a padding row holds
+    const int64_t offset = ways[i][place].from;
+    if (offset >= 0) values[i] = *reinterpret_cast<const Vector*>(source + offset);
+  }
+  if (Rows::kInPlace) {
+    __syncthreads();  // no row of this tile is overwritten before all of them are read
+    progress.publish(global);
+    progress.wait(global, strips, earlier);
+  }
 #pragma unroll
-    for (int i = 0; i < kMoveRows; ++i) {
-      from[i] = rows.page(lanes, sequence, sources[i]);
-      to[i] = from[i] < 0 ? -1 : rows.page(lanes, sequence, row_of(i));
-    }
-#pragma unroll
-    for (int i = 0; i < kMoveRows; ++i) {
-      if (from[i] < 0) continue;
-      values[i] = *reinterpret_cast<const Vector*>(base + rows.offset(lanes, sequence, from[i], sources[i]));
-    }
-    __syncthreads();  // no row of this step is overwritten before all of them are read
-#pragma unroll
-    for (int i = 0; i < kMoveRows; ++i) {
-      if (to[i] < 0) continue;
-      *reinterpret_cast<Vector*>(base + rows.offset(lanes, sequence, to[i], row_of(i))) = values[i];
-    }
+  for (int i = 0; i < Rows::kRows; ++i) {
+    const int64_t offset = ways[i][place].to;
+    if (offset >= 0) *reinterpret_cast<Vector*>(target + offset) = values[i];
   }
 }
 
 template <int Capacity, typename Rows>
 __global__ void __launch_bounds__(kThreads, Rows::kBlocksPerSM)
-    move_kernel(const __grid_constant__ Table<Capacity> table, Plan plan, Rows rows) {
-  const Lanes& lanes = table.of_block(blockIdx.x);
-  with_vector(lanes.log_vector,
-              [&](auto vector) { move_strip<decltype(vector)>(lanes, plan, rows, blockIdx.x - lanes.first_block); });
+    move_kernel(const __grid_constant__ Table<Capacity> table, const __grid_constant__ Plan plan,
+                const __grid_constant__ Rows rows, Progress progress, Divisor batch) {
+  const uint32_t block = progress.begin();
+  const int tensor = table.of_block(block);
+  const Lanes& lanes = table.lanes[tensor];
+  with_vector(lanes.log_vector, [&](auto vector) {
+    move_tile<decltype(vector)>(lanes, plan, rows, progress, batch, block - table.first_block[tensor], block);
+  });
 }
 
 // --- launches --------------------------------------------------------------------------------------------------------
@@ -332,11 +358,18 @@ inline int ceil_log2(int64_t size, int most) {
   return log;
 }
 
-// Lays out a block's threads over a tensor: as many columns as it has, at most `most_columns`, then rows, then lanes.
-inline void lay_out(Lanes& lanes, int most_columns, int64_t rows) {
+// Lays out a block's threads over a tensor: as many columns as it has, at most 2^most_columns, then rows, then lanes.
+template <typename Rows>
+void lay_out(Lanes& lanes, int most_columns, int64_t rows) {
   lanes.log_columns = ceil_log2(lanes.vectors, most_columns);
-  lanes.log_rows = ceil_log2(rows, kLogThreads - lanes.log_columns);
+  lanes.log_rows = 0;
+  while (Rows::kRows << lanes.log_rows < rows && lanes.log_rows < kLogThreads - lanes.log_columns &&
+         1 << lanes.log_rows < kMostPlaces<Rows>) {
+    ++lanes.log_rows;
+  }
   lanes.log_lanes = kLogThreads - lanes.log_columns - lanes.log_rows;
+  lanes.column_tiles = Divisor(tiles(lanes.vectors, lanes.log_columns));
+  lanes.lane_tiles = Divisor(tiles(lanes.count, lanes.log_lanes));
 }
 
 inline bool large_arguments() {
@@ -356,17 +389,17 @@ inline bool large_arguments() {
 template <typename BlocksOf, typename Launch>
 void for_each_table(const std::vector<Lanes>& list, const BlocksOf& blocks_of, const Launch& launch) {
   const auto fill = [&](auto table, size_t& next) {
-    constexpr int64_t capacity = sizeof(table.lanes) / sizeof(Lanes);
+    constexpr int capacity = sizeof(table.lanes) / sizeof(Lanes);
     int64_t blocks = 0;
     table.count = 0;
     for (; next < list.size() && table.count < capacity; ++next) {
       const int64_t more = blocks_of(list[next]);
       if (blocks + more > INT32_MAX) break;
-      Lanes& lanes = table.lanes[table.count++] = list[next];
-      lanes.first_block = blocks;
+      table.lanes[table.count] = list[next];
+      table.first_block[table.count++] = static_cast<int32_t>(blocks);
       blocks += more;
     }
-    launch(table, dim3(static_cast<unsigned>(blocks)));
+    launch(table, static_cast<unsigned>(blocks));
   };
   for (size_t next = 0; next < list.size();) {
     const size_t left = list.size() - next;
@@ -393,40 +426,67 @@ inline void invert(const Plan& plan, int64_t length, int32_t* inverse, cudaStrea
   launch(invert_kernel, dim3(plan.batch), dim3(kPlanThreads), stream, plan, length, inverse);
 }
 
-// Every tensor of the list has elements, and so has the plan.
-inline void gather(std::vector<Lanes> list, const Plan& plan, cudaStream_t stream) {
-  for (Lanes& lanes : list) lay_out(lanes, kLogThreads, tiles(plan.rows, kLogGatherRows));
-  const auto blocks = [&](const Lanes& lanes) {
-    return plan.batch * tiles(lanes.count, lanes.log_lanes) * tiles(plan.rows, lanes.log_rows + kLogGatherRows) *
-           tiles(lanes.vectors, lanes.log_columns);
-  };
-  for_each_table(list, blocks, [&](const auto& table, dim3 grid) {
+// How many blocks work on a tensor; for one sequence, if `batch` is 1.
+template <typename Rows>
+int64_t blocks_of(const Lanes& lanes, int64_t batch, int64_t rows) {
+  const int64_t tile = int64_t(Rows::kRows) << lanes.log_rows;
+  return batch * lanes.lane_tiles.size * lanes.column_tiles.size * ((rows + tile - 1) / tile);
+}
+
+// Every tensor of the list has elements, and so has the plan. In place, clear(n) returns n zeros on the device, for use
+// in this stream; it is not called where a single tile of rows will do.
+template <typename Rows, typename Clear>
+void move_all(const std::vector<Lanes>& list, const Plan& plan, const Rows& rows, Clear&& clear,
+              cudaStream_t stream) {
+  if (list.empty() || plan.batch == 0 || plan.rows == 0) return;
+  const auto blocks = [&](const Lanes& lanes) { return blocks_of<Rows>(lanes, plan.batch, plan.rows); };
+  const Divisor batch(plan.batch);
+  for_each_table(list, blocks, [&](const auto& table, unsigned grid) {
     constexpr int capacity = sizeof(table.lanes) / sizeof(Lanes);
-    launch(gather_kernel<capacity>, grid, dim3(kThreads), stream, table, plan);
+    Progress progress;
+    bool in_turn = false;
+    for (int i = 0; i < table.count; ++i) {
+      in_turn |= Rows::kInPlace && (Rows::kRows << table.lanes[i].log_rows) < plan.rows;
+    }
+    if (in_turn) {
+      progress.next = clear(int64_t(grid) + 1);
+      progress.loaded = progress.next + 1;
+    }
+    launch(move_kernel<capacity, Rows>, dim3(grid), dim3(kThreads), stream, table, plan, rows, progress, batch);
   });
 }
 
-// A strip is 256 bytes wide, which is a head of most models. Where that makes too few strips to keep a large GPU busy,
-// they are narrowed, down to the 64 bytes that memory hands out at a time.
-constexpr int64_t kEnoughStrips = 4 * 132;
-
-template <typename Rows>
-void move(std::vector<Lanes> list, const Plan& plan, const Rows& rows, cudaStream_t stream) {
-  const auto blocks = [&](const Lanes& lanes) {
-    return plan.batch * tiles(lanes.count, lanes.log_lanes) * tiles(lanes.vectors, lanes.log_columns);
-  };
-  for (int log_bytes = 8; log_bytes >= 6; --log_bytes) {
-    int64_t strips = 0;
-    for (Lanes& lanes : list) {
-      lay_out(lanes, std::max(0, log_bytes - lanes.log_vector), tiles(plan.rows, 3));
-      strips += blocks(lanes);
+// Tiles are as high as a block can make them, or so that least of them is empty: of 85 rows, 3 tiles of 32 rows of 2
+// heads take less than 2 of 64 of one.
+inline void gather(std::vector<Lanes> list, const Plan& plan, cudaStream_t stream) {
+  using Rows = GatheredRows;
+  for (Lanes& lanes : list) {
+    lay_out<Rows>(lanes, kLogThreads, plan.rows);
+    Lanes lower = lanes;
+    const int highest = lanes.log_rows;
+    for (int log_rows = highest - 1; log_rows >= std::max(0, highest - 2); --log_rows) {
+      lay_out<Rows>(lower, kLogThreads, Rows::kRows << log_rows);
+      if (blocks_of<Rows>(lower, 1, plan.rows) < blocks_of<Rows>(lanes, 1, plan.rows)) lanes = lower;
     }
-    if (strips >= kEnoughStrips) break;
   }
-  for_each_table(list, blocks, [&](const auto& table, dim3 grid) {
-    constexpr int capacity = sizeof(table.lanes) / sizeof(Lanes);
-    launch(move_kernel<capacity, Rows>, grid, dim3(kThreads), stream, table, plan, rows);
-  });
+  move_all(list, plan, Rows(), [](int64_t) -> unsigned* { return nullptr; }, stream);
+}
+
+// A block's columns are 256 bytes wide, which is a head of most models. Where that makes too few blocks to keep a large
+// GPU busy they are narrowed, though not below the 128 bytes of a line of its cache.
+constexpr int64_t kMultiprocessors = 132;
+
+template <typename Rows, typename Clear>
+void move(std::vector<Lanes> list, const Plan& plan, const Rows& rows, Clear&& clear, cudaStream_t stream) {
+  for (int log_bytes = 8; log_bytes >= 7; --log_bytes) {
+    int64_t blocks = 0;
+    for (Lanes& lanes : list) {
+      lay_out<Rows>(lanes, std::max(0, log_bytes - lanes.log_vector), plan.rows);
+      blocks += blocks_of<Rows>(lanes, plan.batch, plan.rows);
+    }
+    if (blocks >= kMultiprocessors) break;
+  }
+  move_all(list, plan, rows, clear, stream);
 }
 
 }  // namespace vtw::cuda

@@ -3,7 +3,7 @@
 // Every thread of a block is a fiber. A fiber runs until it waits for others (a barrier, a shuffle), then another one
 // is picked *at random*; blocks run one after another in *random order*. So an access that only a missing barrier or a
 // lucky order protects goes wrong here, and AddressSanitizer sees each load and store. SIMT_SEED makes a run repeat.
-// The blocks of a cluster take turns, at random too.
+// The blocks of a cluster take turns, at random too; so do any SIMT_TOGETHER blocks, if that is given.
 //
 // Stricter than a GPU: a thread that leaves, or waits elsewhere, while others of its block wait at a barrier is an
 // error. Not modelled: the order of memory between blocks that run at once, and anything about speed.
@@ -188,6 +188,7 @@ struct Block {
   const std::function<void()>* kernel = nullptr;
   Cluster* cluster = nullptr;
   unsigned rank = 0;
+  unsigned naps = 0;
   std::vector<char> dynamic;  // shared memory whose size the launch says
 };
 
@@ -334,12 +335,15 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& kernel,
                    size_t dynamic = 0) {
   gridDim = grid;
   blockDim = threads;
-  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z / cluster);
+  static const char* const together = std::getenv("SIMT_TOGETHER");
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const uint64_t group = cluster > 1 || !together ? cluster : std::strtoull(together, nullptr, 10);
+  std::vector<uint64_t> order((blocks + group - 1) / group);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random());
   for (uint64_t i : order) {
-    if (cluster > 1) {
-      run_cluster(grid, threads, i * cluster, cluster, dynamic, kernel);
+    if (group > 1) {
+      run_cluster(grid, threads, i * group, std::min(group, blocks - i * group), dynamic, kernel);
     } else {
       block().dynamic.assign(dynamic, char(0xff));
       blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
@@ -353,6 +357,12 @@ inline void launch(dim3 grid, dim3 threads, const std::function<void()>& kernel,
 inline void __syncthreads() { simt::meet_block(0); }
 inline int __syncthreads_count(int predicate) { return simt::meet_block(predicate); }
 inline int __syncthreads_or(int predicate) { return simt::meet_block(predicate) != 0; }
+// Others run; whoever waits for them in vain is stopped.
+inline void __nanosleep(unsigned) {
+  simt::Block& self = simt::block();
+  if (++self.naps > 10'000'000) simt::fail("a thread waits for what never happens");
+  swapcontext(&self.running->context, &self.scheduler);
+}
 inline void __syncwarp(unsigned mask = ~0u) { simt::meet_warp(mask, 0); }
 
 template <typename T>
