@@ -14,12 +14,12 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 SANITIZE = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # The kernels read memory as vectors of other types, which nvcc allows and g++ must be told to.
-SANITIZE += ["-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", f"-I{TESTS / 'simt'}", f"-I{ROOT / 'csrc'}"]
+SANITIZE += ["-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", f"-I{TESTS / 'simt'}"]
 
 
 def compile_cpp(*arguments: object) -> None:
     compiler = os.environ.get("CXX", "c++")
-    done = subprocess.run([compiler, *SANITIZE, *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([compiler, *SANITIZE, *map(str, arguments), f"-I{ROOT / 'csrc'}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -91,3 +91,30 @@ def test_broken_kernels_are_caught(broken, kernel, sign):
 def test_the_right_kernel_passes(broken):
     done = subprocess.run([broken, "right"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+WAIT, PUBLISH_NOTHING = "    progress.wait(global, strips, earlier);\n", "    if (Rows::kInPlace) progress.publish(global);\n"
+
+
+@pytest.mark.parametrize(
+    ("without", "sign"),
+    [
+        pytest.param("", "", id="as_it_is"),
+        pytest.param(WAIT, "", id="without_wait"),
+        pytest.param(PUBLISH_NOTHING, "a thread waits for what never happens", id="without_publish"),
+    ],
+)
+def test_tiles_in_place_wait_for_one_another(tmp_path, without, sign):
+    """Blocks that run at once; and without a line of the kernel, to see that this is what it is there for."""
+    header = (ROOT / "csrc" / "cuda" / "compaction.cuh").read_text()
+    assert not without or header.count(without) == 1
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "compaction.cuh").write_text(header.replace(without, "") if without else header)
+    (tmp_path / "cuda" / "launch.cuh").write_text((ROOT / "csrc" / "cuda" / "launch.cuh").read_text())
+    compile_cpp(f"-I{tmp_path}", TESTS / "simt" / "in_turn.cpp", "-o", tmp_path / "in_turn")
+    done = subprocess.run([tmp_path / "in_turn"], capture_output=True, text=True)
+    if not without:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0 and sign in done.stderr
+        assert sign or done.returncode == 1

@@ -360,7 +360,7 @@ inline int __syncthreads_or(int predicate) { return simt::meet_block(predicate) 
 // Others run; whoever waits for them in vain is stopped.
 inline void __nanosleep(unsigned) {
   simt::Block& self = simt::block();
-  if (++self.naps > 10'000'000) simt::fail("a thread waits for what never happens");
+  if (++self.naps > 1'000'000) simt::fail("a thread waits for what never happens");
   swapcontext(&self.running->context, &self.scheduler);
 }
 inline void __syncwarp(unsigned mask = ~0u) { simt::meet_warp(mask, 0); }
