@@ -62,7 +62,7 @@ class Zeros {
   unsigned* operator()(int64_t count) {
     tensors_.push_back(allocate(like_, {count}, ScalarType::Int));
     void* const memory = tensors_.back().mutable_data_ptr();
-    cudaMemsetAsync(memory, 0, count * sizeof(unsigned), stream_);
+    check(cudaMemsetAsync(memory, 0, count * sizeof(unsigned), stream_), "cudaMemsetAsync");
     return static_cast<unsigned*>(memory);
   }
 

@@ -135,19 +135,24 @@ __global__ void __launch_bounds__(kPlanThreads)
   source += sequence * rows;
   if (limits != nullptr) tokens = min(tokens, max(int64_t(0), int64_t(limits[sequence * limit_stride])));
 
+  // The i-th flag that is scanned, and the slot of the i-th row that is kept, counted from one end or the other.
+  const auto token_of = [&](int64_t i) { return pad_left ? tokens - 1 - i : i; };
+  const auto slot_of = [&](int64_t i) { return pad_left ? rows - 1 - i : i; };
+  const int64_t step = pad_left ? -1 : 1;
+
   int64_t kept = 0;
   for (int64_t tile = 0; tile < tokens && kept < rows; tile += kPlanThreads * kPlanItems) {
     const int64_t first = tile + threadIdx.x * kPlanItems;
+    const int count = static_cast<int>(max(int64_t(0), min(int64_t(kPlanItems), tokens - first)));
     unsigned flags = 0;
+    int64_t at = token_of(first) * keep_token;
 #pragma unroll  // all loads are on their way before the first is looked at
-    for (int i = 0; i < kPlanItems; ++i) {
-      const int64_t token = pad_left ? tokens - 1 - first - i : first + i;
-      flags |= unsigned(first + i < tokens && keep[token * keep_token] != 0) << i;
-    }
-    int up_to_here = __popc(flags);  // in this warp
-    for (int step = 1; step < 32; step *= 2) {
-      const int below = __shfl_up_sync(~0u, up_to_here, step);
-      if (lane >= step) up_to_here += below;
+    for (int i = 0; i < kPlanItems; ++i, at += step * keep_token) flags |= unsigned(i < count && keep[at] != 0) << i;
+    const int own = __popc(flags);
+    int up_to_here = own;  // in this warp
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const int below = __shfl_up_sync(~0u, up_to_here, lanes);
+      if (lane >= lanes) up_to_here += below;
     }
     if (lane == 31) counts[warp] = up_to_here;
     __syncthreads();  // every warp's count is there
@@ -156,18 +161,21 @@ __global__ void __launch_bounds__(kPlanThreads)
       if (w == warp) before = total;
       total += counts[w];
     }
-    int64_t slot = kept + before + up_to_here - __popc(flags);
-    for (int i = 0; i < kPlanItems; ++i) {
-      if (!(flags >> i & 1)) continue;
-      const int64_t token = pad_left ? tokens - 1 - first - i : first + i;
-      if (slot < rows) source[pad_left ? rows - 1 - slot : slot] = static_cast<int32_t>(token);
-      ++slot;
+    const int64_t slot = kept + before + up_to_here - own;
+    int room = static_cast<int>(min(int64_t(own), rows - slot));
+    int32_t* to = source + slot_of(slot);
+    int token = static_cast<int>(token_of(first));
+    for (; flags != 0 && room > 0; flags >>= 1, token += static_cast<int>(step)) {
+      if (flags % 2 == 0) continue;
+      *to = token;
+      to += step;
+      --room;
     }
     kept += total;
     __syncthreads();  // every warp has read the counts, which the next tile overwrites
   }
   kept = min(kept, rows);
-  for (int64_t row = kept + threadIdx.x; row < rows; row += kPlanThreads) source[pad_left ? rows - 1 - row : row] = -1;
+  for (int64_t row = kept + threadIdx.x; row < rows; row += kPlanThreads) source[slot_of(row)] = -1;
   if (threadIdx.x == 0) lengths[sequence] = static_cast<int32_t>(kept);
 }
 
