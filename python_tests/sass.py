@@ -59,34 +59,35 @@ class Code:
             following.append(after)
         return Code(instructions, following)
 
-    def loop(self, wanted: str) -> list[str]:
-        """The shortest way round the innermost loop, of those whose instructions match `wanted` the most often."""
-        return max(
-            (self._shortest(first, last + 1, wanted) for last, after in enumerate(self.following) for first in after if first <= last),
-            key=lambda way: (self._matches(way, wanted), -len(way)),
-        )  # fmt: skip
+    def loop(self, wanted: str, times: int) -> list[str]:
+        """The shortest way round a loop on which this many instructions match `wanted`."""
+        ends = [(first, last) for last, after in enumerate(self.following) for first in after if first <= last]
+        ways = [self._shortest(first, last, wanted, times) for first, last in ends]
+        return min((way for way in ways if way), key=len)
 
-    def path(self, wanted: str) -> list[str]:
-        """The shortest way through the kernel, each loop at most once, of those that match `wanted` the most often."""
-        return self._shortest(0, len(self.instructions), wanted)
+    def path(self, wanted: str, times: int) -> list[str]:
+        """The shortest way through the kernel, with no loop gone round twice, on which this many match `wanted`."""
+        return self._shortest(0, None, wanted, times)
 
-    @staticmethod
-    def _matches(way: list[str], wanted: str) -> int:
-        return sum(re.fullmatch(wanted, name) is not None for name in way)
-
-    def _shortest(self, first: int, end: int, wanted: str) -> list[str]:
-        best = {}  # from each instruction on: how often it matches, its length negated, what comes next
-        for i in reversed(range(first, end)):
-            if self.instructions[i].startswith("CALL"):
-                continue
-            ways = [best[j][:2] + (j,) for j in self.following[i] if i < j and j in best]
-            leaves = not self.following[i] or any(j >= end or j <= i for j in self.following[i])
-            matches, length, after = max(ways + [(0, 0, None)] * leaves, default=(None, 0, None))
-            if matches is not None:
-                found = re.fullmatch(wanted, self.instructions[i]) is not None
-                best[i] = (matches + found, length - 1, after)
-        way, i = [], first if first in best else None
+    def _shortest(self, first: int, last: int | None, wanted: str, times: int) -> list[str]:
+        """From `first` to `last`, or to the end of the kernel; forwards only. Empty if there is none."""
+        # From each instruction on, by the number of matches: the length of the shortest way, and the next instruction.
+        best: dict[int, dict[int, tuple[int, int | None]]] = {}
+        for i in reversed(range(first, len(self.instructions) if last is None else last + 1)):
+            found = re.fullmatch(wanted, self.instructions[i]) is not None
+            ends = i == last or (last is None and self.instructions[i].startswith("EXIT"))
+            ways = [(found, 1, None)] * ends
+            for j in self.following[i]:
+                if j > i and i != last:
+                    ways += [(found + more, 1 + length, j) for more, (length, _) in best.get(j, {}).items()]
+            best[i] = {}
+            for count, length, after in ways:
+                if count <= times and length < best[i].get(count, (length + 1,))[0]:
+                    best[i][count] = (length, after)
+        way, i = [], first
         while i is not None:
+            if times not in best[i]:
+                return []
             way.append(self.instructions[i])
-            i = best[i][2]
+            times, i = times - (re.fullmatch(wanted, self.instructions[i]) is not None), best[i][times][1]
         return way

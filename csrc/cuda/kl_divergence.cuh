@@ -149,7 +149,7 @@ __device__ State<R> cluster_merge(State<R> x, R scale) {
 // In fp64, which keeps what the subtraction of two log-sum-exps of some tens would round away. Rounding may still leave
 // a hair below 0, which no divergence is; the comparison lets NaN through.
 __device__ inline double divergence(const State<double>& s) {
-  const double kl = s.a / s.z_p + ((s.m_q + log(s.z_q)) - (s.m_p + log(s.z_p * kUnit)));
+  const double kl = s.a / s.z_p + ((s.m_q - s.m_p) + log(s.z_q / (s.z_p * kUnit)));
   return kl < 0 ? 0 : kl;
 }
 
@@ -161,9 +161,12 @@ constexpr int kHeadroom = 6;  // in powers of 2
 template <typename R>
 struct Exponent {
   R scale, headroom;  // headroom is of the logits: headroom·scale = kHeadroom
+  double inverse;     // of the temperature: where a row ends, one thread divides, and all wait for it
 
   explicit Exponent(double temperature)
-      : scale(static_cast<R>(kLog2e / temperature)), headroom(static_cast<R>(kHeadroom / kLog2e * temperature)) {}
+      : scale(static_cast<R>(kLog2e / temperature)),
+        headroom(static_cast<R>(kHeadroom / kLog2e * temperature)),
+        inverse(1 / temperature) {}
 };
 
 // One side of the pair. The sum of exponentials is relative to an *origin*, which stays where it is until a logit
@@ -468,8 +471,8 @@ struct Forward {
 
 // What a row amounts to, once the temperature is applied.
 template <typename R>
-__device__ State<double> apply(double temperature, const State<R>& s) {
-  return {s.m_p / temperature, s.z_p, s.a / temperature, s.m_q / temperature, s.z_q};
+__device__ State<double> apply(double inverse, const State<R>& s) {
+  return {s.m_p * inverse, s.z_p, s.a * inverse, s.m_q * inverse, s.z_q};
 }
 
 // As a tensor has it.
@@ -514,7 +517,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const 
     whole = warp_merge(whole, scale);
   }
   if (threadIdx.x == 0) {
-    const State<double> s = apply(f.temperature, whole);
+    const State<double> s = apply(f.exponent.inverse, whole);
     f.kl[row] = static_cast<R>(divergence(s));
     f.state[row] = rounded<R>(s);
   }
@@ -524,37 +527,64 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) forward_kernel(const 
 
 // What a row's logits need to get their gradients:
 //   dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
+//
+// All that is the same for a whole row is multiplied beforehand. Exponentials are those of Side, with one FMA each,
+// unless the maxima are too large for that.
 template <typename R>
 struct Slope {
-  R m_p, m_q, g_zp, g_a, g_zq, inverse, scale;
-  bool none;  // a row that counts for nothing has no gradient, not even that of a NaN
+  R m_p, m_q, scale, shift_p, shift_q;
+  R constant, per_difference, times_p;  // dp = (constant + per_difference (p - q)) times_p e_p
+  R of_q, of_p;                         // dq = of_q e_q - of_p e_p
+  bool none;                            // a row that counts for nothing has no gradient, not even that of a NaN
+  bool moderate;
 
   // `gradient` is that of the state.
   __device__ Slope(const State<R>& state, const State<R>& gradient, double temperature)
-      : g_zp(gradient.z_p),
-        g_a(gradient.a),
-        g_zq(gradient.z_q),
-        inverse(1 / static_cast<R>(temperature)),
-        scale(static_cast<R>(kLog2e) * inverse),
-        none(g_zp == 0 && g_a == 0 && g_zq == 0) {
+      : none(gradient.z_p == 0 && gradient.a == 0 && gradient.z_q == 0) {
+    const R inverse = 1 / static_cast<R>(temperature);
+    scale = static_cast<R>(kLog2e) * inverse;
     // The state's maxima are those of the scaled logits. Where all is -inf any finite number will do: e^x is 0.
     m_p = state.m_p == R(-INFINITY) ? R(0) : state.m_p * static_cast<R>(temperature);
     m_q = state.m_q == R(-INFINITY) ? R(0) : state.m_q * static_cast<R>(temperature);
+    shift_p = m_p * scale;
+    shift_q = m_q * scale;
+    moderate = fabs(shift_p) < R(1 << 20) && fabs(shift_q) < R(1 << 20);
+    const R mend_p = moderate ? power_of_2(-fma(m_p, scale, -shift_p)) : R(1);
+    const R mend_q = moderate ? power_of_2(-fma(m_q, scale, -shift_q)) : R(1);
+    constant = gradient.z_p + gradient.a;
+    per_difference = gradient.a * inverse;
+    times_p = inverse * mend_p;
+    of_q = gradient.z_q * inverse * mend_q;
+    of_p = gradient.a * inverse * mend_p;
   }
 
-  template <typename T, int count>
+  // Both gradients, or one: the pointer to the other is not looked at.
+  template <bool kOfP, bool kOfQ, typename T, int count>
   __device__ void write(const R (&x)[count], const R (&y)[count], T* to_p, T* to_q) const {
+    R e_p[count], e_q[count];
+    const auto exponentials = [&](const auto& exponent_of) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        e_p[i] = power_of_2(exponent_of(x[i], m_p, shift_p));
+        if constexpr (kOfQ) e_q[i] = power_of_2(exponent_of(y[i], m_q, shift_q));
+      }
+    };
+    if (moderate && !none) {
+      exponentials([&](R logit, R, R shift) { return fma(logit, scale, -shift); });
+    } else {
+      exponentials([&](R logit, R m, R) { return none ? R(-INFINITY) : (logit - m) * scale; });
+    }
     T dp[count], dq[count];
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const R e_p = power_of_2((x[i] - m_p) * scale);
-      const R e_q = power_of_2((y[i] - m_q) * scale);
-      const R g = g_zp + g_a * ((x[i] - y[i]) * inverse + 1);
-      round_to(dp[i], none || e_p == 0 ? R(0) : inverse * g * e_p);
-      round_to(dq[i], none ? R(0) : inverse * (g_zq * e_q - g_a * e_p));
+      if constexpr (kOfP) {
+        const R slope = fma(per_difference, x[i] - y[i], constant);
+        round_to(dp[i], e_p[i] == 0 ? R(0) : slope * (times_p * e_p[i]));
+      }
+      if constexpr (kOfQ) round_to(dq[i], fma(of_q, e_q[i], -(of_p * e_p[i])));
     }
-    if (to_p) store(to_p, dp);
-    if (to_q) store(to_q, dq);
+    if constexpr (kOfP) store(to_p, dp);
+    if constexpr (kOfQ) store(to_q, dq);
   }
 };
 
@@ -584,16 +614,17 @@ struct Backward {
   T *grad_p, *grad_q;  // [rows, V], or null
 };
 
-template <typename T>
+// Which gradients are wanted is known when the kernel is compiled: the other one would cost as much again.
+template <typename T, bool kOfP, bool kOfQ>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<T>) backward_kernel(const __grid_constant__ Backward<T> b) {
   const auto [row, begin, end] = b.grid.part(b.pairs.vocabulary);
   const int64_t at = row * b.pairs.vocabulary;
-  T* const to_p = b.grad_p ? b.grad_p + at : nullptr;
-  T* const to_q = b.grad_q ? b.grad_q + at : nullptr;
+  T* const to_p = b.grad_p + at;
+  T* const to_q = b.grad_q + at;
   const State<Real<T>> state = b.state[row];
   const Slope<Real<T>> slope(state, b.gradient ? b.gradient[row] : b.weights.gradient(row, state), b.temperature);
-  visit_pairs(Row<T>(b.pairs, row), to_p ? to_p : to_q, begin, end, [&](int64_t i, const auto& x, const auto& y) {
-    slope.write(x, y, to_p ? to_p + i : nullptr, to_q ? to_q + i : nullptr);
+  visit_pairs(Row<T>(b.pairs, row), kOfP ? to_p : to_q, begin, end, [&](int64_t i, const auto& x, const auto& y) {
+    slope.template write<kOfP, kOfQ>(x, y, to_p + i, to_q + i);
   });
 }
 
@@ -616,7 +647,7 @@ struct ForwardBackward {
 
 // Reads the logits once: the blocks of a row keep it in their shared memory, from the sums to the gradients. For rows
 // of whole and aligned vectors.
-template <typename T>
+template <typename T, bool kOfP, bool kOfQ>
 __global__ void __launch_bounds__(kFusedThreads, sizeof(T) == 8 ? 1 : 2)
     forward_backward_kernel(const __grid_constant__ ForwardBackward<T> f) {
   using R = Real<T>;
@@ -655,7 +686,7 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(T) == 8 ? 1 : 2)
 
   __shared__ State<R> of_row;
   if (threadIdx.x == 0) {
-    const State<double> s = apply(f.temperature, whole);
+    const State<double> s = apply(f.exponent.inverse, whole);
     of_row = rounded<R>(s);
     if (block == 0) f.kl[row] = static_cast<R>(divergence(s));
   }
@@ -667,7 +698,7 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(T) == 8 ? 1 : 2)
     unpack<T>(slots[i], x);
     unpack<T>(slots[f.vectors + i], y);
     const int64_t to = at + i * int64_t(kLanes<T>);
-    slope.write(x, y, f.grad_p ? f.grad_p + to : nullptr, f.grad_q ? f.grad_q + to : nullptr);
+    slope.template write<kOfP, kOfQ>(x, y, f.grad_p + to, f.grad_q + to);
   }
 }
 
@@ -773,10 +804,24 @@ void forward(const Forward<T>& f, cudaStream_t stream) {
   }
 }
 
+// Calls function(of_p, of_q) with two constants that say which gradients are wanted; one at least is.
+template <typename T, typename Function>
+void for_wanted(const T* grad_p, const T* grad_q, const Function& function) {
+  if (grad_p == nullptr) {
+    function(std::false_type(), std::true_type());
+  } else if (grad_q == nullptr) {
+    function(std::true_type(), std::false_type());
+  } else {
+    function(std::true_type(), std::true_type());
+  }
+}
+
 template <typename T>
 void backward(const Backward<T>& b, cudaStream_t stream) {
   if (b.pairs.rows == 0 || b.pairs.vocabulary == 0) return;
-  launch(backward_kernel<T>, b.pairs.rows * b.grid.chunks, b.grid.threads, stream, b);
+  for_wanted(b.grad_p, b.grad_q, [&](auto of_p, auto of_q) {
+    launch(backward_kernel<T, of_p, of_q>, b.pairs.rows * b.grid.chunks, b.grid.threads, stream, b);
+  });
 }
 
 // The smallest cluster in whose shared memory a pair of rows has room, and with it that of another cluster, so that one
@@ -806,8 +851,10 @@ void forward_backward(ForwardBackward<T> f, cudaStream_t stream) {
   const int64_t vectors = f.pairs.vocabulary / kLanes<T>;
   f.vectors = static_cast<uint32_t>((vectors + f.blocks - 1) / f.blocks);
   const unsigned threads = std::min<unsigned>((f.vectors + kWarp - 1) / kWarp * kWarp, kFusedThreads);
-  launch_clusters(forward_backward_kernel<T>, f.pairs.rows * f.blocks, threads, f.blocks, 2 * f.vectors * sizeof(uint4),
-                  stream, f);
+  for_wanted(f.grad_p, f.grad_q, [&](auto of_p, auto of_q) {
+    launch_clusters(forward_backward_kernel<T, of_p, of_q>, f.pairs.rows * f.blocks, threads, f.blocks,
+                    2 * f.vectors * sizeof(uint4), stream, f);
+  });
 }
 
 template <typename T>
