@@ -1,5 +1,6 @@
 """What the CUDA compiler says of the kernels, without a GPU and without torch: they compile for every architecture, no
-register spills, and the main paths move 16 bytes at a time. Needs nvcc."""
+register spills, the main paths move 16 bytes at a time, and with no more instructions and registers than today. Needs
+nvcc."""
 
 import functools
 import os
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sass import count, cuda_tool, sass_of
+from sass import Code, count, cuda_tool, sass_of
 
 ROOT = Path(__file__).parents[1]
 ARCHS = ("80", "90", "100", "120")
@@ -97,6 +98,78 @@ def test_16_byte_accesses(folder, header, arch):
             assert found, kernel
             for code in found:
                 assert count(code, instruction) >= least, kernel
+
+
+WIDE, EXPONENTIAL = r"(?:LDG|LDGSTS|LDS|STG)\.(?:\w+\.)*128\S*", r"MUFU\.EX2"
+ACCESS = r"(?:LDG|STG|STS)\S*"  # of compaction: plan, tables of pages, where rows are, flags of other blocks, rows
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a kernel may cost on its main path, on any architecture: a loop, or the way through a kernel without one.
+    benchmarks/roofline.md says what follows from it.
+
+    Args:
+        header, kernel: where it is, and what its mangled name contains.
+        matches: what the path is known by: so many instructions that match.
+        moved: bytes that a warp moves on it, read and written.
+        instructions: at most, of a warp.
+        registers: at most, of a thread; threads: of a block.
+        blocks: at least, that registers leave room for on a multiprocessor.
+    """
+
+    header: str
+    kernel: str
+    matches: tuple[str, int]
+    moved: int
+    instructions: int
+    registers: int
+    threads: int
+    blocks: int
+    loop: bool = True
+
+
+def pairs(wide: int, exponentials: int) -> tuple[str, int]:
+    return f"{WIDE}|{EXPONENTIAL}", wide + exponentials
+
+
+FORWARD, BACKWARD, FUSED = "14forward_kernelI{}E", "15backward_kernelI{}Lb0ELb1EE", "23forward_backward_kernelI{}Lb0ELb1EE"
+BF16, FP32 = "13__nv_bfloat16", "f"
+BUDGETS = {
+    "gather": Budget("compaction", "ILi80ENS0_12GatheredRows", (ACCESS, 12), 4096, 259, 40, 256, 6, loop=False),
+    "move": Budget("compaction", "ILi80ENS0_9DenseRows", (ACCESS, 23), 8192, 334, 64, 256, 4, loop=False),
+    "move, paged": Budget("compaction", "ILi80ENS0_9PagedRows", (ACCESS, 25), 8192, 396, 64, 256, 4, loop=False),
+    "forward, bf16": Budget("kl_divergence", FORWARD.format(BF16), pairs(4, 16), 1024, 140, 64, 256, 4),
+    "forward, fp32": Budget("kl_divergence", FORWARD.format(FP32), pairs(4, 8), 1024, 84, 56, 256, 4),
+    "gradient of q, bf16": Budget("kl_divergence", BACKWARD.format(BF16), pairs(5, 16), 1536, 110, 48, 256, 4),
+    "gradient of q, fp32": Budget("kl_divergence", BACKWARD.format(FP32), pairs(5, 8), 1536, 64, 48, 256, 4),
+    # At once: the logits are loaded, summed, and read again for the gradients.
+    "loads, bf16": Budget("kl_divergence", FUSED.format(BF16), pairs(2, 0), 1024, 19, 64, 512, 2),
+    "sums, bf16": Budget("kl_divergence", FUSED.format(BF16), pairs(2, 16), 1024, 115, 64, 512, 2),
+    "gradients of q, bf16": Budget("kl_divergence", FUSED.format(BF16), pairs(3, 16), 1536, 87, 64, 512, 2),
+}
+
+
+def cost(name: str, arch: str, folder: Path) -> tuple[int, int]:
+    """Instructions of a warp on the main path, and registers of a thread."""
+    budget = BUDGETS[name]
+    sass, report = compiled(budget.header, arch, folder)
+    (kernel,) = (kernel for kernel in sass if budget.kernel in kernel)
+    code = Code.of(sass[kernel])
+    path = (code.loop if budget.loop else code.path)(*budget.matches)
+    assert path, f"{name}: there is no such path"
+    (registers,) = re.findall(rf"entry function '{kernel}'.*?Used (\d+) registers", report, re.DOTALL)
+    return len(path), int(registers)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_budget(folder, name, arch):
+    budget = BUDGETS[name]
+    instructions, registers = cost(name, arch, folder)
+    assert instructions <= budget.instructions
+    assert registers <= budget.registers
+    assert 65536 // (-(-registers // 8) * 8 * budget.threads) >= budget.blocks
 
 
 @pytest.mark.parametrize("arch", ARCHS)
