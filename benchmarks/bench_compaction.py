@@ -22,17 +22,17 @@ class Shape(Model):
     """A model and its prompt: how many of them, in which dtype, and which tokens are kept."""
 
     batch: int = 1
-    half: bool = False  # whether a random half of the visual tokens is kept
+    share: int = 0  # one in so many visual tokens is kept, at random; 0: none
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def kept(self) -> int:
-        return self.before + self.after + (self.visual // 2 if self.half else 0)
+        return self.before + self.after + (self.visual // self.share if self.share else 0)
 
     def __str__(self) -> str:
         batch = f" x {self.batch}" if self.batch > 1 else ""
         dtype = "" if self.dtype == torch.bfloat16 else f", {name_of(self.dtype)}"
-        return f"{self.name}{batch}, {self.tokens} to {self.kept}{' at random' if self.half else ''}{dtype}"
+        return f"{self.name}{batch}, {self.tokens} to {self.kept}{' at random' if self.share else ''}{dtype}"
 
 
 LLAVA = Shape(**vars(MODELS["llava-1.5-7b"]))
@@ -43,7 +43,7 @@ VIDEO = Shape(**vars(MODELS["long-video"]) | {"name": "long video"})
 
 
 def halved(shape: Shape) -> Shape:
-    return replace(shape, half=True)
+    return replace(shape, share=2)
 
 
 def shapes_of(choice: Choice, *usual: Shape) -> list[Shape]:
@@ -67,12 +67,12 @@ def rows_of(shape: Shape, device: str) -> Rows:
     keep = torch.ones(shape.batch, shape.tokens, dtype=torch.bool, device=device)
     visual = keep[:, shape.before : shape.before + shape.visual]
     visual.zero_()
-    if shape.half:
-        visual.scatter_(1, torch.rand_like(visual, dtype=torch.float).topk(shape.visual // 2).indices, True)
+    if shape.share:
+        visual.scatter_(1, torch.rand_like(visual, dtype=torch.float).topk(shape.visual // shape.share).indices, True)
     index = keep.nonzero()[:, 1].view(shape.batch, shape.kept)
     segments = ((0, shape.before), (shape.tokens - shape.after, shape.tokens))
     plan = vtw.plan_compaction(keep, length=shape.kept)
-    return Rows(plan, keep, index, () if shape.half else segments, shape.before)
+    return Rows(plan, keep, index, () if shape.share else segments, shape.before)
 
 
 class Spec(NamedTuple):
@@ -141,9 +141,9 @@ def vtw_compact(tensors: list[Tensor], dims: list[int], rows: Rows) -> list[Tens
 
 def compact_peers(shape: Shape) -> dict[str, Callable]:
     peers = {OURS: vtw_compact}
-    if not shape.half:
+    if not shape.share:
         peers |= {"cat": each(cat), "compiled cat": torch.compile(each(cat), dynamic=False)}
-    if not shape.half or shape.batch == 1:  # one index for all sequences
+    if not shape.share or shape.batch == 1:  # one index for all sequences
         compiled = torch.compile(each(index_select), dynamic=False)
         peers |= {"index_select": each(index_select), "compiled index_select": compiled}
     else:
@@ -188,9 +188,9 @@ def gather_copy(tensors: list[Tensor], dims: list[int], rows: Rows) -> None:
 
 def compact_inplace_peers(shape: Shape) -> dict[str, Callable]:
     peers = {OURS: vtw_compact_}
-    if not shape.half:
+    if not shape.share:
         peers |= {"slice copies": slice_copies, "foreach copy": foreach_copy, "cat (new tensors)": each(cat)}
-    if not shape.half or shape.batch == 1:
+    if not shape.share or shape.batch == 1:
         peers["index_select + copy"] = index_select_copy
     return peers | {"gather + copy": gather_copy}
 
@@ -344,9 +344,9 @@ def expansions(choice: Choice) -> Iterator[Case]:
             return kept, rows_of(shape, device), shape.tokens
 
         peers = {OURS: vtw_expand, "zeros + scatter": scatter}
-        if not shape.half:
+        if not shape.share:
             peers["zeros + slices"] = zeros_and_slices
-        if not shape.half or shape.batch == 1:
+        if not shape.share or shape.batch == 1:
             peers["zeros + index_copy_"] = zeros_and_index_copy
         moved = shape.batch * (shape.kept + shape.tokens) * shape.hidden * shape.dtype.itemsize
         yield Case(f"hidden expanded, {shape}", peers, make, moved)

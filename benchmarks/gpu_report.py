@@ -1,6 +1,6 @@
-"""The last step of gpu_check.sh: one JSON and a summary of what its steps left. python gpu_report.py ROOT FOLDER
+"""The last step of gpu_check.sh: one JSON, a summary and the logs of its steps. python gpu_report.py ROOT WORK FOLDER
 
-The JSON is also a run, with the benchmarks of all steps, that `vtw-kernels bench --compare` takes.
+The JSON is also a run, with the headline cases, that `vtw-kernels bench --compare` takes.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 FAILED = ("failed", "out of time")
+LOG_LINES = 2000
 
 
 def output_of(*command: str) -> str | None:
@@ -78,19 +79,18 @@ def read_tests(path: Path) -> dict | None:
     return {**counts, "failed": bad, "reasons_for_skipping": skipped}
 
 
-def read_benchmarks(folder: Path) -> dict:
-    """All runs as one, without the time of every round."""
-    whole = {"machine_info": {}, "benchmarks": []}
-    for name in ("bench", "bench-compaction", "bench-kl", "bench-withdraw"):
-        path = folder / f"{name}.json"
-        if not path.exists():
-            continue
-        run = json.loads(path.read_text())
-        whole["machine_info"] = run["machine_info"] | whole["machine_info"]
-        for bench in run["benchmarks"]:
-            bench["stats"].pop("data", None)
-            whole["benchmarks"].append(bench)
-    return whole
+def read_benchmarks(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {"machine_info": {}, "benchmarks": []}
+
+
+def logs(folder: Path) -> str:
+    """Of all steps, the end of each."""
+    parts = []
+    for path in sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime):
+        lines = path.read_text(errors="replace").splitlines()
+        cut = [f"({len(lines) - LOG_LINES} lines are left out)"] * (len(lines) > LOG_LINES)
+        parts += [f"===== {path.stem}", *cut, *lines[-LOG_LINES:], ""]
+    return "\n".join(parts)
 
 
 def summary(found: dict) -> str:
@@ -112,15 +112,16 @@ def summary(found: dict) -> str:
 
 
 def main() -> int:
-    root, folder = map(Path, sys.argv[1:])
-    tests = read_tests(folder / "tests.xml")
-    found = {"environment": environment(root), "steps": read_steps(folder, tests), "tests": tests}
-    found |= read_benchmarks(folder)
+    root, work, folder = map(Path, sys.argv[1:])
+    tests = read_tests(work / "tests.xml")
+    found = {"environment": environment(root), "steps": read_steps(work, tests), "tests": tests}
+    found |= read_benchmarks(work / "bench.json")
     (folder / "gpu_check.json").write_text(json.dumps(found, indent=1))
+    (folder / "gpu_check.log").write_text(logs(work))
     text = summary(found)
     (folder / "gpu_check.md").write_text(text)
     print(text)
-    print(f"wrote {folder / 'gpu_check.json'} and {folder / 'gpu_check.md'}")
+    print(f"wrote {folder}/gpu_check.json, .md and .log")
     failed = [step["step"] for step in found["steps"] if step["status"] in FAILED]
     skipped = [step["step"] for step in found["steps"] if step["status"] == "skipped"]
     print(f"failed: {', '.join(failed) or 'nothing'}; skipped: {', '.join(skipped) or 'nothing'}")

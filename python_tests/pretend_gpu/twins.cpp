@@ -9,15 +9,19 @@
 namespace vtw::cuda {
 
 template <int... capacities>
-struct WithTables : Twins<gather_kernel<capacities>..., move_kernel<capacities, DenseRows>...,
+struct WithTables : Twins<move_kernel<capacities, GatheredRows>..., move_kernel<capacities, DenseRows>...,
                           move_kernel<capacities, PagedRows>...> {};
 WithTables<kSmallTable, kMediumTable, kLargeTable> with_tables;
 Twins<plan_kernel, invert_kernel> plans;
 
 template <typename... T>
-struct OfLogits : Twins<kl::forward_kernel<T>..., kl::backward_kernel<T>..., kl::forward_backward_kernel<T>...,
-                        kl::scale_kernel<T>...> {};
+struct OfLogits : Twins<kl::forward_kernel<T>..., kl::scale_kernel<T>...> {};
+template <bool of_p, bool of_q, typename... T>
+struct OfGradients : Twins<kl::backward_kernel<T, of_p, of_q>..., kl::forward_backward_kernel<T, of_p, of_q>...> {};
 OfLogits<float, double, __half, __nv_bfloat16> of_logits;
+OfGradients<true, false, float, double, __half, __nv_bfloat16> of_p;
+OfGradients<false, true, float, double, __half, __nv_bfloat16> of_q;
+OfGradients<true, true, float, double, __half, __nv_bfloat16> of_both;
 Twins<kl::merge_kernel<float>, kl::merge_kernel<double>, kl::from_state_kernel<float>, kl::from_state_kernel<double>>
     of_states;
 
