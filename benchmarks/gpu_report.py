@@ -95,7 +95,7 @@ def logs(folder: Path) -> str:
 
 def summary(found: dict) -> str:
     about = found["environment"]
-    gpus = ", ".join(about["gpus"]) or "no GPU"
+    gpus = ", ".join(about["gpus"]) or about.get("gpu") or "no GPU"
     lines = ["# gpu_check", "", f"{gpus}; CUDA {about.get('cuda')}; torch {about['torch']}; triton {about['triton']}"]
     lines += [f"commit {about['commit']}{' with changes' if about['changed'] else ''}; build {about.get('build')}", ""]
     lines += ["| step | | seconds | |", "|---|---|--:|---|"]

@@ -1,4 +1,4 @@
-"""Compiles every kernel of Triton for an architecture that needs not be there; prints its machine code as JSON.
+"""Compiles every kernel of Triton for architectures that need not be there; prints their machine code as JSON.
 
 Run as a program by test_triton_compile.py, because kernels that are interpreted in the process of the tests can't be
 compiled there: python triton_kernels.py FOLDER
@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from vtw_kernels.triton import compaction, kl_divergence
 
-ARCHS = (80, 90, 100, 120)
+TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)] + [GPUTarget("hip", "gfx942", 64)]
 ADDRESSES = ("i64",) * compaction.GROUP
 
 # Arguments that keep their Python value, by name, and the types of all others. A list of KV tensors is what the launches
@@ -29,6 +29,7 @@ STRIDES = dict.fromkeys(compaction.STRIDES, "i32") | {"lanes_batch": "i64"}
 TABLE = {"table": "*i32", "table_batch": "i64", "table_columns": "i32", "page_size": "i32"}
 ONES = {"batch": 1, "plan_row": 1, "size_1": 1}
 MOVE_TILE = WIDE | ONES | {"table_column": 1, "LANES": 1, "ROWS": 64, "COLUMNS": 16, "SCAN": 1024}
+NARROW = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 
 
 def logits(dtype: str, *pointers: str) -> dict:
@@ -67,6 +68,15 @@ KERNELS = {
         for name in ("move", "move_paged")
     },
     **{
+        f"move_{size}": (
+            compaction.move_kernel,
+            PLAN | GEOMETRY | STRIDES | {"addresses": ADDRESSES, "page_size": "i32"},
+            MOVE_TILE | dict.fromkeys(("table", "table_batch", "table_columns"), 1)
+            | {"PAGED": False, "ELEMENT": element, "VECTOR": size, "PER_VECTOR": 1},
+        )
+        for size, element in NARROW.items()
+    },
+    **{
         f"span_{dtype}": (
             kl_divergence.span_kernel,
             logits(dtype, "state_ptr", "kl_ptr") | {"spans": "i32", "span": "i32"},
@@ -93,15 +103,18 @@ KERNELS = {
     "merge": (
         kl_divergence.merge_kernel,
         dict.fromkeys(("parts_ptr", "state_ptr", "kl_ptr"), "*fp32") | {"parts": "i32", "inverse_bits": "i64"},
-        {"MERGED": kl_divergence.MERGED},
+        {"MERGED": kl_divergence.MERGED, "PART_UNIT": 1.0},
     ),
 }
 OF_LOGITS = ("span", "gradient", "scale")
-WARPS = {"merge": 1} | {name: kl_divergence.WARPS for name in KERNELS if name.startswith(OF_LOGITS)}
+THREADS = {"merge": kl_divergence.MERGED, "plan": 128, "invert": 128}
+THREADS |= {name: kl_divergence.LANES for name in KERNELS if name.startswith(OF_LOGITS)}
 
 
-def machine_code(name: str, arch: int, folder: Path) -> str:
+def machine_code(name: str, target: GPUTarget, folder: Path) -> str:
     kernel, types, values = KERNELS[name]
+    if kernel is compaction.move_kernel:
+        values = values | {"WAIT": target.backend == "hip"}
     signature, constants, multiples = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in types or isinstance(values.get(argument), tuple):
@@ -115,9 +128,11 @@ def machine_code(name: str, arch: int, folder: Path) -> str:
         else:
             signature[argument], constants[i,] = "constexpr", values[argument]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
-    options = {"num_warps": WARPS.get(name, compaction.WARPS), "enable_fp_fusion": True}
-    compiled = compile_kernel(source, target=GPUTarget("cuda", arch, 32), options=options)
-    cubin = folder / f"{name}_{arch}.cubin"
+    warps = max(1, THREADS.get(name, compaction.THREADS) // target.warp_size)
+    compiled = compile_kernel(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+    if target.backend == "hip":
+        return compiled.asm["amdgcn"]
+    cubin = folder / f"{name}_{target.arch}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     (code,) = sass_of(cubin).values()
     return code
@@ -125,4 +140,4 @@ def machine_code(name: str, arch: int, folder: Path) -> str:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    print(json.dumps({f"{name}-{arch}": machine_code(name, arch, folder) for name in KERNELS for arch in ARCHS}))
+    print(json.dumps({f"{name}-{x.arch}": machine_code(name, x, folder) for name in KERNELS for x in TARGETS}))

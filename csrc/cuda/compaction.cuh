@@ -304,14 +304,14 @@ __device__ void move_tile(const Lanes& lanes, const Plan& plan, const Rows& rows
                        (threadIdx.x >> (log_columns + log_rows));
   const int64_t sequence = batch.take(block);
   const uint32_t earlier = block;  // tiles of the same columns and lanes
+  const uint32_t height = uint32_t(Rows::kRows) << log_rows;
 
   // By the turn at which a thread moves a row and its place among those moved at once; one place more, with nothing to
   // move, is for threads beyond the columns or lanes.
   __shared__ Way ways[Rows::kRows][kMostPlaces<Rows> + 1];
   bool something = false;
-  if (threadIdx.x < Rows::kRows << log_rows) {
-    const int64_t row = (int64_t(earlier) * Rows::kRows << log_rows) + threadIdx.x;
-    const Way way = rows.way(lanes, plan, sequence, row);
+  if (threadIdx.x < height) {
+    const Way way = rows.way(lanes, plan, sequence, int64_t(earlier) * height + threadIdx.x);
     ways[threadIdx.x >> log_rows][threadIdx.x % (1 << log_rows)] = way;
     something = way.to >= 0;
   }

@@ -24,7 +24,8 @@ from vtw_kernels.triton.launch import launch
 
 GROUP = 16
 DIMS = 3  # more than any layout of a decoder has; the rest is unrolled
-WARPS = 8
+THREADS = 256
+ON_HIP = torch.version.hip is not None
 PLAN_TILE = 1024
 # 16 bytes go as two elements, which Triton joins: they have no type.
 ELEMENTS = {16: tl.uint64, 8: tl.uint64, 4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
@@ -112,7 +113,7 @@ def launches(described: list[tuple[Lanes, int, int]]) -> Iterator[tuple[Lanes, i
 
 
 def tile_vectors(lanes: Lanes) -> int:
-    """Of a program: with 8 warps, 64 bytes in flight per thread or, of narrow vectors, 16 of them."""
+    """Of a program: 64 bytes in flight per thread or, of narrow vectors, 16 of them."""
     return 1024 if lanes.vector == 16 else 4096
 
 
@@ -255,7 +256,7 @@ def kernel_options(lanes: Lanes) -> dict:
         "ELEMENT": ELEMENTS[lanes.vector],
         "VECTOR": lanes.vector,
         "PER_VECTOR": 2 if lanes.vector == 16 else 1,
-        "num_warps": WARPS,
+        "threads": THREADS,
     }
 
 
@@ -283,7 +284,7 @@ def move_kernel(
     addresses, plan, plan_batch, plan_row, rows, batch, table, table_batch, table_column, table_columns, page_size,
     columns, limit, count, size_0, size_1, stride_0, stride_1, stride_2, lanes_batch, lanes_row,
     ELEMENT: tl.constexpr, VECTOR: tl.constexpr, PER_VECTOR: tl.constexpr, PAGED: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns a strip of columns of some lanes and walks its rows forward, so no two programs share a byte and
     their order doesn't matter. Within the program, in steps of many rows: kept rows ascend, so row j comes from j or
@@ -325,6 +326,11 @@ def move_kernel(
         )  # fmt: skip
         mask = writable[:, None] & inside
         value = tl.load(base + (lane_start + start)[:, None] * PER_VECTOR + column[None, :], mask=mask)
+        if WAIT:
+            # AMD's barrier is passed by loads that are still on their way, and the compiler does not hold them back: only
+            # what reads their registers does, here an instruction that is none.
+            wide = value.to(tl.uint32) if VECTOR < 4 else value
+            value = tl.inline_asm_elementwise("", "=v,0", [wide], wide.dtype, is_pure=False, pack=1).to(ELEMENT)
         tl.debug_barrier()  # no row of this step is overwritten before all of them are read
         tl.store(base + (lane_start + target)[:, None] * PER_VECTOR + column[None, :], value, mask=mask)
 
@@ -341,7 +347,8 @@ def move(described: list[tuple[Lanes, int, int]], plan: Tensor, table: Tensor | 
         launch(
             move_kernel, number * batch * strips, plan, addresses, plan, *plan.stride(), rows, batch, *pages, page_size,
             lanes.columns, lanes.limit, lanes.count, *lanes.sizes, *lanes.from_strides, lanes.from_batch, lanes.from_row,
-            PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE, **kernel_options(lanes),
+            PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE, WAIT=ON_HIP,
+            **kernel_options(lanes),
         )  # fmt: skip
 
 

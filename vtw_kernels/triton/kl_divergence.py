@@ -30,8 +30,7 @@ from vtw_kernels.triton.launch import launch
 # A tile is shared out to one lane per thread. A lane has its own maxima, so threads exchange nothing before the end of
 # a row, and looks at all its entries of a tile before it rescales its sums once: after the memory, the unit for
 # exponentials is the nearest limit, and a rescale per entry would double its work.
-WARPS = 4
-LANES = 32 * WARPS
+LANES = 128
 # Entries of a lane in a tile, by the entries of a 16-byte vector: 16 are 2 loads per row of fp16 and bf16 or 4 of fp32,
 # in about 80 registers with those of the next tile on their way. fp64 (2) is for checks of gradients, and rows without
 # vectors (1) need two registers for the address of each entry.
@@ -40,7 +39,7 @@ ENTRIES = {8: 16, 4: 16, 2: 4, 1: 4}
 # that few of them are idle when the last programs run.
 PROGRAMS = 2048
 SCALED = 16 * LANES  # entries that a program scales at a time
-MERGED = 32  # states that a warp merges at a time
+MERGED = 32  # states that a program merges at a time, one each thread
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
@@ -65,21 +64,31 @@ def row_offset(row, sizes, strides):
 
 
 @triton.jit
-def tile_entries(VECTOR: tl.constexpr, LANES: tl.constexpr, ENTRIES: tl.constexpr):
-    """The entries of a tile [vectors, LANES, VECTOR] in their order in memory. With this shape the compiler gives all
-    entries of a lane to one thread, a vector in one load; the same for p and q, so equal rows have equal sums."""
-    vector = tl.arange(0, ENTRIES // VECTOR)[:, None, None] * (LANES * VECTOR)
-    return vector + tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+def vector_entries(VECTOR: tl.constexpr, LANES: tl.constexpr):
+    """The entries of the first vectors of all lanes, [LANES, VECTOR], in their order in memory. A tile is as many of them,
+    one after another, as a lane has vectors. Each is a tensor of its own: of a tensor [vectors, LANES, VECTOR], Triton
+    before 3.7 gives a lane to several threads. The same for p and q, so equal rows have equal sums."""
+    return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
 @triton.jit
-def lane_max(x):
-    return tl.max(tl.max(x, 2), 0)
+def load_tile(ptr, step, entries, length, VECTORS: tl.constexpr, WHOLE: tl.constexpr):
+    """A tuple of the vectors of a tile: -inf from ``length`` on, or if that is not positive, nothing of a whole one."""
+    tile = ()
+    for v in tl.static_range(VECTORS):
+        entry = entries + v * entries.numel
+        if WHOLE:
+            tile = tile + (tl.load(ptr + entry * step, mask=entries * 0 < length),)
+        else:
+            tile = tile + (tl.load(ptr + entry * step, mask=entry < length, other=-INF),)
+    return tile
 
 
 @triton.jit
-def lane_sum(x):
-    return tl.sum(tl.sum(x, 2), 0)
+def lane_max(tile, m):
+    for v in tl.static_range(len(tile)):
+        m = tl.maximum(m, tl.max(tile[v].to(m.dtype), 1))
+    return m
 
 
 @triton.jit
@@ -103,40 +112,41 @@ def push(p, q, m_p, z_p, a, m_q, z_q, scale, CAREFUL: tl.constexpr):
     q = -inf < p        adds +inf, even where e^(p - m_p) has underflowed to 0;
     e^(p - m_p) = 0     adds nothing to any other q;
     NaN, +inf           make z_p or z_q NaN."""
-    top_p, top_q = tl.maximum(m_p, lane_max(p)), tl.maximum(m_q, lane_max(q))
+    top_p, top_q = lane_max(p, m_p), lane_max(q, m_q)
     base_p, base_q = top_p, top_q
     if CAREFUL:
         # Where all is -inf there is no maximum to subtract; any finite number will do, for every e^x is then 0.
         base_p, base_q = tl.where(top_p == -INF, 0.0, top_p), tl.where(top_q == -INF, 0.0, top_q)
-    e_p = tl.exp2((p - base_p[None, :, None]) * scale)
-    e_q = tl.exp2((q - base_q[None, :, None]) * scale)
     r_p, r_q = tl.exp2((m_p - base_p) * scale), tl.exp2((m_q - base_q) * scale)
-    if CAREFUL:
-        term = tl.where(e_p == 0, 0.0, e_p * (p * PER_UNIT - q * PER_UNIT))
-        term = tl.where(p == -INF, 0.0, tl.where(q == -INF, INF, term))
-        a = weigh(a, r_p) + lane_sum(term)
-    else:
-        a = a * r_p + lane_sum(e_p * (p - q)) * PER_UNIT
-    return top_p, z_p * r_p + lane_sum(e_p), a, top_q, z_q * r_q + lane_sum(e_q)
+    a = weigh(a, r_p) if CAREFUL else a * r_p
+    z_p, z_q = z_p * r_p, z_q * r_q
+    for v in tl.static_range(len(p)):
+        x, y = p[v].to(scale.dtype), q[v].to(scale.dtype)
+        e_p, e_q = tl.exp2((x - base_p[:, None]) * scale), tl.exp2((y - base_q[:, None]) * scale)
+        if CAREFUL:
+            term = tl.where(e_p == 0, 0.0, e_p * (x * PER_UNIT - y * PER_UNIT))
+            a += tl.sum(tl.where(x == -INF, 0.0, tl.where(y == -INF, INF, term)), 1)
+        else:
+            a += tl.sum(e_p * (x - y), 1) * PER_UNIT
+        z_p, z_q = z_p + tl.sum(e_p, 1), z_q + tl.sum(e_q, 1)
+    return top_p, z_p, a, top_q, z_q
 
 
 @triton.jit
-def push_tiles(p_ptr, q_ptr, p_step, q_step, entries, length, scale, CAREFUL: tl.constexpr):
+def push_tiles(p_ptr, q_ptr, p_step, q_step, entries, length, scale, VECTORS: tl.constexpr, CAREFUL: tl.constexpr):
     """The lanes' sums over whole tiles, before the temperature is applied to m and a."""
-    m_p = tl.full([entries.shape[1]], -INF, scale.dtype)
-    z_p = tl.zeros([entries.shape[1]], scale.dtype)
+    TILE: tl.constexpr = VECTORS * entries.numel
+    m_p = tl.full([entries.shape[0]], -INF, scale.dtype)
+    z_p = tl.zeros([entries.shape[0]], scale.dtype)
     m_q, a, z_q = m_p, z_p, z_p
-    exists = entries * 0 < length  # all of the tile or nothing; the interpreter wants a mask of this shape
-    p = tl.load(p_ptr + entries * p_step, mask=exists)
-    q = tl.load(q_ptr + entries * q_step, mask=exists)
-    for end in range(entries.numel, length + 1, entries.numel):
+    p = load_tile(p_ptr, p_step, entries, length, VECTORS, True)
+    q = load_tile(q_ptr, q_step, entries, length, VECTORS, True)
+    for end in range(TILE, length + 1, TILE):
         # The next tile is loaded while this one is worked on.
-        p_ptr += p_step * entries.numel
-        q_ptr += q_step * entries.numel
-        exists = end + entries * 0 < length
-        next_p = tl.load(p_ptr + entries * p_step, mask=exists)
-        next_q = tl.load(q_ptr + entries * q_step, mask=exists)
-        p, q = p.to(scale.dtype), q.to(scale.dtype)
+        p_ptr += p_step * TILE
+        q_ptr += q_step * TILE
+        next_p = load_tile(p_ptr, p_step, entries, length - end, VECTORS, True)
+        next_q = load_tile(q_ptr, q_step, entries, length - end, VECTORS, True)
         m_p, z_p, a, m_q, z_q = push(p, q, m_p, z_p, a, m_q, z_q, scale, CAREFUL)
         p, q = next_p, next_q
     return m_p, z_p, a, m_q, z_q
@@ -201,17 +211,18 @@ def span_kernel(
     q_ptr += tl.multiple_of(row_offset(row, sizes, q_strides) + begin * q_step, VECTOR)
     inverse = inverse_bits.to(tl.float64, bitcast=True)
     scale = (inverse * LOG2E).to(real)
-    entries = tile_entries(VECTOR, LANES, ENTRIES)
+    VECTORS: tl.constexpr = ENTRIES // VECTOR
+    entries = vector_entries(VECTOR, LANES)
 
     whole = length // TILE * TILE
-    m_p, z_p, a, m_q, z_q = push_tiles(p_ptr, q_ptr, p_step, q_step, entries, whole, scale, False)
+    m_p, z_p, a, m_q, z_q = push_tiles(p_ptr, q_ptr, p_step, q_step, entries, whole, scale, VECTORS, False)
     total = tl.sum(a, 0)
     if (total - total) != 0:  # an infinity or NaN: once more, with care
-        m_p, z_p, a, m_q, z_q = push_tiles(p_ptr, q_ptr, p_step, q_step, entries, whole, scale, True)
+        m_p, z_p, a, m_q, z_q = push_tiles(p_ptr, q_ptr, p_step, q_step, entries, whole, scale, VECTORS, True)
     if whole < length:
-        inside = entries < tl.multiple_of(length - whole, VECTOR)
-        p = tl.load(p_ptr + whole * p_step + entries * p_step, mask=inside, other=-INF).to(real)
-        q = tl.load(q_ptr + whole * q_step + entries * q_step, mask=inside, other=-INF).to(real)
+        left = tl.multiple_of(length - whole, VECTOR)
+        p = load_tile(p_ptr + whole * p_step, p_step, entries, left, VECTORS, False)
+        q = load_tile(q_ptr + whole * q_step, q_step, entries, left, VECTORS, False)
         m_p, z_p, a, m_q, z_q = push(p, q, m_p, z_p, a, m_q, z_q, scale, True)
 
     top_p, top_q = tl.max(m_p, 0), tl.max(m_q, 0)
@@ -273,10 +284,11 @@ def gradient_kernel(
     p_ptr += tl.multiple_of(row_offset(row, sizes, p_strides) + begin * p_step, VECTOR)
     q_ptr += tl.multiple_of(row_offset(row, sizes, q_strides) + begin * q_step, VECTOR)
     to = tl.multiple_of(row * vocabulary + begin, VECTOR)
-    entries = tile_entries(VECTOR, LANES, ENTRIES)
-    inside = entries < tl.multiple_of(tl.minimum(vocabulary - begin, TILE).to(tl.int32), VECTOR)
-    p = tl.load(p_ptr + entries * p_step, mask=inside, other=-INF).to(real)
-    q = tl.load(q_ptr + entries * q_step, mask=inside, other=-INF).to(real)
+    VECTORS: tl.constexpr = ENTRIES // VECTOR
+    entries = vector_entries(VECTOR, LANES)
+    left = tl.multiple_of(tl.minimum(vocabulary - begin, TILE).to(tl.int32), VECTOR)
+    tile_p = load_tile(p_ptr, p_step, entries, left, VECTORS, False)
+    tile_q = load_tile(q_ptr, q_step, entries, left, VECTORS, False)
 
     inverse = inverse_bits.to(tl.float64, bitcast=True)
     scale = (inverse * LOG2E).to(real)
@@ -298,15 +310,17 @@ def gradient_kernel(
     g_zp, g_a, g_zq = g_zp * inverse, g_a * inverse, g_zq * inverse
     # A row that counts for nothing has no gradient, not even that of a NaN.
     counts = entries * 0 != tl.abs(g_zp) + tl.abs(g_a) + tl.abs(g_zq)
-    p, q = tl.where(counts, p, -INF), tl.where(counts, q, -INF)
-    e_p = tl.where(p == -INF, 0.0, tl.exp2((p - m_p) * scale))
-    if grad_p_ptr is not None:
-        grad_p = e_p * (g_zp + g_a * ((p - q) * inverse + 1))
-        # Nothing for an entry without probability, where p - q may be infinite.
-        tl.store(grad_p_ptr + to + entries, tl.where(e_p == 0, 0.0, grad_p), mask=inside)
-    if grad_q_ptr is not None:
-        e_q = tl.where(q == -INF, 0.0, tl.exp2((q - m_q) * scale))
-        tl.store(grad_q_ptr + to + entries, g_zq * e_q - g_a * e_p, mask=inside)
+    for v in tl.static_range(VECTORS):
+        entry = entries + v * entries.numel
+        p, q = tl.where(counts, tile_p[v].to(real), -INF), tl.where(counts, tile_q[v].to(real), -INF)
+        e_p = tl.where(p == -INF, 0.0, tl.exp2((p - m_p) * scale))
+        if grad_p_ptr is not None:
+            grad_p = e_p * (g_zp + g_a * ((p - q) * inverse + 1))
+            # Nothing for an entry without probability, where p - q may be infinite.
+            tl.store(grad_p_ptr + to + entry, tl.where(e_p == 0, 0.0, grad_p), mask=entry < left)
+        if grad_q_ptr is not None:
+            e_q = tl.where(q == -INF, 0.0, tl.exp2((q - m_q) * scale))
+            tl.store(grad_q_ptr + to + entry, g_zq * e_q - g_a * e_p, mask=entry < left)
 
 
 @triton.jit
@@ -372,7 +386,7 @@ def inverse_bits(temperature: float) -> int:
 def merge(parts: Tensor, part_unit: float, temperature: float, state: Tensor, kl: Tensor) -> None:
     launch(
         merge_kernel, kl.numel(), kl, parts, state, kl, parts.shape[-2], inverse_bits(temperature), part_unit, MERGED,
-        num_warps=1,
+        threads=MERGED,
     )  # fmt: skip
 
 
@@ -391,7 +405,7 @@ def kl_divergence_with_state(p_logits: Tensor, q_logits: Tensor, temperature: fl
     parts = state if spans == 1 else state.new_empty(rows, spans, 5)
     launch(
         span_kernel, rows * spans, p_logits, p_logits, q_logits, parts, kl if spans == 1 else None, *pairs.geometry,
-        vocabulary, spans, span, inverse_bits(temperature), *pairs.options, num_warps=WARPS,
+        vocabulary, spans, span, inverse_bits(temperature), *pairs.options, threads=LANES,
     )  # fmt: skip
     if spans > 1:
         merge(parts, UNIT.value, temperature, state, kl)
@@ -415,7 +429,7 @@ def kl_divergence_backward(
     launch(
         gradient_kernel, pairs.shape.numel() * tiles, p_logits, p_logits, q_logits, grad_p if need_p else None,
         grad_q if need_q else None, state.contiguous(), grad.contiguous(), *pairs.geometry,
-        vocabulary, tiles, inverse_bits(temperature), of_divergence, *pairs.options, num_warps=WARPS,
+        vocabulary, tiles, inverse_bits(temperature), of_divergence, *pairs.options, threads=LANES,
     )  # fmt: skip
     return grad_p, grad_q
 
@@ -433,7 +447,7 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     check_scaled(tensors, factor)
     for x in tensors:
         tiles = triton.cdiv(x.numel(), SCALED)
-        launch(scale_kernel, min(tiles, PROGRAMS), x, x, x.numel(), tiles, factor, SCALED, num_warps=WARPS)
+        launch(scale_kernel, min(tiles, PROGRAMS), x, x, x.numel(), tiles, factor, SCALED, threads=LANES)
 
 
 def merge_kl_states(states: list[Tensor]) -> Tensor:
