@@ -46,7 +46,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --device $(DEVICE) --benchmark-quiet --benchmark-storage=file://benchmarks/results \
 		--benchmark-save=$(or $(NAME),run)
 
-# On a machine with a GPU: all that needs one, in ten minutes at most; the results are in build/gpu-check. Where nothing may
+# On a machine with a GPU: all that needs one, in eight minutes at most; the results are in build/gpu-check. Where nothing may
 # be downloaded, benchmarks/gpu_check.sh does the same with the python3 that is there.
 gpu-check: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 gpu-check: $(VENV)/installed

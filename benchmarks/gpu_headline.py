@@ -1,8 +1,8 @@
-"""The headline cases on a GPU, as few and as fast as a borrowed machine asks for: python gpu_headline.py JSON [SECONDS]
+"""The headline cases on a GPU, as few and as fast as a borrowed machine asks for: gpu_headline.py JSON [SECONDS]
 
-Each case beside what could be the best eager peer, in CUDA graphs over copies of its arguments that are cold in L2
-(harness.py), and beside the measured speeds of a copy and of a read. JSON is written anew after every case, as a run that
-`vtw-kernels bench --compare` takes; cases for which no time is left are not in it. roofline.md has the predictions.
+Each case beside what could be the best eager peer, in CUDA graphs over copies of its arguments that are cold in
+L2 (harness.py), and beside the measured speeds of a copy and of a read. JSON is written anew after every case, as a run
+that `vtw-kernels bench --compare` takes; cases for which no time is left are not in it. Predictions: roofline.md.
 """
 
 import json
@@ -51,6 +51,10 @@ def kl_cases() -> Iterator[Case]:
     yield Case(f"KL loss and gradient of q, {ROWS} x {VOCABULARY}", losses, training, 3 * size, rtol=2e-2, grad=True)
 
 
+def plan_inputs(device: str) -> tuple:
+    return compaction.rows_of(QUARTER, device).keep, QUARTER.kept
+
+
 def compaction_cases() -> Iterator[Case]:
     llava = compaction.LLAVA
     hidden, kv = [compaction.hidden_spec(llava)], compaction.kv_specs(llava, 64)
@@ -64,8 +68,8 @@ def compaction_cases() -> Iterator[Case]:
     yield compaction.compaction_case("56 KV tensors in place", QUARTER, long_kv, in_place=True)
     yield compaction.paged_case("56 KV tensors", QUARTER, 56)
     peers = {OURS: compaction.vtw_plan, "cumsum + scatter": compaction.cumsum_and_scatter}
-    make, moved = lambda device: (compaction.rows_of(QUARTER, device).keep, QUARTER.kept), QUARTER.tokens + 4 * QUARTER.kept
-    yield Case(f"plan, {QUARTER}", peers, make, moved, result=lambda args, returned: returned.int())
+    moved = QUARTER.tokens + 4 * QUARTER.kept
+    yield Case(f"plan, {QUARTER}", peers, plan_inputs, moved, result=lambda args, returned: returned.int())
 
 
 def seconds_per_call(function: Callable, args: tuple, moved: int) -> list[float]:
@@ -95,7 +99,7 @@ def measure(case: Case, speed: Speed) -> list[dict]:
                 continue
             low, middle, high = quantiles(times, n=4)
             found.append({
-                "group": case.name, "name": f"{case.name}-{peer}", "fullname": f"gpu_headline.py::test_headline[{peer}]",
+                "group": case.name, "name": f"{case.name}-{peer}", "fullname": f"gpu_headline.py::headline[{peer}]",
                 "params": {"case": case.name, "peer": peer},
                 "stats": {"median": middle, "iqr": high - low, "min": min(times), "max": max(times), "rounds": ROUNDS},
                 "extra_info": {

@@ -1,5 +1,5 @@
-"""The first step of gpu_check.sh on a GPU: each op once, against the CPU, in a process of its own, so that a crash has a
-name and stops nothing else. python gpu_smoke.py [NAME]"""
+"""The first step of gpu_check.sh on a GPU: each op once, against the CPU, in a process of its own, so that a crash has
+a name and stops nothing else. python gpu_smoke.py [NAME]"""
 
 import os
 import subprocess

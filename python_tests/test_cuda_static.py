@@ -101,7 +101,8 @@ def test_16_byte_accesses(folder, header, arch):
 
 
 WIDE, EXPONENTIAL = r"(?:LDG|LDGSTS|LDS|STG)\.(?:\w+\.)*128\S*", r"MUFU\.EX2"
-ACCESS = r"(?:LDG|STG|STS)\S*"  # of compaction: plan, tables of pages, where rows are, flags of other blocks, rows
+# Of compaction: all that is loaded, and stored where others see it; and of that, rows and where they are.
+ACCESS, WAYS = r"(?:LDG|STG|STS)\S*", r"(?:LDG|STG|STS)\S*\.128\S*"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Budget:
         header, kernel: where it is, and what its mangled name contains.
         matches: what the path is known by: so many instructions that match.
         moved: bytes that a warp moves on it, read and written.
-        instructions: at most, of a warp.
+        instructions: at most, of a warp; and no more than four fifths of what an H200 could issue while it moves them.
         registers: at most, of a thread; threads: of a block.
         blocks: at least, that registers leave room for on a multiprocessor.
     """
@@ -133,12 +134,16 @@ def pairs(wide: int, exponentials: int) -> tuple[str, int]:
     return f"{WIDE}|{EXPONENTIAL}", wide + exponentials
 
 
-FORWARD, BACKWARD, FUSED = "14forward_kernelI{}E", "15backward_kernelI{}Lb0ELb1EE", "23forward_backward_kernelI{}Lb0ELb1EE"
+FORWARD, BACKWARD = "14forward_kernelI{}E", "15backward_kernelI{}Lb0ELb1EE"
+FUSED = "23forward_backward_kernelI{}Lb0ELb1EE"
+H200_BYTES, H200_INSTRUCTIONS = 4.3e12, 132 * 4 * 1.98e9  # per second; copies that were measured, and warps
 BF16, FP32 = "13__nv_bfloat16", "f"
 BUDGETS = {
-    "gather": Budget("compaction", "ILi80ENS0_12GatheredRows", (ACCESS, 12), 4096, 259, 40, 256, 6, loop=False),
-    "move": Budget("compaction", "ILi80ENS0_9DenseRows", (ACCESS, 23), 8192, 334, 64, 256, 4, loop=False),
-    "move, paged": Budget("compaction", "ILi80ENS0_9PagedRows", (ACCESS, 25), 8192, 396, 64, 256, 4, loop=False),
+    "gather": Budget("compaction", "ILi80ENS0_12GatheredRowsELb0E", (ACCESS, 11), 4096, 231, 40, 256, 6, loop=False),
+    "move": Budget("compaction", "ILi80ENS0_9DenseRowsELb0E", (ACCESS, 19), 8192, 255, 64, 256, 4, loop=False),
+    "move, paged": Budget("compaction", "ILi80ENS0_9PagedRowsELb0E", (ACCESS, 21), 8192, 314, 64, 256, 4, loop=False),
+    "move, in turns": Budget("compaction", "ILi80ENS0_9DenseRowsELb1E", (WAYS, 18), 8192, 335, 64, 256, 4),
+    "move, paged, in turns": Budget("compaction", "ILi80ENS0_9PagedRowsELb1E", (WAYS, 18), 8192, 339, 64, 256, 4),
     "forward, bf16": Budget("kl_divergence", FORWARD.format(BF16), pairs(4, 16), 1024, 140, 64, 256, 4),
     "forward, fp32": Budget("kl_divergence", FORWARD.format(FP32), pairs(4, 8), 1024, 84, 56, 256, 4),
     "gradient of q, bf16": Budget("kl_divergence", BACKWARD.format(BF16), pairs(5, 16), 1536, 110, 48, 256, 4),
@@ -168,6 +173,7 @@ def test_budget(folder, name, arch):
     budget = BUDGETS[name]
     instructions, registers = cost(name, arch, folder)
     assert instructions <= budget.instructions
+    assert instructions / budget.moved * H200_BYTES <= 0.8 * H200_INSTRUCTIONS
     assert registers <= budget.registers
     assert 65536 // (-(-registers // 8) * 8 * budget.threads) >= budget.blocks
 

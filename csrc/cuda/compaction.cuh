@@ -77,10 +77,10 @@ constexpr int kSmallTable = 20, kMediumTable = 80, kLargeTable = 176;
 template <int Capacity>
 struct Table {
   int32_t count;
-  int32_t first_block[Capacity];  // of the grid's blocks, the first that works on each tensor
+  int32_t first_block[Capacity];  // of the blocks, or of the strips, the first that is of each tensor
   Lanes lanes[Capacity];
 
-  // The tensor that a block works on.
+  // The tensor that a block or a strip is of.
   __device__ int of_block(int block) const {
     int first = 0;
     for (int last = count - 1; first < last;) {
@@ -108,9 +108,9 @@ __host__ __device__ inline int64_t tiles(int64_t size, int log_tile) {
   return (size + (1ll << log_tile) - 1) >> log_tile;
 }
 
-// Calls function(vector) with a value of the type in which this tensor is moved; the same for a whole block.
+// Returns function(vector) of a value of the type in which this tensor is moved; the same for a whole block.
 template <typename Function>
-__device__ void with_vector(int log_vector, const Function& function) {
+__device__ auto with_vector(int log_vector, const Function& function) {
   switch (log_vector) {
     case 4: return function(uint4());
     case 3: return function(uint2());
@@ -191,15 +191,15 @@ __global__ void __launch_bounds__(kPlanThreads) invert_kernel(Plan plan, int64_t
   }
 }
 
-// --- gather and move --------------------------------------------------------------------------------------------------
+// --- gather and move -------------------------------------------------------------------------------------------------
 
 // A block moves a tile of rows × columns of some lanes, in three steps: it works out where the rows of the tile are,
 // once for all columns and lanes; loads; stores. A thread has the bytes of several rows in flight at a time.
 //
-// Out of place, tiles have nothing to do with one another. In place, a row may lie where another tile has yet to read.
-// Kept rows ascend, so row j comes from j or further back: what a tile overwrites is read by itself or by tiles of
-// earlier rows. So it stores once all its own threads, and all blocks with earlier rows of the same lanes and columns,
-// have loaded; no data takes a detour through other memory.
+// Out of place, tiles have nothing to do with one another, and each has a block. In place, a row may lie where another
+// tile has yet to read. Kept rows ascend, so row j comes from j or further back: what a tile overwrites is read by
+// itself or by tiles of earlier rows. So it stores once all its own threads, and all tiles with earlier rows of the same
+// *strip*, which is the same lanes and columns, have loaded; no data takes a detour through other memory.
 
 // The way of a row: offsets from the first row of a lane, in bytes. Negative: there is nothing to load, or to store.
 struct alignas(16) Way {
@@ -259,66 +259,71 @@ struct PagedRows {
   }
 };
 
-// What blocks that move rows of the same bytes know of one another. They take their tiles in the order in which they
-// begin, earlier rows first, and wait for none but those that began before them: so all get on, however few run at once.
-struct Progress {
-  unsigned* next = nullptr;    // how many blocks have begun; null where nothing spans more than one tile of rows
-  unsigned* loaded = nullptr;  // [blocks], 1 once a block will read no more
+// Where a strip has several tiles, in place: a few blocks take tile after tile, those of earlier rows first, as many as
+// there turn out to be rows; only the device knows. A tile waits for none but such as were taken before it, so all get
+// on, however few blocks run at once.
+struct Turns {
+  unsigned* next;    // how many tiles have been taken
+  unsigned* loaded;  // [tiles of all strips], 1 once a tile will read no more
+  Divisor strips;    // of all tensors
+  unsigned tiles;    // of a strip
 
-  __device__ unsigned begin() const {
-    if (next == nullptr) return blockIdx.x;
-    __shared__ unsigned block;
-    if (threadIdx.x == 0) block = atomicAdd(next, 1u);
-    __syncthreads();  // the number is there
-    return block;
-  }
-  // After a barrier behind the loads of all threads.
-  __device__ void publish(unsigned block) const {
-    if (next == nullptr || threadIdx.x > 0) return;
+  // By one thread.
+  __device__ unsigned take() const { return atomicAdd(next, 1u); }
+  __device__ void publish(unsigned turn) const {
+    if (turn >= strips.size * tiles) return;
     __threadfence();  // the loads come first
-    *reinterpret_cast<volatile unsigned*>(&loaded[block]) = 1;
+    *reinterpret_cast<volatile unsigned*>(&loaded[turn]) = 1;
   }
-  // Until the `earlier` blocks that precede this one at distances of `step` have loaded.
-  __device__ void wait(unsigned block, unsigned step, unsigned earlier) const {
-    if (next == nullptr) return;
-    for (unsigned i = threadIdx.x; i < earlier; i += kThreads) {
-      while (*reinterpret_cast<const volatile unsigned*>(&loaded[block - (i + 1) * step]) == 0) __nanosleep(20);
+  // By all threads: until the tiles of earlier rows have loaded.
+  __device__ void wait(unsigned turn) const {
+    for (unsigned earlier = turn % strips.size + threadIdx.x * strips.size; earlier < turn;
+         earlier += kThreads * strips.size) {
+      while (*reinterpret_cast<const volatile unsigned*>(&loaded[earlier]) == 0) __nanosleep(20);
       __threadfence();  // the stores come last
     }
     __syncthreads();
   }
 };
 
-// Of rows that a tile moves at once, at most: then each thread works out where one row is.
+// Of rows that a tile moves at once, at most, so that no thread has to work out where more than one row is; in place,
+// as many as there always are beside 16 columns.
 template <typename Rows>
-constexpr int kMostPlaces = kThreads / Rows::kRows;
+constexpr int kMostPlaces = Rows::kInPlace ? 16 : kThreads / Rows::kRows;
+template <typename Rows>
+constexpr int64_t kMostHeight = kMostPlaces<Rows> * Rows::kRows;
 
-// `block` is the place of this block among those of the tensor, `global` that among all of the grid.
-template <typename Vector, typename Rows>
-__device__ void move_tile(const Lanes& lanes, const Plan& plan, const Rows& rows, const Progress& progress,
-                          const Divisor& batch, uint32_t block, uint32_t global) {
-  const uint32_t strips = lanes.column_tiles.size * lanes.lane_tiles.size * batch.size;
+// Of a tile, by the turn at which a thread moves a row, and the row's place among those that are moved at once. One
+// place more, with nothing to move, is for threads beyond the columns or lanes.
+template <typename Rows>
+using Ways = Way[Rows::kRows][kMostPlaces<Rows> + 1];
+
+// Moves a tile: `place` is that among the strips of a tensor, or out of place among its tiles, strips first. Returns
+// false if neither this tile nor any with later rows has something to move.
+template <typename Vector, bool kInTurns, typename Rows>
+__device__ bool move_tile(const Lanes& lanes, const Plan& plan, const Rows& rows, const Divisor& batch, uint32_t place,
+                          uint32_t tile, const Turns& turns, uint32_t turn, Ways<Rows>& ways) {
   const int log_columns = lanes.log_columns, log_rows = lanes.log_rows;
-  const int64_t column = (int64_t(lanes.column_tiles.take(block)) << log_columns) + threadIdx.x % (1 << log_columns);
-  const int64_t lane = (int64_t(lanes.lane_tiles.take(block)) << lanes.log_lanes) +
+  const int64_t column = (int64_t(lanes.column_tiles.take(place)) << log_columns) + threadIdx.x % (1 << log_columns);
+  const int64_t lane = (int64_t(lanes.lane_tiles.take(place)) << lanes.log_lanes) +
                        (threadIdx.x >> (log_columns + log_rows));
-  const int64_t sequence = batch.take(block);
-  const uint32_t earlier = block;  // tiles of the same columns and lanes
+  const int64_t sequence = batch.take(place);
   const uint32_t height = uint32_t(Rows::kRows) << log_rows;
+  const int64_t first = int64_t(Rows::kInPlace ? tile : place) * height;
 
-  // By the turn at which a thread moves a row and its place among those moved at once; one place more, with nothing to
-  // move, is for threads beyond the columns or lanes.
-  __shared__ Way ways[Rows::kRows][kMostPlaces<Rows> + 1];
   bool something = false;
   if (threadIdx.x < height) {
-    const Way way = rows.way(lanes, plan, sequence, int64_t(earlier) * height + threadIdx.x);
+    const Way way = rows.way(lanes, plan, sequence, first + threadIdx.x);
     ways[threadIdx.x >> log_rows][threadIdx.x % (1 << log_rows)] = way;
     something = way.to >= 0;
   }
   if (threadIdx.x < Rows::kRows) ways[threadIdx.x][kMostPlaces<Rows>] = {-1, -1};
   if (!__syncthreads_or(something)) {  // the ways are there
-    if (Rows::kInPlace) progress.publish(global);
-    return;
+    if (!kInTurns) return false;
+    if (threadIdx.x == 0) turns.publish(turn);
+    bool more = false;
+    for (int64_t i = threadIdx.x; i < plan.batch; i += kThreads) more |= plan.at(i, first) >= 0;
+    return __syncthreads_or(more);
   }
 
   int64_t from, to;
@@ -326,36 +331,59 @@ __device__ void move_tile(const Lanes& lanes, const Plan& plan, const Rows& rows
   const char* const source = lanes.from + from + column * int64_t(sizeof(Vector));
   char* const target = lanes.to + to + column * int64_t(sizeof(Vector));
   const bool mine = column < lanes.vectors && lane < lanes.count;
-  const int place = mine ? (threadIdx.x >> log_columns) % (1 << log_rows) : kMostPlaces<Rows>;
+  const int row = mine ? (threadIdx.x >> log_columns) % (1 << log_rows) : kMostPlaces<Rows>;
   Vector values[Rows::kRows];
 #pragma unroll
   for (int i = 0; i < Rows::kRows; ++i) {
-    if (!Rows::kInPlace) values[i] = Vector();  // what a padding row holds
-    const int64_t offset = ways[i][place].from;
+    // What a padding row holds; and where a block moves many tiles, what is not loaded must not be kept from the last.
+    if (!Rows::kInPlace || kInTurns) values[i] = Vector();
+    const int64_t offset = ways[i][row].from;
     if (offset >= 0) values[i] = *reinterpret_cast<const Vector*>(source + offset);
   }
-  if (Rows::kInPlace) {
-    __syncthreads();  // no row of this tile is overwritten before all of them are read
-    progress.publish(global);
-    progress.wait(global, strips, earlier);
+  if (Rows::kInPlace) __syncthreads();  // no row of this tile is overwritten before all of them are read
+  if (kInTurns) {
+    if (threadIdx.x == 0) turns.publish(turn);
+    turns.wait(turn);
   }
 #pragma unroll
   for (int i = 0; i < Rows::kRows; ++i) {
-    const int64_t offset = ways[i][place].to;
+    const int64_t offset = ways[i][row].to;
     if (offset >= 0) *reinterpret_cast<Vector*>(target + offset) = values[i];
   }
+  return true;
 }
 
-template <int Capacity, typename Rows>
+template <int Capacity, typename Rows, bool kInTurns>
 __global__ void __launch_bounds__(kThreads, Rows::kBlocksPerSM)
     move_kernel(const __grid_constant__ Table<Capacity> table, const __grid_constant__ Plan plan,
-                const __grid_constant__ Rows rows, Progress progress, Divisor batch) {
-  const uint32_t block = progress.begin();
-  const int tensor = table.of_block(block);
-  const Lanes& lanes = table.lanes[tensor];
-  with_vector(lanes.log_vector, [&](auto vector) {
-    move_tile<decltype(vector)>(lanes, plan, rows, progress, batch, block - table.first_block[tensor], block);
-  });
+                const __grid_constant__ Rows rows, const __grid_constant__ Turns turns, Divisor batch) {
+  __shared__ Ways<Rows> ways;
+  const auto move = [&](uint32_t strip, uint32_t tile, uint32_t turn) {
+    const int tensor = table.of_block(strip);
+    const Lanes& lanes = table.lanes[tensor];
+    const uint32_t place = strip - table.first_block[tensor];
+    return with_vector(lanes.log_vector, [&](auto vector) {
+      return move_tile<decltype(vector), kInTurns>(lanes, plan, rows, batch, place, tile, turns, turn, ways);
+    });
+  };
+  if constexpr (!kInTurns) {
+    move(blockIdx.x, 0, 0);
+    return;
+  }
+  __shared__ unsigned taken;
+  unsigned next = threadIdx.x == 0 ? turns.take() : 0;
+  while (true) {
+    if (threadIdx.x == 0) taken = next;
+    __syncthreads();  // the number is there, and everybody is done with the last tile
+    const unsigned turn = taken;
+    if (turn >= turns.strips.size * turns.tiles) return;
+    if (threadIdx.x == 0) next = turns.take();  // on its way while this tile is moved
+    uint32_t tile = turn;
+    const uint32_t strip = turns.strips.take(tile);
+    if (!move(strip, tile, turn)) break;
+  }
+  // Nobody should wait for what this block has taken and found not to be needed, whatever the values of a plan are.
+  if (threadIdx.x == 0) turns.publish(next);
 }
 
 // --- launches --------------------------------------------------------------------------------------------------------
@@ -434,67 +462,69 @@ inline void invert(const Plan& plan, int64_t length, int32_t* inverse, cudaStrea
   launch(invert_kernel, dim3(plan.batch), dim3(kPlanThreads), stream, plan, length, inverse);
 }
 
-// How many blocks work on a tensor; for one sequence, if `batch` is 1.
-template <typename Rows>
-int64_t blocks_of(const Lanes& lanes, int64_t batch, int64_t rows) {
-  const int64_t tile = int64_t(Rows::kRows) << lanes.log_rows;
-  return batch * lanes.lane_tiles.size * lanes.column_tiles.size * ((rows + tile - 1) / tile);
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t strips_of(const Lanes& lanes, int64_t batch) {
+  return batch * lanes.lane_tiles.size * lanes.column_tiles.size;
 }
 
-// Every tensor of the list has elements, and so has the plan. In place, clear(n) returns n zeros on the device, for use
-// in this stream; it is not called where a single tile of rows will do.
-template <typename Rows, typename Clear>
-void move_all(const std::vector<Lanes>& list, const Plan& plan, const Rows& rows, Clear&& clear,
-              cudaStream_t stream) {
-  if (list.empty() || plan.batch == 0 || plan.rows == 0) return;
-  const auto blocks = [&](const Lanes& lanes) { return blocks_of<Rows>(lanes, plan.batch, plan.rows); };
-  const Divisor batch(plan.batch);
-  for_each_table(list, blocks, [&](const auto& table, unsigned grid) {
-    constexpr int capacity = sizeof(table.lanes) / sizeof(Lanes);
-    Progress progress;
-    bool in_turn = false;
-    for (int i = 0; i < table.count; ++i) {
-      in_turn |= Rows::kInPlace && (Rows::kRows << table.lanes[i].log_rows) < plan.rows;
-    }
-    if (in_turn) {
-      progress.next = clear(int64_t(grid) + 1);
-      progress.loaded = progress.next + 1;
-    }
-    launch(move_kernel<capacity, Rows>, dim3(grid), dim3(kThreads), stream, table, plan, rows, progress, batch);
-  });
-}
-
+// Every tensor of the list has elements, and so has the plan.
+//
 // Tiles are as high as a block can make them, or so that least of them is empty: of 85 rows, 3 tiles of 32 rows of 2
 // heads take less than 2 of 64 of one.
 inline void gather(std::vector<Lanes> list, const Plan& plan, cudaStream_t stream) {
   using Rows = GatheredRows;
+  const auto blocks_of = [&](const Lanes& lanes) {
+    return strips_of(lanes, plan.batch) * ceil_div(plan.rows, Rows::kRows << lanes.log_rows);
+  };
   for (Lanes& lanes : list) {
     lay_out<Rows>(lanes, kLogThreads, plan.rows);
-    Lanes lower = lanes;
     const int highest = lanes.log_rows;
     for (int log_rows = highest - 1; log_rows >= std::max(0, highest - 2); --log_rows) {
+      Lanes lower = lanes;
       lay_out<Rows>(lower, kLogThreads, Rows::kRows << log_rows);
-      if (blocks_of<Rows>(lower, 1, plan.rows) < blocks_of<Rows>(lanes, 1, plan.rows)) lanes = lower;
+      if (blocks_of(lower) < blocks_of(lanes)) lanes = lower;
     }
   }
-  move_all(list, plan, Rows(), [](int64_t) -> unsigned* { return nullptr; }, stream);
+  const Divisor batch(std::max<int64_t>(plan.batch, 1));
+  for_each_table(list, blocks_of, [&](const auto& table, unsigned blocks) {
+    constexpr int capacity = sizeof(table.lanes) / sizeof(Lanes);
+    launch(move_kernel<capacity, Rows, false>, blocks, kThreads, stream, table, plan, Rows(), Turns(), batch);
+  });
 }
 
-// A block's columns are 256 bytes wide, which is a head of most models. Where that makes too few blocks to keep a large
-// GPU busy they are narrowed, though not below the 128 bytes of a line of its cache.
-constexpr int64_t kMultiprocessors = 132;
+// Strips are 256 bytes wide, which is a head of most models. Where that makes too few tiles to keep a large GPU busy
+// they are narrowed, though not below the 128 bytes of a line of its cache. All tensors have tiles of the same height.
+constexpr int kMultiprocessors = 132, kLogMostColumns = 4;
 
+// clear(n) returns n zeros on the device, for use in this stream; it is not called where strips have one tile only.
 template <typename Rows, typename Clear>
 void move(std::vector<Lanes> list, const Plan& plan, const Rows& rows, Clear&& clear, cudaStream_t stream) {
+  if (list.empty() || plan.batch == 0 || plan.rows == 0) return;
+  int64_t tiles = 0;
   for (int log_bytes = 8; log_bytes >= 7; --log_bytes) {
-    int64_t blocks = 0;
+    int64_t strips = 0;
     for (Lanes& lanes : list) {
-      lay_out<Rows>(lanes, std::max(0, log_bytes - lanes.log_vector), plan.rows);
-      blocks += blocks_of<Rows>(lanes, plan.batch, plan.rows);
+      const int columns = std::max(0, log_bytes - lanes.log_vector);
+      lay_out<Rows>(lanes, std::min(columns, kLogMostColumns), std::min(plan.rows, kMostHeight<Rows>));
+      strips += strips_of(lanes, plan.batch);
     }
-    if (blocks >= kMultiprocessors) break;
+    tiles = ceil_div(plan.rows, Rows::kRows << list[0].log_rows);
+    if (strips * tiles >= kMultiprocessors) break;
   }
-  move_all(list, plan, rows, clear, stream);
+  const Divisor batch(plan.batch);
+  const auto blocks_of = [&](const Lanes& lanes) { return strips_of(lanes, plan.batch); };
+  for_each_table(list, blocks_of, [&](const auto& table, unsigned strips) {
+    constexpr int capacity = sizeof(table.lanes) / sizeof(Lanes);
+    if (tiles == 1) {
+      launch(move_kernel<capacity, Rows, false>, strips, kThreads, stream, table, plan, rows, Turns(), batch);
+      return;
+    }
+    unsigned* const zeros = clear(strips * tiles + 1);
+    const Turns turns{zeros, zeros + 1, Divisor(strips), static_cast<unsigned>(tiles)};
+    const unsigned blocks = std::min<int64_t>(strips * tiles, kMultiprocessors * Rows::kBlocksPerSM);
+    launch(move_kernel<capacity, Rows, true>, blocks, kThreads, stream, table, plan, rows, turns, batch);
+  });
 }
 
 }  // namespace vtw::cuda

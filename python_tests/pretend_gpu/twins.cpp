@@ -9,8 +9,9 @@
 namespace vtw::cuda {
 
 template <int... capacities>
-struct WithTables : Twins<move_kernel<capacities, GatheredRows>..., move_kernel<capacities, DenseRows>...,
-                          move_kernel<capacities, PagedRows>...> {};
+struct WithTables : Twins<move_kernel<capacities, GatheredRows, false>..., move_kernel<capacities, DenseRows, false>...,
+                          move_kernel<capacities, DenseRows, true>..., move_kernel<capacities, PagedRows, false>...,
+                          move_kernel<capacities, PagedRows, true>...> {};
 WithTables<kSmallTable, kMediumTable, kLargeTable> with_tables;
 Twins<plan_kernel, invert_kernel> plans;
 

@@ -22,6 +22,7 @@ int main() {
     }
     const int kept = static_cast<int>(source.size());
     source.resize(kRows, -1);
+    const std::vector<int32_t> rows = source;
 
     std::vector<char> x = before;
     Lanes lanes{x.data(), x.data(), 0, 0, kWidth, kWidth, kRows, kHeads, {{kHeads, kRows * kWidth, kRows * kWidth}}};
@@ -35,10 +36,15 @@ int main() {
     };
     move({lanes}, Plan{source.data(), 1, kRows, kRows, 1}, DenseRows(), clear, nullptr);
     if (zeros.empty()) return 2;  // one tile was enough: this shows nothing
+    // A plan that is none, with a hole of more than a tile: whatever it does, it ends.
+    std::fill(source.begin() + 100, source.begin() + 300, -1);
+    std::vector<char> y = before;
+    lanes.from = lanes.to = y.data();
+    move({lanes}, Plan{source.data(), 1, kRows, kRows, 1}, DenseRows(), clear, nullptr);
 
     for (int head = 0; head < kHeads; ++head) {
       for (int row = 0; row < kRows; ++row) {
-        const int from = row < kept ? source[row] : row;
+        const int from = row < kept ? rows[row] : row;
         const size_t first = size_t(head) * kRows * kWidth;
         if (std::memcmp(&x[first + row * kWidth], &before[first + from * kWidth], kWidth) != 0) return 1;
       }
