@@ -90,6 +90,9 @@ def default_arch_list(cuda_home: Path) -> str:
 
 
 cuda_home, why_no_cuda = decide_cuda()
+cudart = os.environ.get("VTW_KERNELS_CUDART", "static")
+if cudart not in ("static", "shared"):
+    stop(f"VTW_KERNELS_CUDART: expected static or shared, got {cudart!r}")
 sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
 cxx_flags = [
     "-std=c++17",
@@ -112,10 +115,7 @@ if cuda_home:
     sources += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cu"))
     defines += ["-DVTW_WITH_CUDA", "-DUSE_CUDA"]
     # The static runtime, so that the extension also loads where no libcudart is installed.
-    cudart = {"static": "cudart_static", "shared": "cudart"}.get(kind := os.environ.get("VTW_KERNELS_CUDART", "static"))
-    if cudart is None:
-        stop(f"VTW_KERNELS_CUDART: expected static or shared, got {kind!r}")
-    link["libraries"] += [cudart, "rt", "dl", "pthread"]
+    link["libraries"] += ["cudart_static" if cudart == "static" else "cudart", "rt", "dl", "pthread"]
     link["library_dirs"] += [str(path.parent) for path in cuda_home.glob("**/libcudart_static.a")]
 print(f"vtw_kernels: torch {torch.__version__}, CUDA {cuda_home or 'not built'}", file=sys.stderr)
 

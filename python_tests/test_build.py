@@ -58,6 +58,7 @@ def test_build_info():
     ("environment", "message"),
     [
         ({"VTW_KERNELS_BUILD_CUDA": "perhaps"}, "VTW_KERNELS_BUILD_CUDA: expected 0, 1 or auto, got 'perhaps'"),
+        ({"VTW_KERNELS_CUDART": "dynamic"}, "VTW_KERNELS_CUDART: expected static or shared, got 'dynamic'"),
         ({"CXX": "no-such-compiler"}, "a C++17 compiler is needed"),
     ],
 )
