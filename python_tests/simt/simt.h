@@ -112,8 +112,9 @@ class Stack {
   Stack() {
     const std::lock_guard<std::mutex> lock(mutex);
     if (spare.empty()) {
-      memory = static_cast<char*>(std::aligned_alloc(kGuard, kGuard + kBytes));
-      if (mprotect(memory, kGuard, PROT_NONE)) fail("no guard page");
+      void* const all = mmap(nullptr, kGuard + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (all == MAP_FAILED || mprotect(all, kGuard, PROT_NONE)) fail("no memory for a stack");
+      memory = static_cast<char*>(all);
     } else {
       memory = spare.back();
       spare.pop_back();
