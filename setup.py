@@ -27,11 +27,12 @@ def stop(message: str) -> None:
 if int(setuptools.__version__.split(".")[0]) < 77:
     stop(f"setuptools 77 or newer is needed, found {setuptools.__version__}; run: pip install -U setuptools")
 try:
+    import pybind11
     import torch
     from torch.utils import cpp_extension
 except ImportError as missing:
     stop(
-        f"{missing.name} is needed to build; run: pip install torch ninja, "
+        f"{missing.name} is needed to build; run: pip install torch pybind11 ninja, "
         "then: pip install --no-build-isolation ."
     )
 
@@ -93,7 +94,10 @@ cuda_home, why_no_cuda = decide_cuda()
 cudart = os.environ.get("VTW_KERNELS_CUDART", "static")
 if cudart not in ("static", "shared"):
     stop(f"VTW_KERNELS_CUDART: expected static or shared, got {cudart!r}")
-sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
+suffixes = (".cpp", ".cu") if cuda_home else (".cpp",)
+sources = sorted(x.relative_to(ROOT).as_posix() for x in (ROOT / "csrc").rglob("*") if x.suffix in suffixes)
+# The second binary, which needs Python: so that the first can be loaded without it.
+of_build_info = [x for x in sources if x in ("csrc/python/build_info.cpp", "csrc/python/nvcc.cu")]
 cxx_flags = [
     "-std=c++17",
     "-O3",
@@ -112,7 +116,6 @@ link = {"libraries": ["torch_cpu", "c10"], "library_dirs": cpp_extension.library
 if cuda_home:
     os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(cuda_home)
     cpp_extension.CUDA_HOME = str(cuda_home)  # torch leaves it None when it has no CUDA itself
-    sources += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cu"))
     defines += ["-DVTW_WITH_CUDA", "-DUSE_CUDA"]
     # The static runtime, so that the extension also loads where no libcudart is installed.
     link["libraries"] += ["cudart_static" if cudart == "static" else "cudart", "rt", "dl", "pthread"]
@@ -125,13 +128,14 @@ setup(
     package_dir={"vtw_kernels.benchmarks": "benchmarks"},
     ext_modules=[
         Extension(
-            "vtw_kernels._C",
-            sources,
-            include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
+            f"vtw_kernels.{name}",
+            files,
+            include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *cpp_extension.include_paths()],
             extra_compile_args={"cxx": cxx_flags + defines, "nvcc": ["-std=c++17", "-O3", *defines]},
             language="c++",
             **link,
         )
+        for name, files in (("_C", [x for x in sources if x not in of_build_info]), ("_build_info", of_build_info))
     ],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

@@ -194,7 +194,7 @@ def test_the_whole_extension_builds_and_loads(tmp_path, folder):
     assert done.returncode == 0, done.stdout + done.stderr
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'vtw_kernels')!r});"
-        "import torch, _C; print(_C.build_info()['cuda_archs']);"
+        "import torch, _C, _build_info; print(_build_info.build_info()['cuda_archs']);"
         "names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('vtw_kernels::')];"
         "print(sorted(x for x in names if torch._C._dispatch_has_kernel_for_dispatch_key(x, 'CUDA')))"
     )

@@ -53,6 +53,7 @@ def _refuse_another() -> None:
 _refuse_another()
 try:
     import vtw_kernels._C as _C
+    from vtw_kernels._build_info import build_info  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"vtw_kernels is not compiled for this Python and torch {torch.__version__} ({error}); "
@@ -63,4 +64,3 @@ if (found := interface()) != INTERFACE:
         f"vtw_kernels: {_C.__file__} was built from other sources than its Python (interface {found:#x}, expected "
         f"{INTERFACE:#x}); run: pip install --no-build-isolation ."
     )
-build_info = _C.build_info

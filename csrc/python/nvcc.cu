@@ -1,4 +1,4 @@
-#include "cuda/build_info.h"
+#include "python/nvcc.h"
 
 namespace vtw {
 
