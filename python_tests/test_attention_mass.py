@@ -10,7 +10,8 @@ from transformers.models.llama import modeling_llama
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from vlm import FAMILIES, IMAGE, make_batch, make_model
 
-from vtw_kernels.layer_search.attention import _last_row, attention_mass
+from vtw_kernels.integration.attention import last_row
+from vtw_kernels.layer_search.attention import attention_mass
 
 PROMPTS = {"one": [[3, 4, 5]], "ragged": [[2, 4, 3, 4, 4], [5, 4, 1]]}
 ZOO = ("gemma3", "gemma4", "llama4", "kimi_k25", "phi4_multimodal", "qwen3_vl_moe")
@@ -85,10 +86,10 @@ def test_what_changes_scores():
     scores = torch.cat((scores, sinks.view(1, 4, 1, 1).expand(2, 4, 9, 1)), dim=-1)
     expected = scores.softmax(-1)[torch.arange(2), :, last, :-1]
     options = dict(scaling=0.3, softcap=5.0, s_aux=sinks, position_bias=bias, sliding_window=4, is_causal=True)
-    torch.testing.assert_close(_last_row(query, key, None, options, last), expected)
+    torch.testing.assert_close(last_row(query, key, None, options, last), expected)
     padding = torch.ones(2, 9, dtype=torch.long)
     padding[1, 7:] = 0  # behind the last row: hidden anyway
-    torch.testing.assert_close(_last_row(query, key, padding, options, last), expected)
+    torch.testing.assert_close(last_row(query, key, padding, options, last), expected)
 
 
 class Largest(TorchDispatchMode):

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, DynamicCache
 
 from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.integration.attention import observed_attention
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, prepare
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
-from vtw_kernels.layer_search.attention import observed_attention
 
 TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
 
@@ -172,7 +172,7 @@ def _count(parts: Parts, prefill: Callable[[], Cache]) -> tuple[list[int], list[
         for i, layer in enumerate(parts.layers):
             hooks.append(layer.register_forward_pre_hook(partial(enter, i)))
             hooks.append(layer.register_forward_hook(partial(leave, i)))
-        with observed_attention(parts, observe), ExitStack() as counting:
+        with observed_attention(dict(enumerate(parts.layers)), observe), ExitStack() as counting:
             cache = prefill()
     finally:
         for hook in hooks:
