@@ -50,12 +50,18 @@ else:
 
 # Imported when asked for, so that the ops work without transformers.
 ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
+ROOMS |= dict.fromkeys(("Boundary", "Policy", "RandomVisual", "TopAttention", "Withdraw"), "integration")
 ROOMS |= dict.fromkeys(("LayerSearch", "find_layer"), "layer_search")
 
 __all__ = [
+    "Boundary",
     "CompactionPlan",
     "LayerSearch",
+    "Policy",
+    "RandomVisual",
+    "TopAttention",
     "Verification",
+    "Withdraw",
     "apply",
     "backend_info",
     "compact",

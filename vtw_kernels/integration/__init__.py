@@ -1,6 +1,19 @@
 """Visual tokens withdrawal in transformers."""
 
+from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.verify import Verification, verify
 from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
 
-__all__ = ["Verification", "Withdrawal", "apply", "remove", "verify", "withdraw"]
+__all__ = [
+    "Boundary",
+    "Policy",
+    "RandomVisual",
+    "TopAttention",
+    "Verification",
+    "Withdraw",
+    "Withdrawal",
+    "apply",
+    "remove",
+    "verify",
+    "withdraw",
+]

@@ -5,8 +5,7 @@ tokens. So these report the number of *tokens* seen, and keep to themselves whic
 sliding window holds its last slots, which reach back at least as far as the window; masks hide what lies beyond it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +22,14 @@ from vtw_kernels.integration import compat
 
 @dataclass
 class Slots:
-    """The books of one stage: which tokens its layers of a cache hold; these layers share them.
+    """The books of layers of a cache that hold the same tokens: of a stage, and of those after it, as long as nothing has
+    left in between.
 
     With a static cache all tensors stay where they are, so that a compiled step of decoding runs again as it is.
     """
 
     layer: int  # the first of them
+    boundaries: tuple[int, ...]  # of all stages
     tokens: int | Tensor = 0  # how many were seen; for a static cache int64 []
     at_least: int = 0  # the same, as far as the host knows
     past: int | Tensor = 0  # how many were seen before the forward that runs
@@ -66,6 +67,19 @@ class Slots:
             self.tokens.add_(count)
         if not torch.compiler.is_compiling():  # a number that changes would be compiled anew
             self.at_least += count
+
+    @property
+    def held(self) -> int | Tensor:
+        """How many slots are filled."""
+        return self.tokens - self.without if self.filled is None else self.filled
+
+    def copied(self) -> "Slots":
+        """The same, to be written on by itself."""
+        copy = replace(self)
+        if self.filled is not None:
+            copy.tokens, copy.filled = (_fixed(x.clone()) for x in (self.tokens, self.filled))
+            copy.columns = None if self.columns is None else _fixed(self.columns.clone())
+        return copy
 
     def crop(self, removed: int) -> None:
         """Forgets the last tokens, with a dynamic cache."""
@@ -105,12 +119,12 @@ class WithdrawnLayer:
     """Mixed into a cache layer of transformers."""
 
     slots: Slots | None  # None: empty, or filled without withdrawal
-    leads: bool  # the first layer of a stage keeps its books
+    leads: bool  # the first layer of those that share books keeps them
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.slots is not None and not self.slots.open:
             raise ValueError(
-                f"past_key_values: this cache was filled under withdraw(layer={self.slots.layer}) and can only be used "
+                f"past_key_values: this cache was filled {_under(self.slots.boundaries)} and can only be used "
                 "there, but got a forward without withdrawal"
             )
         return super().update(key_states, value_states, *args, **kwargs)
@@ -152,7 +166,7 @@ class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
             return super().crop(tokens_to_remove)
         if self.leads:
             self.slots.crop(compat.tokens_removed(tokens_to_remove, self.slots.tokens))
-        self._keep_slots(0, self.slots.tokens - self.slots.without)
+        self._keep_slots(0, self.slots.held)
 
     def _keep_slots(self, first: int, end: int) -> None:
         self.keys, self.values = self.keys[..., first:end, :], self.values[..., first:end, :]
@@ -216,43 +230,47 @@ KINDS = {
 
 
 def slots_of(cache: Cache | None, boundaries: tuple[int, ...], num_layers: int) -> list[Slots]:
-    """What a cache holds for stages that begin at ``boundaries``, in the layers before ``num_layers``: empty books if it
-    is empty.
+    """What a cache holds, in the layers before ``num_layers``, for each of the stages that begin at ``boundaries``: empty
+    books if it is empty. Stages whose layers hold the same tokens share theirs.
 
     Raises:
         ValueError: it has layers of a kind that is not supported, was filled without withdrawal or with other boundaries,
             or by a forward that did not end.
     """
-    empty = [Slots(layer) for layer in boundaries]
+    empty = [Slots(boundaries[0], boundaries)] * len(boundaries)
     if cache is None:
         return empty
     _check_layers(cache, boundaries[0], num_layers)
-    kept = {x.slots.layer: x.slots for x in cache.layers if isinstance(x, WithdrawnLayer) and x.slots is not None}
+    kept = [x.slots for x in cache.layers if isinstance(x, WithdrawnLayer) and x.slots is not None]
     if not kept and cache.get_seq_length() == 0:
         return empty
-    wanted = _under(layer for layer in boundaries if layer < num_layers)
-    if not kept or tuple(kept) != tuple(layer for layer in boundaries if layer < num_layers):
-        given = f"one filled {_under(kept)}" if kept else "one filled without withdrawal"
-        raise ValueError(f"past_key_values: expected a cache filled {wanted} or an empty one, got {given}")
-    if not all(slots.whole for slots in kept.values()):
+    if not kept or kept[0].boundaries != boundaries:
+        given = f"one filled {_under(kept[0].boundaries)}" if kept else "one filled without withdrawal"
+        raise ValueError(f"past_key_values: expected a cache filled {_under(boundaries)} or an empty one, got {given}")
+    if not all(slots.whole for slots in kept):
         raise ValueError(
-            f"past_key_values: expected a cache filled {wanted} or an empty one, got one whose last forward did not end"
+            f"past_key_values: expected a cache filled {_under(boundaries)} or an empty one, got one whose last forward did "
+            "not end"
         )
-    return [kept.get(slots.layer, slots) for slots in empty]
+    return [cache.layers[layer].slots for layer in boundaries]
 
 
 def wrap_layers(cache: Cache, books: list[Slots], num_layers: int) -> None:
     """Replaces the cache layers from the first stage's first on, before ``num_layers``; the new ones share the tensors of
     the ones they replace.
 
+    Args:
+        books: of each stage.
+
     Raises:
         ValueError: for a cache that the model has made itself, as ``slots_of``.
     """
-    _check_layers(cache, books[0].layer, num_layers)
+    boundaries = books[0].boundaries
+    _check_layers(cache, boundaries[0], num_layers)
     while len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
-    for slots, end in zip(books, [*(x.layer for x in books[1:]), num_layers]):
-        for i in range(slots.layer, min(end, num_layers)):
+    for slots, begin, end in zip(books, boundaries, (*boundaries[1:], num_layers)):
+        for i in range(begin, end):
             inner = cache.layers[i]
             if not isinstance(inner, WithdrawnLayer):
                 cache.layers[i] = KINDS[type(inner)].__new__(KINDS[type(inner)])
@@ -260,8 +278,8 @@ def wrap_layers(cache: Cache, books: list[Slots], num_layers: int) -> None:
             cache.layers[i].slots, cache.layers[i].leads = slots, i == slots.layer
 
 
-def _under(layers: Iterable[int]) -> str:
-    return f"under withdraw(layer={', '.join(map(str, layers))})"
+def _under(boundaries: tuple[int, ...]) -> str:
+    return f"under withdraw(layer={', '.join(map(str, boundaries))})"
 
 
 def _check_layers(cache: Cache, first: int, end: int) -> None:

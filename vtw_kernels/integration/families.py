@@ -74,6 +74,14 @@ class Parts(NamedTuple):
         if not (self.min_layer <= layer <= self.max_layer or layer == len(self.layers)):
             raise ValueError("; ".join([f"layer: expected {self.allowed}, got {layer}", *self.limits]))
 
+    def check_attention_before(self, layers: tuple[int, ...]) -> None:
+        """Raises ValueError for layers behind one that is not attention."""
+        for layer in layers:
+            if (kind := self.layer_types[layer - 1]) not in ATTENTION_LAYERS:
+                raise ValueError(
+                    f"layer: expected an attention layer before {layer}, whose weights are looked at, got {kind}"
+                )
+
     def check_tokens(self, tokens: int) -> None:
         """Raises ValueError for a sequence that is too long to withdraw visual tokens from."""
         if tokens >= self.max_tokens:

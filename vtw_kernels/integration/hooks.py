@@ -8,6 +8,7 @@ thread and each call, the same one in traced and in eager code, and gone whateve
 
 import inspect
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.integration.attention import last_row, observed_attention, unobserved
 from vtw_kernels.integration.cache import Slots, WithdrawnLayer, slots_of, wrap_layers
 from vtw_kernels.integration.families import NO_PLACEHOLDER, Parts, find_visual_tokens
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
-from vtw_kernels.integration.stage import Stage, Window, on_device
+from vtw_kernels.integration.policies import Boundary, Policy
+from vtw_kernels.integration.stage import Stage, Window, compact_on_device, on_device
 from vtw_kernels.ops import CompactionPlan, expand, plan_compaction
 
 KEY = "vtw_forward"  # the keyword argument
+ROWS = ("visual", "text", "image", "token")  # what ``Boundary`` says of each row
 # In names of inputs that carry visual features. Grids do not, and some models pass them on while decoding.
 VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
 
@@ -44,9 +48,9 @@ class Hooks:
     Args:
         model: of transformers, without wrappers.
         parts: of it.
-        boundaries: gives the layers before which rows leave in this forward, ascending, when told whether the model is
-            in training mode.
-        first: the lowest of all that it may give.
+        policies: gives those of a forward, by the layers before which they are asked, ascending, when told whether the
+            model is in training mode.
+        first: the lowest of all layers that it may give.
         visual_mask: as for ``withdraw``.
     """
 
@@ -54,11 +58,11 @@ class Hooks:
         self,
         model: nn.Module,
         parts: Parts,
-        boundaries: Callable[[bool], tuple[int, ...]],
+        policies: Callable[[bool], dict[int, Policy]],
         first: int,
         visual_mask: Tensor | None,
     ):
-        self.parts, self.boundaries, self.first, self.visual_mask = parts, boundaries, first, visual_mask
+        self.parts, self.policies, self.first, self.visual_mask = parts, policies, first, visual_mask
         self.model = model
         self.makes_logits = model is not parts.body or model.get_output_embeddings() is not None
         self.entered = list(dict.fromkeys((model, parts.body, parts.decoder)))
@@ -126,7 +130,8 @@ class Hooks:
             return self._run(module, Forward(self, module, inputs), args, kwargs)
         forward = Forward(self, module, inputs)
         forward.look(inputs)
-        return self._run(module, forward, args, kwargs)
+        with unobserved():
+            return self._run(module, forward, args, kwargs)
 
     @torch.compiler.disable(reason="A module of this model does not pass on which forward it belongs to")
     def _enter_untraced(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -199,6 +204,9 @@ class Hooks:
     def _run_layer(self, index: int, module: nn.Module, forward: "Forward | None", args: tuple, kwargs: dict) -> Any:
         if forward is not None:
             args, kwargs = forward.before_layer(index, args, kwargs)
+            if forward.looks_at_attention(index):
+                cache = self.arguments[module].cache_among(self.arguments[module].named(args, kwargs))
+                return forward.look_at_attention(index, cache, partial(self._call, module, args, kwargs))
         elif index >= self.first:
             raise RuntimeError(
                 f"withdraw: expected decoder layer {index} to run within a forward of its model, got a call of its own, "
@@ -221,18 +229,25 @@ class Forward:
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         self.sequence = embeds if ids is None else ids  # [B, S, ...]
         self.embedded = hooks.visual_mask is None and ids is None  # visual tokens are looked for among embeddings
-        self.counts: Tensor | None = None  # int64 [4, B], until read: how many rows are kept, and three things to look at
+        self.counts: Tensor | None = None  # int64 [6, B], until read: what ``look`` makes and ``decide`` reads
         self.counted: torch.cuda.Event | None = None  # after which they are on the host
-        self.keep: Tensor | None = None  # bool [B, S], which rows go on
-        self.plan: CompactionPlan | None = None
+        self.keep: Tensor | None = None  # bool [B, S], which rows go on at the first boundary
+        self.there: Boundary | None = None  # the rows still there, as long as a policy may be asked about some
+        self.attention: Tensor | None = None  # that the next policy looks at
+        self.withdraws = False  # whether there are visual tokens
+        self.plan: CompactionPlan | None = None  # which rows of the forward are left; None for all
         self.padded = False  # whether a row of the plan may be padding
-        self.stages: dict[int, Stage] = {}  # by the layer that they begin with
-        self.windows: dict[tuple[int, str], Window] = {}  # by stage and type of layer
+        self.moves: dict[int, CompactionPlan] = {}  # by boundary: which of the rows that come to it go on; none for all
+        self.stages: dict[int, Stage] = {}  # by boundary; the one before again, if the same rows are cached, too
+        self.windows: dict[tuple[Stage, str], Window] = {}  # by stage and type of layer
         self.returned = False  # whether the decoder has
         attention, cache = self.parts.config._attn_implementation, hooks.arguments[module].cache_among(inputs)
         self.masks = kind_of_masks(attention)
-        self.boundaries = tuple(x for x in hooks.boundaries(module.training) if x < len(self.parts.layers))
-        self.books: list[Slots] = []
+        policies = hooks.policies(module.training).items()
+        self.policies = {layer: policy for layer, policy in policies if layer < len(self.parts.layers)}
+        self.boundaries = tuple(self.policies)
+        self.books: list[Slots] = []  # of each stage; the same of several, as long as they cache the same rows
+        self.unwritten: Slots | None = None  # those that were written in last, as they were before this forward
         self.router_logits = inputs.get("output_router_logits", getattr(self.parts.config, "output_router_logits", False))
         if not self.boundaries:
             return
@@ -258,18 +273,26 @@ class Forward:
             return
         visual = self._visual_tokens(inputs)
         past = int(self.books[0].tokens)
+        self.past, self.end = past, past + self.tokens
         attended = attended_tokens(inputs.get("attention_mask"), visual, past)
-        self.keep = attended & ~visual  # padding is of no more use than a visual token is
-        self.end = past + self.tokens
+        text = attended & ~visual
+        image = (visual & ~F.pad(visual, (1, -1))).cumsum(1) - 1
+        token = torch.arange(past, self.end, device=visual.device).expand_as(visual)
+        self.there = Boundary(self.boundaries[0], visual & attended, text, image, token)
+        first = self.policies[self.boundaries[0]]
+        stays = _stays(first, self.there) if first.from_inputs else self.there.visual
+        self.keep = text | stays  # padding is of no more use than a visual token is
+        leaving = (visual if first.from_inputs else self.there.visual) & ~stays
         ends, labelled = torch.zeros(2, len(visual), dtype=torch.bool, device=visual.device)
         makes_logits = self.hooks.makes_logits and self.outermost is self.hooks.model
+        predicts = makes_logits and self.end >= _per_thread.prompt
         labels = inputs.get("labels") if makes_logits else None
         if labels is not None and labels.shape == visual.shape and not labels.is_floating_point():  # one for each token
-            labelled = (visual[:, :-1] & (labels[:, 1:] != -100)).any(1)
-        elif makes_logits and self.end >= _per_thread.prompt:
+            labelled, predicts = (visual[:, :-1] & (labels[:, 1:] != -100)).any(1), False
+        if predicts or self._asking_for_attention:
             last = attended.long().cumsum(1).argmax(1)
             ends = visual.gather(1, last[:, None])[:, 0]
-        self.count(torch.stack([self.keep.sum(1), visual.any(1), ends, labelled]))
+        self.count(torch.stack([visual.any(1), ends, labelled, self.keep.sum(1), leaving.any(1), stays.any(1)]))
 
     def _visual_tokens(self, inputs: dict[str, Any]) -> Tensor:
         """Those of this forward, bool ``[B, q]``."""
@@ -289,21 +312,30 @@ class Forward:
             self.counts, self.counted = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # to pinned memory
             self.counted.record(torch.cuda.current_stream(counts.device))
 
+    @property
+    def _asking_for_attention(self) -> Policy | None:
+        return next((policy for policy in self.policies.values() if policy.attention), None)
+
     def decide(self) -> None:
-        """Which rows leave at the first boundary. Nothing has been cached, and the host has long waited for the device:
-        models look themselves whether there is a placeholder for each visual feature."""
+        """Which rows leave at the first boundary, if the inputs tell. Nothing has been cached, and the host has long waited
+        for the device: models look themselves whether there is a placeholder for each visual feature."""
         if self.counts is None:
             return
         if self.counted is not None:
             self.counted.synchronize()
-        kept, withdrawn, ends_visual, wrongly_labelled = self.counts.tolist()
+        visual, ends_visual, wrongly_labelled, *counts = self.counts.tolist()
         self.counts = None
-        if self.embedded and not any(withdrawn):
+        if self.embedded and not any(visual):
             raise ValueError(NO_PLACEHOLDER)
         if any(wrongly_labelled):
             raise ValueError(
                 "labels: expected -100 after each visual token, whose row is withdrawn and predicts nothing, got a "
                 f"label in row {wrongly_labelled.index(1)}"
+            )
+        if any(ends_visual) and (policy := self._asking_for_attention) is not None:
+            raise ValueError(
+                f"input_ids: expected text after the last image of each sequence of a forward, as {policy!r} looks at its "
+                f"attention, got a visual token at the end of row {ends_visual.index(1)}"
             )
         if any(ends_visual):
             raise ValueError(
@@ -311,7 +343,9 @@ class Forward:
                 f"visual one in row {ends_visual.index(1)}; for chunks of a prompt that end in an image, there are "
                 "generate(prefill_chunk_size=) and model.base_model, which makes no logits"
             )
-        if not any(withdrawn):
+        self.withdraws = any(visual)
+        if not self.withdraws:
+            self.there = None
             return
         self.parts.check_tokens(self.end)
         if self.router_logits:
@@ -319,13 +353,12 @@ class Forward:
                 "output_router_logits: expected False, as later layers have no rows of visual tokens whose experts "
                 "could be counted, got True"
             )
-        length = max(1, *kept)  # layers do not run on no rows at all
-        self.plan = plan_compaction(self.keep, length, pad="left")
-        self.padded = min(kept) < length
+        if self.policies[self.boundaries[0]].from_inputs:
+            self._leave(self.boundaries[0], self.keep, *counts)
 
     def before_decoder(self, kwargs: dict) -> tuple[dict, bool]:
         """The decoder's keyword arguments, and whether it was to return a tuple, which does not tell what is in it."""
-        if not self.boundaries or (self.plan is None and self.books[0].columns is None):
+        if not self.withdraws and all(slots.columns is None for slots in self.books):
             return kwargs, False
         if kwargs.get("logits_to_keep"):  # Gemma 4's decoder would drop rows itself, in layers without keys of their own
             kwargs = kwargs | {"logits_to_keep": 0}
@@ -333,6 +366,41 @@ class Forward:
         if return_dict is None:
             return_dict = getattr(self.parts.config, "return_dict", True)
         return (kwargs, False) if return_dict else (kwargs | {"return_dict": True}, True)
+
+    def looks_at_attention(self, index: int) -> bool:
+        """Whether the policy at the boundary behind a layer wants to know of its attention."""
+        policy = self.policies.get(index + 1)
+        return policy is not None and policy.attention and self.there is not None and index + 1 not in self.stages
+
+    @torch.compiler.disable
+    def look_at_attention(self, index: int, cache: Cache | None, layer: Callable[[], Any]) -> Any:
+        """Runs a layer, and keeps how much the last text row attends to each row."""
+        self.attention = None
+        last, rows = self.there.text.long().cumsum(1).argmax(1), self.there.text.shape[1]
+        before = None  # how many slots of a static cache are filled
+        cached = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        if isinstance(cached, StaticLayer):
+            slots = getattr(cached, "slots", None)
+            before = self.past if slots is None else slots.held - rows
+
+        @torch.no_grad()
+        def observe(_: int, attend: Callable, query: Tensor, key: Tensor, mask: Any, options: dict) -> Any:
+            first = key.shape[2] - rows  # the key of the first row
+            if before is not None:
+                first = torch.as_tensor(before, device=key.device).clamp(max=first)
+            weights = last_row(query, key, mask, options, last.to(key.device), first).mean(1)
+            keys = first + torch.arange(rows, device=key.device)
+            self.attention = weights.index_select(1, keys)
+            return attend()
+
+        with observed_attention({index: self.parts.layers[index]}, observe):
+            output = layer()
+        if self.attention is None:
+            raise ValueError(
+                f"model: expected attention that transformers' AttentionInterface hands out, as "
+                f"{self.policies[index + 1]!r} looks at it, got none in layer {index} of {type(self.parts.decoder).__name__}"
+            )
+        return output
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of a decoder layer: those that it is given or, from the first boundary on, the rows left."""
@@ -342,30 +410,43 @@ class Forward:
         args, kwargs = args[:1], dict(zip(arguments.names[1:], args[1:])) | kwargs
         cache, hidden = arguments.cache_among(kwargs), args[0] if args else kwargs[arguments.names[0]]
         begin = max(x for x in self.boundaries if x <= index)
-        first = index == begin
-        if first:
-            if hidden.shape[-2] != self.tokens:
-                raise ValueError(
-                    f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
-                    f"them, visual ones included, got {self.tokens}"
-                )
-            if begin not in self.stages:  # else it is recomputed
-                self.decide()  # if the decoder has not been called, only its layers
-                self.stages[begin] = self._begin_stage(cache, arguments.mask)
-        stage = self.stages[begin]
-        kind = (begin, self.parts.layer_types[index])  # layers that share keys have those of the last one of their type
+        if begin not in self.stages:  # else it is recomputed
+            self.stages[begin] = self._begin_stage(begin, hidden, cache, arguments.mask)
+        stage, moves = self.stages[begin], self.moves.get(index)
+        kind = (stage, self.parts.layer_types[index])  # layers that share keys have those of the last one of their type
         if cache is not None and index < self.parts.num_cached:
-            rows = self.tokens if stage.plan is None else stage.plan.source.shape[1]
-            self.windows[kind] = cache.layers[index].keys_returned(rows, self.tokens)
-        kwargs, gathered = stage(kwargs, hidden if first else None, self.windows.get(kind))
-        if not first:
+            self.windows[kind] = cache.layers[index].keys_returned(self._rows(stage.plan), self.tokens)
+        together = moves is not None and moves is stage.plan  # what comes at full length is gathered in one launch
+        kwargs, gathered = stage(kwargs, hidden if together else None, self.windows.get(kind))
+        if moves is None:
             return args, kwargs
+        if not together:
+            (gathered,) = compact_on_device([hidden], moves, [-2], [-3])
         return ((gathered,), kwargs) if args else ((), kwargs | {arguments.names[0]: gathered})
 
-    def _begin_stage(self, cache: Cache | None, mask: str) -> Stage:
-        """All that may raise has been looked at, so what is cached is written down."""
-        (slots,), plan = self.books, self.plan
-        padded = self.padded or slots.padded
+    def _rows(self, plan: CompactionPlan | None) -> int:
+        return self.tokens if plan is None else plan.source.shape[1]
+
+    def _begin_stage(self, layer: int, hidden: Tensor, cache: Cache | None, mask: str) -> Stage:
+        """What begins with a layer, or goes on there. All that may raise but the policy has been looked at, so that what is
+        cached is written down."""
+        place = self.boundaries.index(layer)
+        coming = self.tokens if place == 0 else self._rows(self.plan)
+        if hidden.shape[-2] != coming:
+            raise ValueError(
+                f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
+                f"them, visual ones included, got {coming}"
+            )
+        self.decide()  # if the decoder has not been called, only its layers
+        if self.there is not None and not (place == 0 and self.policies[layer].from_inputs):
+            self._ask(layer, hidden)
+        slots, shared = self.books[place], place > 0 and self.books[place] is self.books[place - 1]
+        if shared and layer not in self.moves:
+            return self.stages[self.boundaries[place - 1]]
+        if shared:
+            slots, self.unwritten.layer = self.unwritten, layer
+            self.books[place:] = [slots if x is self.books[place] else x for x in self.books[place:]]
+        plan, padded = self.plan, self.padded or slots.padded
         batch, device = self.sequence.shape[0], self.sequence.device
         past = slots.tokens if isinstance(slots.tokens, int) else slots.tokens.clone()
         capacity = None
@@ -374,6 +455,8 @@ class Forward:
             # Windows alone do not say how long the sequence may become; their books grow as those of dynamic layers.
             static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
             capacity = max(static, default=None)
+        if self.there is not None:
+            self.unwritten = slots.copied()
         slots.past, slots.open, slots.whole = past, True, False
         slots.append(self.tokens, None if plan is None else plan.source, batch, device, capacity)
         slots.padded = padded
@@ -382,29 +465,71 @@ class Forward:
         padded = padded or (is_static and plan is not None and plan.source.shape[1] == 1)
         return Stage(self.tokens, plan, slots.columns, past, padded, self.masks == "padding", mask)
 
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _ask(self, layer: int, hidden: Tensor) -> None:
+        """Which of the rows that come to a boundary leave there; here the host waits for the device."""
+        policy, device = self.policies[layer], hidden.device
+        rows = {name: getattr(self.there, name).to(device) for name in ROWS}
+        attention = self.attention.to(device) if policy.attention else None
+        stays = _stays(policy, Boundary(layer, **rows, hidden_states=hidden.detach(), attention=attention))
+        stays = stays.to(self.there.visual.device)
+        keep, leaving = self.there.text | stays, self.there.visual & ~stays
+        self._leave(layer, keep, *torch.stack([keep.sum(1), leaving.any(1), stays.any(1)]).tolist())
+
+    def _leave(self, layer: int, keep: Tensor, kept: list[int], leaving: list[int], stays: list[int]) -> None:
+        """Of the rows that come to a boundary, those go on that ``keep`` says.
+
+        Args:
+            keep: bool ``[B, rows]``.
+            kept: how many those are in each sequence.
+            leaving, stays: whether visual rows of it leave and stay.
+        """
+        moves = None
+        if any(leaving):
+            length = max(1, *kept)  # layers do not run on no rows at all
+            moves = self.moves[layer] = plan_compaction(keep, length, pad="left")
+            self.plan = moves if self.plan is None else _chained(self.plan, moves)
+            self.padded = min(kept) < length
+        if layer == self.boundaries[-1] or not any(stays):
+            self.there = None
+        elif moves is not None:
+            index, padding = moves.source.clamp(min=0).long(), moves.source < 0
+            rows = {name: getattr(self.there, name).gather(1, index).masked_fill(padding, 0) for name in ROWS}
+            self.there = Boundary(layer, **rows)
+
     def put_back(self, output: Any) -> Any:
         """The output of the decoder, or of the body, with the rows that have left as zeros."""
         self.returned = True
         for slots in self.books:
             slots.whole = True
-        if self.plan is None:
+        if not self.withdraws:
             return output
-        if not self.stages:
-            raise RuntimeError(
-                f"withdraw: the decoder did not run its layer {self.boundaries[0]}; nothing was withdrawn"
-            )
-        layer = self.boundaries[0]
-        states = [output[0], *(getattr(output, "hidden_states", None) or ())[layer + 1 :]]
-        short = [x for x in states if x is not None]
-        plan = on_device(self.plan, short[0].device)
-        full = iter(expand(short, plan, self.tokens, token_dims=-2, batch_dims=-3))
-        states = [x if x is None else next(full) for x in states]
+        if missing := [layer for layer in self.boundaries if layer not in self.stages]:
+            raise RuntimeError(f"withdraw: the decoder did not run its layer {missing[0]}; nothing was withdrawn")
+        hidden = list(getattr(output, "hidden_states", None) or ())
+        states = [output[0], *hidden]
+        # State i + 1 is what layer i puts out, and the last one of all is normed.
+        ran = [None, *map(self._stage_of, range(len(self.parts.layers)))]
+        by_stage = defaultdict(list)
+        for i, (state, stage) in enumerate(zip(states, [ran[-1], *ran])):
+            if state is not None and stage is not None and stage.plan is not None:
+                by_stage[stage].append(i)
+        for stage, places in by_stage.items():
+            short = [states[i] for i in places]
+            plan = on_device(stage.plan, short[0].device)
+            for i, state in zip(places, expand(short, plan, self.tokens, token_dims=-2, batch_dims=-3)):
+                states[i] = state
         if isinstance(output, tuple):
             return (states[0], *output[1:])
         output.last_hidden_state = states[0]
-        if len(states) > 1:
-            output.hidden_states = (*output.hidden_states[: layer + 1], *states[1:])
+        if hidden:
+            output.hidden_states = tuple(states[1:])
         return output
+
+    def _stage_of(self, index: int) -> Stage | None:
+        """That of a decoder layer, or None before the first boundary."""
+        return next((self.stages[x] for x in reversed(self.boundaries) if x <= index), None)
 
     def close(self) -> None:
         for slots in self.books:
@@ -429,3 +554,18 @@ def _on_the_way(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
         model = getattr(model, name)
         if not isinstance(model, nn.ModuleList | nn.ModuleDict):
             yield model
+
+
+def _stays(policy: Policy, boundary: Boundary) -> Tensor:
+    """Which visual rows a policy keeps."""
+    keep = policy.keep(boundary)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != boundary.visual.shape:
+        given = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f"keep: expected bool {list(boundary.visual.shape)} from {policy!r}, got {given}")
+    return boundary.visual & keep.to(boundary.visual.device)
+
+
+def _chained(plan: CompactionPlan, moves: CompactionPlan) -> CompactionPlan:
+    """What is left of what is left: rows that ``moves`` names among those of ``plan``, as rows of the forward."""
+    source = plan.source.gather(1, moves.source.clamp(min=0).long())
+    return CompactionPlan(source.where(moves.source >= 0, -1), moves.lengths, plan.tokens)

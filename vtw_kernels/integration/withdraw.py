@@ -1,6 +1,7 @@
 """Visual Tokens Withdrawal (VTW, arXiv 2405.05803) in transformers.
 
-Before decoder layer ``K``, the rows of the visual tokens are compacted away; the other tokens keep their positions.
+Before decoder layer ``K``, the rows of the visual tokens are compacted away, or of those that a policy lets go, there or
+before several layers (``policies.py``); the other tokens keep their positions.
 Two rules make that independent of the model: masks are gathered, never rebuilt (kept rows, kept columns), and cache
 layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py``). The way of a forward is in ``hooks.py``.
 """
@@ -8,6 +9,7 @@ layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from vtw_kernels.integration import compat
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.integration.hooks import Hooks, generating
-from vtw_kernels.integration.policies import chosen_layer
+from vtw_kernels.integration.policies import Policy, boundaries_of, chosen_layer, policies_of, saved_in_config
 
 
 class withdraw(ContextDecorator):  # noqa: N801  a context manager, named as a function is
@@ -38,7 +40,9 @@ class withdraw(ContextDecorator):  # noqa: N801  a context manager, named as a f
             mask function.
         layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says why.
             A sequence of them, as ``range(8, 24)``, is for training: each forward draws one, with torch's generator of
-            the CPU. Or the path of what ``LayerSearch.save`` wrote; or None for what the model's config says.
+            the CPU. Or the path of what ``LayerSearch.save`` wrote; or None for what the model's config says. Or a
+            ``Policy``, or several at layers of their own: then those visual tokens leave, and at those layers, that it
+            says; ``Withdraw(layer)`` is the same as ``layer``. A config has no room for policies but their names.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
             ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
@@ -53,13 +57,14 @@ class withdraw(ContextDecorator):  # noqa: N801  a context manager, named as a f
 
     Threads may share the model. A model may be compiled before, within or with ``torch.compile(model)`` as argument:
     where a forward may have visual tokens, their number is read before, outside of the graph (with ``fullgraph=True``
-    that is an error); a step of decoding with a static cache is one graph.
+    that is an error); a step of decoding with a static cache is one graph. What a policy looks at on the way, it looks at
+    outside of the graph as well.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layer: int | Sequence[int] | str | Path | None = None,
+        layer: int | Sequence[int] | str | Path | Policy | Sequence[Policy] | None = None,
         *,
         visual_mask: Tensor | None = None,
         decoder: nn.Module | None = None,
@@ -89,7 +94,7 @@ class withdraw(ContextDecorator):  # noqa: N801  a context manager, named as a f
 
 def apply(
     model: nn.Module,
-    layer: int | Sequence[int] | str | Path | None = None,
+    layer: int | Sequence[int] | str | Path | Policy | Sequence[Policy] | None = None,
     *,
     visual_mask: Tensor | None = None,
     decoder: nn.Module | None = None,
@@ -117,16 +122,24 @@ class Withdrawal:
     def __init__(
         self,
         model: nn.Module,
-        layer: int | Sequence[int] | str | Path | None,
+        layer: int | Sequence[int] | str | Path | Policy | Sequence[Policy] | None,
         visual_mask: Tensor | None,
         decoder: nn.Module | None,
     ):
         self.model = model = unwrapped(model)
         self.parts = find_parts(model, decoder)
         self.layer = chosen_layer(layer, model, len(self.parts.layers))
-        layers = [self.layer] if isinstance(self.layer, int) else self.layer
+        layers = boundaries_of(self.layer)
         for candidate in layers:
             self.parts.check_layer(candidate)
+        for policy in self.layer if isinstance(self.layer, list) else [self.layer]:
+            if isinstance(policy, Policy) and policy.attention:
+                self.parts.check_attention_before(policy.boundaries)
+                if (getattr(model, "_tp_size", None) or 1) > 1:
+                    raise ValueError(
+                        f"model: expected all heads on each rank, as {policy!r} looks at their attention, got a "
+                        "tensor-parallel one"
+                    )
         if visual_mask is not None and not isinstance(visual_mask, Tensor):
             raise TypeError(f"visual_mask: expected a tensor, got {type(visual_mask).__name__}")
         if visual_mask is not None and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
@@ -135,15 +148,7 @@ class Withdrawal:
             )
         if visual_mask is None and not self.parts.token_ids:
             find_visual_tokens(self.parts, {})  # raises, and says why a mask is needed
-        self._hooks = Hooks(model, self.parts, self._boundaries, min(layers), visual_mask)
-
-    def _boundaries(self, training: bool) -> tuple[int, ...]:
-        """The layer before which rows leave in a forward."""
-        if isinstance(self.layer, int):
-            return (self.layer,)
-        if not training:
-            raise ValueError(f"layer: expected an int where a model is not in training mode, got {self.layer}")
-        return (self.layer[int(torch.randint(len(self.layer), ()))],)
+        self._hooks = Hooks(model, self.parts, partial(policies_of, self.layer), min(layers), visual_mask)
 
     def place(self) -> "Withdrawal":
         """Puts it into effect.
@@ -158,7 +163,7 @@ class Withdrawal:
         compat.warn_if_newer()
         self.parts.decoder._vtw_withdrawal = self
         self._config_before = getattr(self.model.config, "vtw", None)
-        self.model.config.vtw = {"layer": self.layer if isinstance(self.layer, int) else list(self.layer)}
+        self.model.config.vtw = saved_in_config(self.layer)
         if self._hooks.first < len(self.parts.layers):
             self._hooks.place()
             self._generate = None
