@@ -18,6 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 NEWEST_TESTED = "5.24"
 HAS_CACHE_POSITION = "cache_position" in signature(CacheLayerMixin.get_mask_sizes).parameters
+# Models that take keyword arguments and do not pass them on.
+NOT_PASSING = ("fuyu",) if HAS_CACHE_POSITION else ()
 CROPS_TO_LENGTH = "max_length" in signature(DynamicLayer.crop).parameters
 # Whether the hooks of a layer run again when gradient checkpointing recomputes it.
 RECOMPUTES_HOOKS = "__call__" in vars(GradientCheckpointingLayer)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
+from vtw_kernels.integration import compat
 from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.attention import last_row, observed_attention, unobserved
 from vtw_kernels.integration.cache import Slots, WithdrawnLayer, slots_of, wrap_layers
@@ -70,6 +71,8 @@ class Hooks:
         for layer in parts.layers[first:]:
             self.arguments[layer].check_layer()
         self.not_passing = next((x for x in _on_the_way(model, parts.decoder) if not Arguments(x).passes_on), None)
+        if model.config.model_type in compat.NOT_PASSING:
+            self.not_passing = model
         self.stood_before: dict[nn.Module, Any] = {}  # what another library had put into a module's own ``forward``
         self.placed: dict[nn.Module, Callable] = {}
         self.active = False
