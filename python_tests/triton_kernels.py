@@ -71,7 +71,8 @@ KERNELS = {
         f"move_{size}": (
             compaction.move_kernel,
             PLAN | GEOMETRY | STRIDES | {"addresses": ADDRESSES, "page_size": "i32"},
-            MOVE_TILE | dict.fromkeys(("table", "table_batch", "table_columns"), 1)
+            MOVE_TILE
+            | dict.fromkeys(("table", "table_batch", "table_columns"), 1)
             | {"PAGED": False, "ELEMENT": element, "VECTOR": size, "PER_VECTOR": 1},
         )
         for size, element in NARROW.items()

@@ -200,7 +200,9 @@ class Hooks:
             return self._run_layer(index, module, forward, args, kwargs)
         return self._run_layer_untraced(index, module, args, kwargs)
 
-    @torch.compiler.disable(recursive=False, reason="A module of this model does not pass on which forward it belongs to")
+    @torch.compiler.disable(
+        recursive=False, reason="A module of this model does not pass on which forward it belongs to"
+    )
     def _run_layer_untraced(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         return self._run_layer(index, module, _per_thread.forward, args, kwargs)
 
@@ -251,7 +253,9 @@ class Forward:
         self.boundaries = tuple(self.policies)
         self.books: list[Slots] = []  # of each stage; the same of several, as long as they cache the same rows
         self.unwritten: Slots | None = None  # those that were written in last, as they were before this forward
-        self.router_logits = inputs.get("output_router_logits", getattr(self.parts.config, "output_router_logits", False))
+        self.router_logits = inputs.get(
+            "output_router_logits", getattr(self.parts.config, "output_router_logits", False)
+        )
         if not self.boundaries:
             return
         kinds = set(self.parts.layer_types[self.boundaries[0] :]) - {"full_attention"}
@@ -363,7 +367,8 @@ class Forward:
         """The decoder's keyword arguments, and whether it was to return a tuple, which does not tell what is in it."""
         if not self.withdraws and all(slots.columns is None for slots in self.books):
             return kwargs, False
-        if kwargs.get("logits_to_keep"):  # Gemma 4's decoder would drop rows itself, in layers without keys of their own
+        # Gemma 4's decoder would drop rows itself, in layers without keys of their own.
+        if kwargs.get("logits_to_keep"):
             kwargs = kwargs | {"logits_to_keep": 0}
         return_dict = kwargs.get("return_dict")
         if return_dict is None:

@@ -253,7 +253,9 @@ def _from_search(path: Path, model: nn.Module, num_layers: int) -> int:
     try:
         search = json.loads(path.read_text())
     except ValueError as error:  # also of bytes that are no text
-        raise ValueError(f"layer: expected a file that LayerSearch.save wrote, got {path}, which is no JSON: {error}") from None
+        raise ValueError(
+            f"layer: expected a file that LayerSearch.save wrote, got {path}, which is no JSON: {error}"
+        ) from None
     if not isinstance(search, dict) or not {"layer", "num_layers", "model"} <= search.keys():
         raise ValueError(f"layer: expected a file that LayerSearch.save wrote, got {path}, which is something else")
     if search["num_layers"] != num_layers:

@@ -119,7 +119,8 @@ def compact_(
 
     Rows at and after a sequence's length are left as they were, and nothing before the first dropped row is touched.
     Takes right-padded plans only. On a GPU, all tensors move in as few launches as in ``compact``, each after a fill of
-    counters if the plan has more than 128 rows (4 bytes for at most 32 KB that move). The arguments are those of ``compact``, except that every tensor has batch size ``B`` and memory of its own for each element.
+    counters if the plan has more than 128 rows (4 bytes for at most 32 KB that move). The arguments are those of
+    ``compact``, except that every tensor has batch size ``B`` and memory of its own for each element.
 
     Raises:
         RuntimeError: as ``compact``; also for a left-padded plan, a tensor that overlaps itself, another one or
