@@ -64,8 +64,10 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
 
 
 def unobserved() -> AbstractContextManager:
-    """Meanwhile, nobody looks on in this thread: for a model that is called within a layer of itself."""
-    return _observed_by(None)
+    """Meanwhile, whoever looks for a policy does not, in this thread: for a model that is called within a layer of itself.
+    """
+    looking = _per_thread.observe
+    return _observed_by(None if getattr(looking, "for_policy", False) else looking)
 
 
 @contextmanager

@@ -401,6 +401,7 @@ class Forward:
             self.attention = weights.index_select(1, keys)
             return attend()
 
+        observe.for_policy = True
         with observed_attention({index: self.parts.layers[index]}, observe):
             output = layer()
         if self.attention is None:
