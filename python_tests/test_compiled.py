@@ -105,10 +105,14 @@ def test_inductor(how):
 
 
 def test_threads():
-    """Eight of them, each with prompts of its own."""
-    model, eager = make_model("llava"), make_model("llava")
+    """Eight of them, each with prompts of its own.
+
+    Not of LLaVA: its image features are hidden states, which transformers records in one variable for all threads while
+    something compiles, with withdrawal or without (its ``CompileableContextVar`` says so).
+    """
+    model, eager = make_model("qwen2_vl"), make_model("qwen2_vl")
     model.compile(backend="eager")
-    batches = [prompts("llava", 10 + i, 5) for i in range(8)]
+    batches = [prompts("qwen2_vl", 10 + i, 5) for i in range(8)]
     errors: list = []
 
     def work(mine: list[Batch], wanted: list[torch.Tensor]) -> None:
@@ -126,7 +130,8 @@ def test_threads():
         for thread in threads:
             thread.join()
     assert len(errors) == 40
-    assert all(isinstance(x, float) and x <= TOLERANCE for x in errors), errors
+    assert not [x for x in errors if not isinstance(x, float)]
+    assert all(x <= TOLERANCE for x in errors), errors
 
 
 @pytest.mark.parametrize(
