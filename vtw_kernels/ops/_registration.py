@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import has_torch_function
 from torch.utils._pytree import tree_leaves
 
@@ -207,7 +209,14 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)
+        return _of_one_level(function).apply(*args)
+
+
+@cache
+def _of_one_level(function: type[torch.autograd.Function]) -> type[_SingleLevelFunction]:
+    """The same for one transform, as torch.func itself makes it of each function."""
+    both = {name: vars(function)[name] for name in ("forward", "backward")}
+    return type(function.__name__, (_SingleLevelFunction,), both)
 
 
 def refuse_tangents(name: str, values: Sequence[Any]) -> None:
