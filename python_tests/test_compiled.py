@@ -90,7 +90,7 @@ def test_forward(family, how):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate(family):
-    assert_equal_to_eager(family, "model.compile", "eager", prompts(family, 2, 12), ["dynamic", "static"])
+    assert_equal_to_eager(family, "model.compile", "eager", prompts(family, 2, 60), ["dynamic", "static"])
 
 
 @pytest.mark.parametrize("how", ["decoder", "layer.compile", "layers"])
