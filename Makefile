@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
-# Older releases of transformers, beside the one in constraints.txt, and what is tested with them: not torch.compile, which
-# is torch's matter and slow.
+# Older releases of transformers, beside the one in constraints.txt, and what is tested with them: not torch.compile,
+# which is torch's matter and slow.
 OLD_TRANSFORMERS := build/transformers-4.57 build/transformers-5.17
 INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py)
 
@@ -46,8 +46,8 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --device $(DEVICE) --benchmark-quiet --benchmark-storage=file://benchmarks/results \
 		--benchmark-save=$(or $(NAME),run)
 
-# On a machine with a GPU: all that needs one, in eight minutes at most; the results are in build/gpu-check. Where nothing may
-# be downloaded, benchmarks/gpu_check.sh does the same with the python3 that is there.
+# On a machine with a GPU: all that needs one, in eight minutes at most; the results are in build/gpu-check. Where
+# nothing may be downloaded, benchmarks/gpu_check.sh does the same with the python3 that is there.
 gpu-check: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 gpu-check: $(VENV)/installed
 	BUILD=0 PYTHON=$(BIN)/python benchmarks/gpu_check.sh

@@ -1,8 +1,8 @@
 """Builds ``vtw_kernels._C``: CPU kernels always, CUDA when torch has CUDA and nvcc is there.
 
 VTW_KERNELS_BUILD_CUDA=0|1|auto decides otherwise, TORCH_CUDA_ARCH_LIST the architectures. Whether this machine has a
-GPU is never asked: wheels are built on machines without one. VTW_KERNELS_CUDART=static|shared says which CUDA runtime is
-linked: shared is what the pretend GPU of the tests takes the place of.
+GPU is never asked: wheels are built on machines without one. VTW_KERNELS_CUDART=static|shared says which CUDA runtime
+is linked: shared is what the pretend GPU of the tests takes the place of.
 """
 
 import os

@@ -26,8 +26,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--fresh-memory",
         action="store_true",
-        help="on the CPU, leave glibc's malloc as it is, which returns large blocks to the system: peers are then timed "
-        "with the page faults of their results",
+        help="on the CPU, leave glibc's malloc as it is, which returns large blocks to the system: peers are then "
+        "timed with the page faults of their results",
     )
     group.addoption(
         "--busy",

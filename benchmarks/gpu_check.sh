@@ -10,8 +10,8 @@
 #     JOBS      tests at a time, where pytest-xdist is there; 8, or fewer if there are fewer cores
 #     TORCH_CUDA_ARCH_LIST   by default that of the card
 #
-# The report is written however it ends, if it is stopped as well. After a crash in `smoke`, every op once, nothing else is
-# tried. Without a GPU, all that needs one is skipped. Exits with 1 if something failed; what was skipped is named.
+# The report is written however it ends, if it is stopped as well. After a crash in `smoke`, every op once, nothing else
+# is tried. Without a GPU, all that needs one is skipped. Exits with 1 if something failed; what was skipped is named.
 set -u
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "PYTHON: expected an interpreter, got ${PYTHON:-python3}" >&2; exit 2; }
@@ -111,7 +111,8 @@ step tests 120 "$PYTHON" -m pytest "$ROOT/python_tests" -p no:cacheprovider -q -
 
 step bench 110 "$PYTHON" "$ROOT/benchmarks/gpu_headline.py" "$WORK/bench.json" 80
 
-# What predictions are made of (roofline.md), of six kernels. The clocks are left as they are found, as by the benchmarks.
+# What predictions are made of (roofline.md), of six kernels. The clocks are left as they are found, as by the
+# benchmarks.
 metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,smsp__inst_executed.sum
 metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active,sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active
 metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread

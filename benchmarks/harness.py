@@ -104,8 +104,8 @@ def traits(*, syncs: bool = False, rtol: float | None = None) -> Callable:
 def keep_freed_memory() -> None:
     """Has glibc give freed memory out again, however large the block, as jemalloc and tcmalloc do.
 
-    By itself it gives blocks of 32 MiB and more back to the system. Whoever allocates the next one then waits for as many
-    page faults, which take longer than most of what is measured here, and as long for every peer.
+    By itself it gives blocks of 32 MiB and more back to the system. Whoever allocates the next one then waits for as
+    many page faults, which take longer than most of what is measured here, and as long for every peer.
     """
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -328,7 +328,8 @@ def make_model(family: str, **text):
 
 
 def make_prompts(family: str, rows: list[list[int]]) -> dict[str, Tensor]:
-    """Inputs of ``generate``. ``rows``: per sequence the lengths of its segments, in turn text and images of 4 tokens."""
+    """Inputs of ``generate``. ``rows``: per sequence the lengths of its segments, in turn text and images of 4
+    tokens."""
     recipe = RECIPES[family]
     batch = make_batch("qwen2_vl" if recipe.pixels == "grid" else "llava", rows)
     inputs = batch.inputs()

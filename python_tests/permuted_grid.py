@@ -1,5 +1,5 @@
-"""Triton's interpreter runs the programs of a grid in ascending order, which hides what one program does to another. Here
-they run in random order."""
+"""Triton's interpreter runs the programs of a grid in ascending order, which hides what one program does to another.
+Here they run in random order."""
 
 import random
 from collections.abc import Iterator

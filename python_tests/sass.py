@@ -33,8 +33,8 @@ LABEL = re.compile(r"^(\.L_\w+):", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's instructions, and for each of them which may come next: none after EXIT, RET or a call (which here only
-    the slow ways of a division make)."""
+    """A kernel's instructions, and for each of them which may come next: none after EXIT, RET or a call (which here
+    only the slow ways of a division make)."""
 
     instructions: list[str]
     following: list[list[int]]

@@ -6,8 +6,8 @@ import torch
 from test_withdraw import on_the_cpu  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.llama import modeling_llama
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.llama import modeling_llama
 from vlm import FAMILIES, IMAGE, make_batch, make_model
 
 from vtw_kernels.integration.attention import last_row

@@ -420,7 +420,8 @@ def test_one_tensor_instead_of_a_list(op):
 @pytest.mark.parametrize("op", [vtw.compact, vtw.compact_], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_plan_made_for_another_number_of_tokens(op, device):
-    """A stale plan, or a wrong dimension, would lose rows without a word: values of a plan are not looked at on a device."""
+    """A stale plan, or a wrong dimension, would lose rows without a word: values of a plan are not looked at on a
+    device."""
     plan = vtw.plan_compaction(torch.ones(2, 4, dtype=torch.bool, device=device))
     x, y = torch.rand(2, 4, 8, device=device), torch.rand(2, 8, 4, device=device)
     before = x.clone()

@@ -1,4 +1,5 @@
-"""vtw-kernels bench: a small run of one op with its report, plots and comparison; what is chosen, and what is refused."""
+"""vtw-kernels bench: a small run of one op with its report, plots and comparison; what is chosen, and what is
+refused."""
 
 import copy
 import json

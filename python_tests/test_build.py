@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch.utils import cpp_extension
 from vlm import make_model
+from vtw_kernels._build_info import build_info
 
 import vtw_kernels as vtw
 from vtw_kernels import _C
-from vtw_kernels._build_info import build_info
 from vtw_kernels.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +171,10 @@ linear = [ops.linear_kl_divergence(p, eye, q, eye, chunk=chunk) for chunk in (No
 print(rows.tolist(), *[round(x.item(), 4) for x in (
     ops.kl_divergence(p, q), ops.kl_from_state(state), ops.kl_divergence_loss(p, q), *linear,
     ops.kl_divergence_loss(p, q, 1.0, weight), ops.kl_divergence_loss(p, q, 1.0, weight * 0))])
-for wrong in (lambda: ops.kl_divergence_loss(p, q, 1.0, weight[0]), lambda: ops.linear_kl_divergence(p, eye[1:], q, eye)):
+for wrong in (
+    lambda: ops.kl_divergence_loss(p, q, 1.0, weight[0]),
+    lambda: ops.linear_kl_divergence(p, eye[1:], q, eye),
+):
     try:
         wrong()
     except RuntimeError as error:

@@ -11,8 +11,8 @@ import torch
 import vtw_kernels as vtw
 from vtw_kernels import cli
 from vtw_kernels.demo import data, smollm2
-from vtw_kernels.demo.evaluate import answer
 from vtw_kernels.demo.evaluate import accuracy as accuracy_of
+from vtw_kernels.demo.evaluate import answer
 
 SAMPLES = 256
 NEVER = 8

@@ -1,4 +1,5 @@
-"""What belongs to a forward begins with it and ends however it ends: errors, interrupts, models that call themselves."""
+"""What belongs to a forward begins with it and ends however it ends: errors, interrupts, models that call
+themselves."""
 
 import copy
 import inspect
@@ -37,7 +38,8 @@ def family(request) -> str:
 
 
 def prompts(family: str) -> list[Batch]:
-    """All of one length, so that what is left of one might pass for another's: images here and there, and text alone."""
+    """All of one length, so that what is left of one might pass for another's: images here and there, and text
+    alone."""
     return [make_batch(family, rows, seed=i) for i, rows in enumerate(([[3, 4, 5]], [[1, 4, 7]], [[12]]))]
 
 

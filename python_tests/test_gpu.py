@@ -1,6 +1,6 @@
-"""What only a GPU can show: CUDA graphs, other streams and devices, more than 2^31 elements, equal bits run after run, and
-the public functions there. ``pytest -m gpu`` runs these, and the cases of the other files on each backend of the GPU;
-``make test-cuda`` does so on pretend ones."""
+"""What only a GPU can show: CUDA graphs, other streams and devices, more than 2^31 elements, equal bits run after run,
+and the public functions there. ``pytest -m gpu`` runs these, and the cases of the other files on each backend of the
+GPU; ``make test-cuda`` does so on pretend ones."""
 
 import os
 import warnings
@@ -165,8 +165,8 @@ def test_cuda_graph(gpu_backend, call):
 
 @over_calls
 def test_other_stream(gpu_backend, call):
-    """Launched on the current stream of the tensors' device, whichever device is the current one: on another stream, the
-    op would overtake the copy of its inputs."""
+    """Launched on the current stream of the tensors' device, whichever device is the current one: on another stream,
+    the op would overtake the copy of its inputs."""
     static = [x.to(gpu_backend.device) for x in inputs_of(call, 0)]
     later = [x.to(gpu_backend.device) for x in inputs_of(call, 1)]
     call.run(gpu_backend, *(x.clone() for x in static))  # compiled before it counts

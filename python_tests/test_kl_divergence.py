@@ -274,8 +274,8 @@ def special_rows(vocabulary: int, dtype: torch.dtype) -> dict[str, tuple[torch.T
         "least_leading_p": (put(p, slice(leading), least), q, None),
         "least_q": (p, put(q, places[0], least / 2), None),
         "least_both": (put(p, slice(leading), least), put(q, slice(leading), least), None),
-        # The same, and p by something else: where all of a block or a shard is, the sum of p - q overflows, though in the
-        # end it weighs little or nothing.
+        # The same, and p by something else: where all of a block or a shard is, the sum of p - q overflows, though in
+        # the end it weighs little or nothing.
         **{
             f"least_q_where_p_is_{low:g}": (
                 put(p, slice(leading), max(low, least)),

@@ -79,7 +79,8 @@ def test_only_the_gradient_is_kept():
 )
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 def test_under_a_loss_scale(dtype, weight, scale):
-    """Entries of some 1e-7, which fp16 can only hold once they are scaled: no less is left of them than of F.kl_div's."""
+    """Entries of some 1e-7, which fp16 can only hold once they are scaled: no less is left of them than of
+    F.kl_div's."""
     p, q = logits((64, 8000), dtype, 1.0, seed=0), logits((64, 8000), dtype, 1.0, seed=1).requires_grad_()
     loss = vtw.kl_divergence_loss(p, q, 1.0, weight)
     (grad,) = torch.autograd.grad(loss * scale, q)

@@ -72,8 +72,8 @@ def set_kinds(text, kinds):
 
 
 def test_no_layer_runs_twice_on_shared_rows():
-    """Each layer runs once at full length, and once more for all candidates that have joined, on the rows from the first
-    visual token on."""
+    """Each layer runs once at full length, and once more for all candidates that have joined, on the rows from the
+    first visual token on."""
     model = make_model("llava")
     shapes = []
     for layer in model.model.language_model.layers:

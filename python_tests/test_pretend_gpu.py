@@ -47,8 +47,8 @@ def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def after_a_copy(add_one, stream: int | None) -> list[int]:
-    """10s are copied over 0s on a stream that sleeps, 1 is added on one that should be the same, and the result is copied
-    on the first."""
+    """10s are copied over 0s on a stream that sleeps, 1 is added on one that should be the same, and the result is
+    copied on the first."""
     x = torch.zeros(100, dtype=torch.int32).to(DEVICE)
     later = torch.full((100,), 10, dtype=torch.int32).to(DEVICE)
     torch.cuda.synchronize(DEVICE)

@@ -38,8 +38,8 @@ RECORDS = 12
 SECONDS = 300
 TEMPLATE = (
     "{% for message in messages %}{{ '<s> ' if loop.first }}{{ message.role }} : {% for part in message.content %}"
-    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{{ '</s> ' if message.role == 'assistant' }}"
-    "{% endfor %}{{ 'assistant : ' if add_generation_prompt }}"
+    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}"
+    "{{ '</s> ' if message.role == 'assistant' }}{% endfor %}{{ 'assistant : ' if add_generation_prompt }}"
 )
 WORDS = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>", 4: "user", 5: "assistant", 6: ":", IMAGE: "<image>"}
 
@@ -393,8 +393,8 @@ def slow_to_read(key: str):
 
 @ranks
 def test_a_rank_that_is_slow_to_read(place, capfd):
-    """The first rank, which keeps what all read, stays until the others have read it: whether it has nothing to score, fails,
-    or has a model together with them."""
+    """The first rank, which keeps what all read, stays until the others have read it: whether it has nothing to score,
+    fails, or has a model together with them."""
     assert search("--limit", "2") == 0
     assert in_processes(2, "--limit", "2", prepare=slow_to_read("plan")) == [0, 0]
     assert in_processes(2, "--limit", "1", prepare=slow_to_read("plan")) == [1, 1]
@@ -535,7 +535,7 @@ def test_without_datasets(place, monkeypatch, capsys):
     assert "the package datasets installed, got org/questions" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------ what is there already, and whose it is
+# ------------------------------------------------------------------------------ what is there already, and whose it is
 
 
 def test_the_choice_is_made_anew(place, monkeypatch, capsys):
@@ -723,7 +723,7 @@ def test_lines_without_their_settings(place, monkeypatch, capsys, settings):
     assert search("--restart") == 0
 
 
-# ---------------------------------------------------------------------------------------------- what a record may be and do
+# --------------------------------------------------------------------------------------- what a record may be and do
 
 
 def uri(path) -> str:

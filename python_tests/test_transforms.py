@@ -1,5 +1,7 @@
 """The ops under torch.func (vmap, grad) and torch.autocast."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import bytes_of, logits
@@ -134,7 +136,7 @@ def test_vmap_of_the_loss(name):
 def test_vmap_of_a_weighted_loss():
     p, q, weights = logits((3, VOCABULARY)), logits((3, VOCABULARY), seed=1), logits((4, 3), scale=1.0, seed=2)
     weights[0, 0], p[0, 0] = 0.0, float("nan")
-    weighted = lambda weight: vtw.kl_divergence_loss(p, q, 2.0, weight)
+    weighted = partial(vtw.kl_divergence_loss, p, q, 2.0)
     expected = torch.stack([weighted(weight) for weight in weights])
     torch.testing.assert_close(vmap(weighted)(weights), expected, equal_nan=True)
     assert expected.isnan().tolist() == [False, True, True, True]
@@ -270,7 +272,7 @@ def test_func_grad(name):
         leaves = [x[i].clone().requires_grad_() for x in pairs]
         want.append(torch.autograd.grad(function(*leaves), leaves))
     both = tuple(map(torch.stack, zip(*want)))
-    close = lambda actual, expected: torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
     close(grad(function, (0, 1))(*(x[0] for x in pairs)), want[0])
     close(jacrev(function, (0, 1))(*(x[0] for x in pairs)), want[0])
     close(vmap(grad(function, (0, 1)))(*pairs), both)

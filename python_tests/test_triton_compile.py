@@ -1,5 +1,5 @@
-"""Triton compiles every kernel for every architecture, without a GPU: no register spills, the main paths move 16 bytes at
-a time, a lane is a thread's, and on an AMD GPU no barrier is passed by loads."""
+"""Triton compiles every kernel for every architecture, without a GPU: no register spills, the main paths move 16 bytes
+at a time, a lane is a thread's, and on an AMD GPU no barrier is passed by loads."""
 
 import json
 import os
@@ -33,7 +33,8 @@ def test_compaction_is_compiled_for_all_lengths_and_alignments():
     code = (
         "from vtw_kernels.triton import compaction as c;"
         "kernels = (c.plan_kernel, c.invert_kernel, c.gather_kernel, c.move_kernel);"
-        "looks = {x.name for k in kernels for x in k.params if not (x.is_constexpr or x.do_not_specialize_on_alignment)};"
+        "params = [x for k in kernels for x in k.params];"
+        "looks = {x.name for x in params if not (x.is_constexpr or x.do_not_specialize_on_alignment)};"
         "[(_, number, sources, targets)] = c.launches([('lanes', 16, 32), ('lanes', 2, 24)]);"
         "print(*sorted(looks), number, {x % 2 for x in sources + targets})"
     )
@@ -80,7 +81,8 @@ def test_threads_exchange_nothing_before_the_end_of_a_row(sass, dtype, arch):
 
 @pytest.mark.parametrize("kernel", ["move", "move_paged", *(f"move_{size}" for size in (1, 2, 4, 8))])
 def test_no_load_passes_a_barrier(sass, kernel):
-    """In place, what another wave may overwrite behind the barrier has arrived before it. NVIDIA's barriers see to that."""
+    """In place, what another wave may overwrite behind the barrier has arrived before it. NVIDIA's barriers see to
+    that."""
     on_their_way, barriers = False, 0
     for line in sass[f"{kernel}-gfx942"].splitlines():
         name = line.strip().partition(" ")[0]

@@ -586,8 +586,9 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
 def test_what_the_host_reads(family, model, cache, rows, monkeypatch):
-    """No synchronisations beyond those of the plain model: in a prefill with images one thing more is read, but from the
-    host's own memory, as the model itself has waited for the device since that was told to copy it; in decoding none."""
+    """No synchronisations beyond those of the plain model: in a prefill with images one thing more is read, but from
+    the host's own memory, as the model itself has waited for the device since that was told to copy it; in decoding
+    none."""
     reads = HostReads(monkeypatch)
     prefill = make_batch(family, rows)
     both, ends = with_decode_steps(prefill)
@@ -653,7 +654,8 @@ def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seq
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """Kernels that need a GPU, or minutes to compile, in plain torch; all that transformers does around them is real."""
+    """Kernels that need a GPU, or minutes to compile, in plain torch; all that transformers does around them is
+    real."""
     lib = transformers.modeling_flash_attention_utils
     functions = {"_flash_fn": flash, "_flash_varlen_fn": flash_varlen, "_flash_with_kvcache_fn": None}
     functions |= {

@@ -1,5 +1,5 @@
-"""Withdrawal on a GPU, or on pretend ones (``make test-cuda``): as on the CPU, with every kind of cache, with the decoder
-spread over two devices, and with a step of decoding as a CUDA graph."""
+"""Withdrawal on a GPU, or on pretend ones (``make test-cuda``): as on the CPU, with every kind of cache, with the
+decoder spread over two devices, and with a step of decoding as a CUDA graph."""
 
 import os
 

@@ -19,8 +19,8 @@ from vtw_kernels.triton import compaction, kl_divergence
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)] + [GPUTarget("hip", "gfx942", 64)]
 ADDRESSES = ("i64",) * compaction.GROUP
 
-# Arguments that keep their Python value, by name, and the types of all others. A list of KV tensors is what the launches
-# look like.
+# Arguments that keep their Python value, by name, and the types of all others. A list of KV tensors is what the
+# launches look like.
 WIDE = {"ELEMENT": tl.uint64, "VECTOR": 16, "PER_VECTOR": 2}
 PLAN = {"plan": "*i32", "plan_batch": "i64", "rows": "i32"}
 GEOMETRY = {"columns": "i32", "limit": "i32", "count": "i32", "size_0": "i32"}
@@ -120,7 +120,8 @@ def machine_code(name: str, target: GPUTarget, folder: Path) -> str:
     for i, argument in enumerate(kernel.arg_names):
         if argument in types or isinstance(values.get(argument), tuple):
             type_ = signature[argument] = types.get(argument, values.get(argument))
-            # Where Triton looks, it finds multiples of 16: tensors, and the strides of logits whose rows are whole vectors.
+            # Where Triton looks, it finds multiples of 16: tensors, and the strides of logits whose rows are whole
+            # vectors.
             looks = not (kernel.params[i].do_not_specialize or kernel.params[i].do_not_specialize_on_alignment)
             if isinstance(type_, str) and looks:
                 multiples[i,] = [["tt.divisibility", 16]]

@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 
 
 def _installed_elsewhere() -> ModuleSpec | None:
-    """The compiled package that this folder stands before: Python looks in the current directory first, and in a checkout
-    of the repository finds a package without its compiled half. None where this one is compiled, or none is."""
+    """The compiled package that this folder stands before: Python looks in the current directory first, and in a
+    checkout of the repository finds a package without its compiled half. None where this one is compiled, or none
+    is."""
     if PathFinder.find_spec(f"{__name__}._C", __path__) is not None:
         return None
     checkout = Path(__path__[0]).parent.resolve()

@@ -59,9 +59,9 @@ class Model:
         return self.before + self.after
 
 
-# Decoders as in the config.json of each model: Vicuna 7B and 13B v1.5, Qwen2.5 7B, InternLM2.5 7B. Visual tokens: 24 x 24
-# patches; five times that, LLaVA-NeXT's most; an image of 1568 x 952 at 28 x 28 pixels a token; 256 for each of 12 tiles
-# and the thumbnail; and 64 pairs of frames of 756 x 504.
+# Decoders as in the config.json of each model: Vicuna 7B and 13B v1.5, Qwen2.5 7B, InternLM2.5 7B. Visual tokens: 24 x
+# 24 patches; five times that, LLaVA-NeXT's most; an image of 1568 x 952 at 28 x 28 pixels a token; 256 for each of 12
+# tiles and the thumbnail; and 64 pairs of frames of 756 x 504.
 MODELS = {
     model.name: model
     for model in (

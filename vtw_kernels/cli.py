@@ -24,13 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--model",
         choices=["digits", "smollm2"],
         default="digits",
-        help="a LLaVA of 1.6 M parameters trained from scratch, or one around SmolLM2-135M-Instruct, which needs the extra "
-        "'demo' (default: %(default)s)",
+        help="a LLaVA of 1.6 M parameters trained from scratch, or one around SmolLM2-135M-Instruct, which needs the "
+        "extra 'demo' (default: %(default)s)",
     )
     info = commands.add_parser(
         "info",
-        help="what was built, what runs here, and which backend each op uses on each device; or what withdraw would do to "
-        "a model",
+        help="what was built, what runs here, and which backend each op uses on each device; or what withdraw would do "
+        "to a model",
     )
     info.add_argument("--model", help="name or folder of a model of transformers, of which only the config is read")
 
@@ -78,8 +78,9 @@ def add_check(commands: argparse._SubParsersAction) -> None:
     check = commands.add_parser(
         "check",
         help="whether the ops, and withdrawal in a model, compute what they should on this machine",
-        description="Runs every op on every backend and device that is here against the reference in fp64, and withdrawal "
-        "against the same model with hidden keys: in the demo's model, or in yours. Exit status 0: all is as it should be.",
+        description="Runs every op on every backend and device that is here against the reference in fp64, and "
+        "withdrawal against the same model with hidden keys: in the demo's model, or in yours. Exit status 0: all is "
+        "as it should be.",
     )
     check.add_argument("--model", help="name or folder of a model of transformers, with its processor; with --image")
     check.add_argument("--image", type=Path, help="file, shown to that model")
@@ -109,15 +110,16 @@ def add_search(commands: argparse._SubParsersAction) -> None:
         "search",
         help="search a model's withdrawal layer on your own data",
         description="Searches the first layer before which a model's visual tokens can be withdrawn. A search that was "
-        "stopped goes on when the same command is run again. Under torchrun, or accelerate launch, ranks share the records.",
+        "stopped goes on when the same command is run again. Under torchrun, or accelerate launch, ranks share the "
+        "records.",
     )
     search.add_argument("--model", required=True, help="name or folder of a model of transformers, with its processor")
     search.add_argument(
         "--data",
         required=True,
-        help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a video "
-        "as a list; answer, if you like. In place of question and answer, messages as OpenAI has them or conversations as "
-        "LLaVA has them. Or the id of a data set with such columns, which needs the package datasets",
+        help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a "
+        "video as a list; answer, if you like. In place of question and answer, messages as OpenAI has them or "
+        "conversations as LLaVA has them. Or the id of a data set with such columns, which needs the package datasets",
     )
     search.add_argument("--images", type=Path, help="folder that images and videos are in (default: that of the data)")
     search.add_argument("--subset", help="of a data set")
@@ -129,7 +131,8 @@ def add_search(commands: argparse._SubParsersAction) -> None:
         "--out",
         type=Path,
         default=Path("vtw.json"),
-        help="the result (default: vtw.json); an earlier one of the same search is taken up, and no other file overwritten",
+        help="the result (default: vtw.json); an earlier one of the same search is taken up, and no other file "
+        "overwritten",
     )
     search.add_argument("--report", type=Path, help="a page of HTML about the result, and its figures beside it")
     search.add_argument(
@@ -145,8 +148,8 @@ def add_search(commands: argparse._SubParsersAction) -> None:
         "--positions",
         type=lambda text: int(text) if text.isdecimal() else text,
         default="last",
-        help="last (default): the next token; a number: so many tokens of the model's own answer; answer: the tokens of "
-        "the record's",
+        help="last (default): the next token; a number: so many tokens of the model's own answer; answer: the tokens "
+        "of the record's",
     )
     choice.add_argument("--candidates", type=int, nargs="+", metavar="LAYER", help="layers to try (default: all)")
 
@@ -183,8 +186,8 @@ def add_bench(commands) -> None:
         type=Path,
         nargs=2,
         metavar=("A.json", "B.json"),
-        help="measures nothing, and says which medians of two saved runs differ by more than their spread, which is the "
-        "two interquartile ranges combined, sqrt(IQR_a² + IQR_b²); cases in only one of them are named",
+        help="measures nothing, and says which medians of two saved runs differ by more than their spread, which is "
+        "the two interquartile ranges combined, sqrt(IQR_a² + IQR_b²); cases in only one of them are named",
     )
     parser.add_argument(
         "--fail-if-slower",
@@ -192,8 +195,8 @@ def add_bench(commands) -> None:
         nargs="?",
         const=0.0,
         metavar="PERCENT",
-        help="with --compare: exit with 3 if a median of vtw_kernels in B is larger by more than the spread, and by more "
-        "than so many percent (default: 0)",
+        help="with --compare: exit with 3 if a median of vtw_kernels in B is larger by more than the spread, and by "
+        "more than so many percent (default: 0)",
     )
     parser.add_argument(
         "pytest_arguments",

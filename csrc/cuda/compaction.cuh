@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kPlanThreads) invert_kernel(Plan plan, int64_t
 //
 // Out of place, tiles have nothing to do with one another, and each has a block. In place, a row may lie where another
 // tile has yet to read. Kept rows ascend, so row j comes from j or further back: what a tile overwrites is read by
-// itself or by tiles of earlier rows. So it stores once all its own threads, and all tiles with earlier rows of the same
-// *strip*, which is the same lanes and columns, have loaded; no data takes a detour through other memory.
+// itself or by tiles of earlier rows. So it stores once all its own threads, and all tiles with earlier rows of the
+// same *strip*, which is the same lanes and columns, have loaded; no data takes a detour through other memory.
 
 // The way of a row: offsets from the first row of a lane, in bytes. Negative: there is nothing to load, or to store.
 struct alignas(16) Way {
@@ -305,8 +305,8 @@ __device__ bool move_tile(const Lanes& lanes, const Plan& plan, const Rows& rows
                           uint32_t tile, const Turns& turns, uint32_t turn, Ways<Rows>& ways) {
   const int log_columns = lanes.log_columns, log_rows = lanes.log_rows;
   const int64_t column = (int64_t(lanes.column_tiles.take(place)) << log_columns) + threadIdx.x % (1 << log_columns);
-  const int64_t lane = (int64_t(lanes.lane_tiles.take(place)) << lanes.log_lanes) +
-                       (threadIdx.x >> (log_columns + log_rows));
+  const int64_t lane =
+      (int64_t(lanes.lane_tiles.take(place)) << lanes.log_lanes) + (threadIdx.x >> (log_columns + log_rows));
   const int64_t sequence = batch.take(place);
   const uint32_t height = uint32_t(Rows::kRows) << log_rows;
   const int64_t first = int64_t(Rows::kInPlace ? tile : place) * height;

@@ -26,6 +26,6 @@ PYBIND11_MODULE(_build_info, module) {
         info["why_no_cuda"] = VTW_WHY_NO_CUDA;
         return info;
       },
-      "What this build holds: torch and compiler versions, the CPU vector set chosen at run time, CUDA and its archs or "
-      "why it has none.");
+      "What this build holds: torch and compiler versions, the CPU vector set chosen at run time, CUDA and its archs "
+      "or why it has none.");
 }

@@ -2,8 +2,8 @@
 
 #include <Python.h>
 
-// The only symbol of Python in this binary, and not needed before the module is imported: so a program without Python can
-// load it too.
+// The only symbol of Python in this binary, and not needed before the module is imported: so a program without Python
+// can load it too.
 #pragma weak PyModule_Create2
 
 namespace {

@@ -37,7 +37,8 @@ LORA = dict(r=12, lora_alpha=24, target_modules=r".*language_model.*\.[qkvo]_pro
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """A vision tower comes pretrained, as CLIP does: this one to name the shape and its colour. The head is thrown away.
+    """A vision tower comes pretrained, as CLIP does: this one to name the shape and its colour. The head is thrown
+    away.
 
     Labels are what the training questions say about their images.
     """
@@ -198,7 +199,8 @@ def train_adapters(args: argparse.Namespace) -> None:
 
 
 def answer_logits(model: LlavaForConditionalGeneration, ids: Tensor, pixels: Tensor | None, answers: Tensor) -> Tensor:
-    """float32 [answers, vocabulary], of the rows that ``answers`` marks: those of all rows take a quarter of the time."""
+    """float32 [answers, vocabulary], of the rows that ``answers`` marks: those of all rows take a quarter of the
+    time."""
     # Padded on the right and causal: no real token can see the padding, so no attention_mask is needed.
     hidden = model.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
     return model.lm_head(hidden[answers]).float()
@@ -216,8 +218,8 @@ def draw_batch(draw: data.Draw, size: int) -> list[data.Sample]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, samples: list[data.Sample], images: list[str]) -> tuple[Tensor, Tensor]:
-    """input_ids with what stands for the image of each question in front of it, and what each token is to predict: int64
-    [batch, tokens], padded on the right. Only answers count, the rest is -100."""
+    """input_ids with what stands for the image of each question in front of it, and what each token is to predict:
+    int64 [batch, tokens], padded on the right. Only answers count, the rest is -100."""
     rows, target_rows = [], []
     for sample, image in zip(samples, images, strict=True):
         question = tokenizer(image + data.PROMPT.format(sample.question))["input_ids"]

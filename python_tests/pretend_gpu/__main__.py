@@ -18,7 +18,8 @@ LONG_ROWS = "few_rows or aligned_rows or sizes or broadcast or special or temper
 SANITIZED = "not test_kl_divergence or sizes or broadcast or states"
 
 
-# Python's handler of faults would hide what the runtime says, and long tracebacks show tensors whose memory is protected.
+# Python's handler of faults would hide what the runtime says, and long tracebacks show tensors whose memory is
+# protected.
 OPTIONS = ("-p", "no:faulthandler", "--tb=short", "--numprocesses=auto", "--dist=worksteal")
 
 

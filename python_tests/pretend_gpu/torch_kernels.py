@@ -162,8 +162,8 @@ def record(op, host_args: tuple, results, device: torch.device) -> None:
 
 
 def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
-    """From device to device, and to and from the host, as torch does it: what lies alike is copied by CUDA, and all else
-    is laid out alike first."""
+    """From device to device, and to and from the host, as torch does it: what lies alike is copied by CUDA, and all
+    else is laid out alike first."""
     op = torch.ops.aten.copy_.default
     alike = self.dtype == src.dtype and self.shape == src.shape and self.is_contiguous() and src.is_contiguous()
     if alike and not (self.is_neg() or src.is_neg() or self.is_conj() or src.is_conj()):

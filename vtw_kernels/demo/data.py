@@ -18,8 +18,8 @@ IMAGE_TOKENS = 36
 PROMPT = "A person asks about two handwritten digits. USER: <image> {question} ASSISTANT:"
 OTHER = "as usual"  # how the model was trained that the demo compares this one with
 CAPTION = (
-    "This model was trained with withdrawal before layer 4 in half of its steps; trained as usual, the same model needs "
-    "its image to the end."
+    "This model was trained with withdrawal before layer 4 in half of its steps; trained as usual, the same model "
+    "needs its image to the end."
 )
 TIMED_RUNS = 15
 MAX_NEW_TOKENS = 4  # the longest answer, "three and seven", and the end token

@@ -143,8 +143,8 @@ def show_answers(console: Console, model, tokenizer, batch: Batch, layers: list[
 
 
 def draw(image: np.ndarray, in_colour: bool) -> Text:
-    """A grey or RGB image, uint8 [height, width] or [height, width, 3], in the terminal at most 32 columns wide, two rows
-    of pixels per line: half blocks or, in plain text, shades of brightness."""
+    """A grey or RGB image, uint8 [height, width] or [height, width, 3], in the terminal at most 32 columns wide, two
+    rows of pixels per line: half blocks or, in plain text, shades of brightness."""
     text = Text()
     step = -(-image.shape[1] // 32)
     pixels = np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3))[::step, ::step]

@@ -42,8 +42,8 @@ PROMPT = "{} Answer:"  # of a question; shorter than the template of chat, as tr
 TIMED_RUNS = 3
 OTHER = "with withdrawal"  # how the model was trained that the demo compares this one with
 CAPTION = (
-    "This model was trained as usual; the other one with withdrawal before a random layer in half of its steps. Whether "
-    "something is there is settled by layer 19; what it is needs the image until 24."
+    "This model was trained as usual; the other one with withdrawal before a random layer in half of its steps. "
+    "Whether something is there is settled by layer 19; what it is needs the image until 24."
 )
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -194,7 +194,8 @@ def preprocess(images: np.ndarray) -> Tensor:
 
 
 def load_batches(split: str, batch_size: int, limit: int = 96) -> list[Batch]:
-    """``limit`` questions of "calibration" or "test", the four kinds in turn, always the same ones in the same order."""
+    """``limit`` questions of "calibration" or "test", the four kinds in turn, always the same ones in the same
+    order."""
     draw, tokenizer = Draw(load_samples(split), (1, 1, 1, 1), seed=0), load_tokenizer()
     samples: dict[Sample, None] = {}
     while len(samples) < limit:

@@ -14,8 +14,8 @@ class Arguments:
     """The parameters of a module's ``forward``.
 
     names: of those that can be positional. passes_on: whether it takes keyword arguments that it does not know, which
-    modules of transformers hand on to those inside. cache, mask: which parameter is the cache, and the attention mask of
-    a decoder layer; None for none.
+    modules of transformers hand on to those inside. cache, mask: which parameter is the cache, and the attention mask
+    of a decoder layer; None for none.
     """
 
     def __init__(self, module: nn.Module):

@@ -64,8 +64,8 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
 
 
 def unobserved() -> AbstractContextManager:
-    """Meanwhile, whoever looks for a policy does not, in this thread: for a model that is called within a layer of itself.
-    """
+    """Meanwhile, whoever looks for a policy does not, in this thread: for a model that is called within a layer of
+    itself."""
     looking = _per_thread.observe
     return _observed_by(None if getattr(looking, "for_policy", False) else looking)
 
@@ -82,8 +82,8 @@ def _observed_by(observe: Callable | None) -> Iterator[None]:
 def last_row(
     query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], last: Tensor, first_key: int | Tensor = 0
 ) -> Tensor:
-    """fp32 ``[B, heads, keys]``: the attention weights of the rows ``last`` ``[B]``, where ``first_key`` is the key of row
-    0. The other arguments are what ``observe`` is given."""
+    """fp32 ``[B, heads, keys]``: the attention weights of the rows ``last`` ``[B]``, where ``first_key`` is the key of
+    row 0. The other arguments are what ``observe`` is given."""
     check_mask(mask)
     batch, heads, device = torch.arange(len(last), device=key.device), query.shape[1], key.device
     rows = query[batch, :, last].float().unflatten(1, (key.shape[1], -1))  # heads that share keys are neighbours

@@ -22,8 +22,8 @@ from vtw_kernels.integration import compat
 
 @dataclass
 class Slots:
-    """The books of layers of a cache that hold the same tokens: of a stage, and of those after it, as long as nothing has
-    left in between.
+    """The books of layers of a cache that hold the same tokens: of a stage, and of those after it, as long as nothing
+    has left in between.
 
     With a static cache all tensors stay where they are, so that a compiled step of decoding runs again as it is.
     """
@@ -230,12 +230,12 @@ KINDS = {
 
 
 def slots_of(cache: Cache | None, boundaries: tuple[int, ...], num_layers: int) -> list[Slots]:
-    """What a cache holds, in the layers before ``num_layers``, for each of the stages that begin at ``boundaries``: empty
-    books if it is empty. Stages whose layers hold the same tokens share theirs.
+    """What a cache holds, in the layers before ``num_layers``, for each of the stages that begin at ``boundaries``:
+    empty books if it is empty. Stages whose layers hold the same tokens share theirs.
 
     Raises:
-        ValueError: it has layers of a kind that is not supported, was filled without withdrawal or with other boundaries,
-            or by a forward that did not end.
+        ValueError: it has layers of a kind that is not supported, was filled without withdrawal or with other
+            boundaries, or by a forward that did not end.
     """
     empty = [Slots(boundaries[0], boundaries)] * len(boundaries)
     if cache is None:
@@ -249,15 +249,15 @@ def slots_of(cache: Cache | None, boundaries: tuple[int, ...], num_layers: int) 
         raise ValueError(f"past_key_values: expected a cache filled {_under(boundaries)} or an empty one, got {given}")
     if not all(slots.whole for slots in kept):
         raise ValueError(
-            f"past_key_values: expected a cache filled {_under(boundaries)} or an empty one, got one whose last forward did "
-            "not end"
+            f"past_key_values: expected a cache filled {_under(boundaries)} or an empty one, got one whose last "
+            "forward did not end"
         )
     return [cache.layers[layer].slots for layer in boundaries]
 
 
 def wrap_layers(cache: Cache, books: list[Slots], num_layers: int) -> None:
-    """Replaces the cache layers from the first stage's first on, before ``num_layers``; the new ones share the tensors of
-    the ones they replace.
+    """Replaces the cache layers from the first stage's first on, before ``num_layers``; the new ones share the tensors
+    of the ones they replace.
 
     Args:
         books: of each stage.

@@ -1,8 +1,8 @@
 """Where a model keeps its decoder layers, and how its visual tokens are recognised: a table of what is not usual.
 
 The usual shape: ``model.base_model`` takes ``input_ids`` and merges the images into their embeddings, one placeholder
-token per visual token; its ``get_decoder()`` has ``.layers``; and the config names the placeholder tokens. What a config
-says itself, as types of layers, needs no row here.
+token per visual token; its ``get_decoder()`` has ``.layers``; and the config names the placeholder tokens. What a
+config says itself, as types of layers, needs no row here.
 """
 
 from collections.abc import Mapping
@@ -47,9 +47,9 @@ class Parts(NamedTuple):
     """What withdrawal touches.
 
     ``body`` is the module that sees ``input_ids``, ``decoder`` the one with ``layers``, ``config`` the decoder's own;
-    ``token_ids`` are those of visual placeholders. ``min_layer..max_layer``: before which layers they may be withdrawn, and ``limits``, why no others.
-    ``layer_types``: per layer. ``num_cached``: the first layers, those with keys of their own.
-    ``max_tokens``: that a sequence with visual tokens may have."""
+    ``token_ids`` are those of visual placeholders. ``min_layer..max_layer``: before which layers they may be withdrawn,
+    and ``limits``, why no others. ``layer_types``: per layer. ``num_cached``: the first layers, those with keys of
+    their own. ``max_tokens``: that a sequence with visual tokens may have."""
 
     body: nn.Module
     decoder: nn.Module
@@ -113,8 +113,8 @@ def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(
-            f"decoder: expected a module with its decoder layers in .layers, got {type(decoder).__name__}; {name} is not "
-            "of the usual shape, so pass that module as decoder="
+            f"decoder: expected a module with its decoder layers in .layers, got {type(decoder).__name__}; {name} is "
+            "not of the usual shape, so pass that module as decoder="
         )
     ids = {_lookup(config, path) for path in family.token_ids} - {None}
     max_tokens = _lookup(config, family.max_tokens)
@@ -205,8 +205,8 @@ def _lookup(config: Any, path: str) -> Any:
 
 # Embeddings without one may have been made from text alone, or merged with an image.
 NO_PLACEHOLDER = (
-    "visual_mask: expected bool [B, S], as inputs_embeds without placeholder tokens do not tell which tokens are visual "
-    "(none at all: pass a mask of False); got None"
+    "visual_mask: expected bool [B, S], as inputs_embeds without placeholder tokens do not tell which tokens are "
+    "visual (none at all: pass a mask of False); got None"
 )
 
 

@@ -1,9 +1,9 @@
 """The way of one forward under withdrawal, from its outermost module to its last layer: read from top to bottom.
 
-``Hooks`` stand in for ``forward`` of a model, of its body, of its decoder and of its layers. The outermost that is called
-makes a ``Forward`` and hands it on as a keyword argument, which modules of transformers pass to those inside, and the
-layers take out again. So what belongs to a forward is kept nowhere but in its own calls: it is another one in each
-thread and each call, the same one in traced and in eager code, and gone whatever ends the call.
+``Hooks`` stand in for ``forward`` of a model, of its body, of its decoder and of its layers. The outermost that is
+called makes a ``Forward`` and hands it on as a keyword argument, which modules of transformers pass to those inside,
+and the layers take out again. So what belongs to a forward is kept nowhere but in its own calls: it is another one in
+each thread and each call, the same one in traced and in eager code, and gone whatever ends the call.
 """
 
 import inspect
@@ -125,8 +125,8 @@ class Hooks:
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
                 raise RuntimeError(
-                    "torch.export: expected a model without withdrawal, whose number of rows is not known before it runs; "
-                    "export its decoder layers instead, those from withdraw's layer on for the text alone"
+                    "torch.export: expected a model without withdrawal, whose number of rows is not known before it "
+                    "runs; export its decoder layers instead, those from withdraw's layer on for the text alone"
                 )
             if self.may_be_visual(module, inputs):
                 return self._run_untraced(module, inputs, args, kwargs)
@@ -214,8 +214,8 @@ class Hooks:
                 return forward.look_at_attention(index, cache, partial(self._call, module, args, kwargs))
         elif index >= self.first:
             raise RuntimeError(
-                f"withdraw: expected decoder layer {index} to run within a forward of its model, got a call of its own, "
-                f"or of {type(self.parts.decoder).__name__} without the keyword arguments that this was given"
+                f"withdraw: expected decoder layer {index} to run within a forward of its model, got a call of its "
+                f"own, or of {type(self.parts.decoder).__name__} without the keyword arguments that this was given"
             )
         return self._call(module, args, kwargs)
 
@@ -324,8 +324,8 @@ class Forward:
         return next((policy for policy in self.policies.values() if policy.attention), None)
 
     def decide(self) -> None:
-        """Which rows leave at the first boundary, if the inputs tell. Nothing has been cached, and the host has long waited
-        for the device: models look themselves whether there is a placeholder for each visual feature."""
+        """Which rows leave at the first boundary, if the inputs tell. Nothing has been cached, and the host has long
+        waited for the device: models look themselves whether there is a placeholder for each visual feature."""
         if self.counts is None:
             return
         if self.counted is not None:
@@ -341,8 +341,8 @@ class Forward:
             )
         if any(ends_visual) and (policy := self._asking_for_attention) is not None:
             raise ValueError(
-                f"input_ids: expected text after the last image of each sequence of a forward, as {policy!r} looks at its "
-                f"attention, got a visual token at the end of row {ends_visual.index(1)}"
+                f"input_ids: expected text after the last image of each sequence of a forward, as {policy!r} looks at "
+                f"its attention, got a visual token at the end of row {ends_visual.index(1)}"
             )
         if any(ends_visual):
             raise ValueError(
@@ -407,7 +407,8 @@ class Forward:
         if self.attention is None:
             raise ValueError(
                 f"model: expected attention that transformers' AttentionInterface hands out, as "
-                f"{self.policies[index + 1]!r} looks at it, got none in layer {index} of {type(self.parts.decoder).__name__}"
+                f"{self.policies[index + 1]!r} looks at it, got none in layer {index} of "
+                f"{type(self.parts.decoder).__name__}"
             )
         return output
 
@@ -437,8 +438,8 @@ class Forward:
         return self.tokens if plan is None else plan.source.shape[1]
 
     def _begin_stage(self, layer: int, hidden: Tensor, cache: Cache | None, mask: str) -> Stage:
-        """What begins with a layer, or goes on there. All that may raise but the policy has been looked at, so that what is
-        cached is written down."""
+        """What begins with a layer, or goes on there. All that may raise but the policy has been looked at, so that
+        what is cached is written down."""
         place = self.boundaries.index(layer)
         coming = self.tokens if place == 0 else self._rows(self.plan)
         if hidden.shape[-2] != coming:

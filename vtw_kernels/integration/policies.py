@@ -40,17 +40,18 @@ class Policy:
     """Which visual rows leave before which decoder layers. A method is a subclass that sets ``boundaries`` and has
     ``keep``.
 
-    In each forward with visual tokens, ``keep`` is asked at each of the boundaries in turn, until no visual row is left.
-    It decides about the visual tokens of this forward alone: those of earlier forwards on the same cache, as of earlier
-    turns or chunks, stay what they have become; but without a cache, every step decides anew. A batch is asked about as a
-    whole, and rows of each of its sequences leave when they are told to. Gradients do not go through a decision.
+    In each forward with visual tokens, ``keep`` is asked at each of the boundaries in turn, until no visual row is
+    left. It decides about the visual tokens of this forward alone: those of earlier forwards on the same cache, as of
+    earlier turns or chunks, stay what they have become; but without a cache, every step decides anew. A batch is asked
+    about as a whole, and rows of each of its sequences leave when they are told to. Gradients do not go through a
+    decision.
 
     Attributes:
-        boundaries: the layers before which rows may leave, in ascending order, each within what ``withdraw`` allows as a
-            layer; the number of layers is allowed, and withdraws nothing.
-        attention: whether ``keep`` looks at ``Boundary.attention``. Then the layers before the boundaries have to attend
-            through transformers' ``AttentionInterface`` (eager, sdpa, flex, flash), and visual tokens have to be followed
-            by text in the same forward.
+        boundaries: the layers before which rows may leave, in ascending order, each within what ``withdraw`` allows as
+            a layer; the number of layers is allowed, and withdraws nothing.
+        attention: whether ``keep`` looks at ``Boundary.attention``. Then the layers before the boundaries have to
+            attend through transformers' ``AttentionInterface`` (eager, sdpa, flex, flash), and visual tokens have to be
+            followed by text in the same forward.
         from_inputs: whether ``keep`` looks at neither attention nor hidden states. Then, at the first boundary, it is
             asked before the model computes anything, and the host does not have to wait for the device there. At any
             other boundary it reads back, once, how many rows are left.
@@ -67,7 +68,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Withdraw(Policy):
-    """Visual Tokens Withdrawal (arXiv 2405.05803): all visual rows leave before a layer, as by ``withdraw(model, layer)``."""
+    """Visual Tokens Withdrawal (arXiv 2405.05803): all visual rows leave before a layer, as by ``withdraw(model,
+    layer)``."""
 
     layer: int
     from_inputs = True
@@ -109,10 +111,10 @@ class _SomeOfEach(Policy):
 class TopAttention(_SomeOfEach):
     """Before ``layer``, the visual rows stay that the last text row attends to most in the layer before.
 
-    For a prompt with one image, FastV (arXiv 2403.06764) with its layer K as ``layer``; there, images share one number. A
-    list ``[TopAttention(k, 0.5) for k in (8, 16, 24)]`` is PyramidDrop (arXiv 2410.17247), but for two things: that
-    multiplies query and keys anew at each of its layers, where here those of the layer before are looked at, and it numbers
-    positions anew, where here what is left keeps them.
+    For a prompt with one image, FastV (arXiv 2403.06764) with its layer K as ``layer``; there, images share one number.
+    A list ``[TopAttention(k, 0.5) for k in (8, 16, 24)]`` is PyramidDrop (arXiv 2410.17247), but for two things: that
+    multiplies query and keys anew at each of its layers, where here those of the layer before are looked at, and it
+    numbers positions anew, where here what is left keeps them.
 
     A prompt in chunks, further turns, and steps without a cache are forwards of their own, each with a last text row of
     its own: see ``Policy``.
@@ -232,18 +234,18 @@ def _from_config(config: Any) -> int:
     layer = saved.get("layer") if isinstance(saved, dict) else None
     if isinstance(saved, dict) and "policy" in saved:
         raise ValueError(
-            f"layer: expected one, as the model was saved under {saved['policy']}, says its config, which holds no policies, "
-            "got None"
+            f"layer: expected one, as the model was saved under {saved['policy']}, says its config, which holds no "
+            "policies, got None"
         )
     if layer is None:
         raise ValueError(
-            "layer: expected one, as the model's config has none under vtw (the files of an adapter hold no config), got "
-            "None"
+            "layer: expected one, as the model's config has none under vtw (the files of an adapter hold no config), "
+            "got None"
         )
     if not isinstance(layer, int):
         raise ValueError(
-            f"layer: expected one, as the model was trained with one of {layer} drawn for each step, says its config, got "
-            "None"
+            f"layer: expected one, as the model was trained with one of {layer} drawn for each step, says its config, "
+            "got None"
         )
     return layer
 

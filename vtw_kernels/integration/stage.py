@@ -14,8 +14,8 @@ from vtw_kernels.integration.cache import shifted
 from vtw_kernels.integration.masks import check_mask, take_blocks, take_columns
 from vtw_kernels.ops import CompactionPlan, compact
 
-# Of a layer's keys: how many it attends to, the slot of the first of them, and the token of the mask's first column. None
-# for all slots and all tokens.
+# Of a layer's keys: how many it attends to, the slot of the first of them, and the token of the mask's first column.
+# None for all slots and all tokens.
 Window = tuple[int, int, int] | None
 
 
@@ -154,7 +154,8 @@ def on_device(plan: CompactionPlan, device: torch.device) -> CompactionPlan:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """An argument, or those in a plain tuple: what is in a cache, or a dict that layers write to, is nobody's business."""
+    """An argument, or those in a plain tuple: what is in a cache, or a dict that layers write to, is nobody's
+    business."""
     if isinstance(value, Tensor):
         yield value
     elif type(value) in (tuple, list):

@@ -1,10 +1,10 @@
 """Visual Tokens Withdrawal (VTW, arXiv 2405.05803) in transformers.
 
-Before decoder layer ``K``, the rows of the visual tokens are compacted away, or of those that a policy lets go, there or
-before several layers (``policies.py``); the other tokens keep their positions.
+Before decoder layer ``K``, the rows of the visual tokens are compacted away, or of those that a policy lets go, there
+or before several layers (``policies.py``); the other tokens keep their positions.
 Two rules make that independent of the model: masks are gathered, never rebuilt (kept rows, kept columns), and cache
-layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py``). The way of a forward is in ``hooks.py``.
-"""
+layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py``). The way of a forward is in
+``hooks.py``."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from vtw_kernels.integration.hooks import Hooks, generating
 from vtw_kernels.integration.policies import Policy, boundaries_of, chosen_layer, policies_of, saved_in_config
 
 
-class withdraw(ContextDecorator):  # noqa: N801  a context manager, named as a function is
+class withdraw(ContextDecorator):  # a context manager, named as a function is
     """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
 
     Equal to hiding the visual keys from every query in those layers. ``generate``, training, and further turns on the
@@ -36,13 +36,14 @@ class withdraw(ContextDecorator):  # noqa: N801  a context manager, named as a f
 
     Args:
         model: of transformers, with or without its language modelling head, also within PEFT, DDP or torch.compile.
-            Attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that is registered with a
-            mask function.
-        layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says why.
-            A sequence of them, as ``range(8, 24)``, is for training: each forward draws one, with torch's generator of
-            the CPU. Or the path of what ``LayerSearch.save`` wrote; or None for what the model's config says. Or a
-            ``Policy``, or several at layers of their own: then those visual tokens leave, and at those layers, that it
-            says; ``Withdraw(layer)`` is the same as ``layer``. A config has no room for policies but their names.
+            Attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that is registered with
+            a mask function.
+        layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says
+            why. A sequence of them, as ``range(8, 24)``, is for training: each forward draws one, with torch's
+            generator of the CPU. Or the path of what ``LayerSearch.save`` wrote; or None for what the model's config
+            says. Or a ``Policy``, or several at layers of their own: then those visual tokens leave, and at those
+            layers, that it says; ``Withdraw(layer)`` is the same as ``layer``. A config has no room for policies but
+            their names.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
             ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
@@ -52,13 +53,13 @@ class withdraw(ContextDecorator):  # noqa: N801  a context manager, named as a f
     Raises:
         TypeError, ValueError: here for an argument, later from the forward for inputs or a cache that can't be handled,
             among them a label that is wanted of a withdrawn row, and a prompt whose last token is visual, which leaves
-            no row to predict from. Chunks of a prompt that end in an image go to ``generate(prefill_chunk_size=)``, or to
-            ``model.base_model``, if that makes no logits.
+            no row to predict from. Chunks of a prompt that end in an image go to ``generate(prefill_chunk_size=)``, or
+            to ``model.base_model``, if that makes no logits.
 
     Threads may share the model. A model may be compiled before, within or with ``torch.compile(model)`` as argument:
     where a forward may have visual tokens, their number is read before, outside of the graph (with ``fullgraph=True``
-    that is an error); a step of decoding with a static cache is one graph. What a policy looks at on the way, it looks at
-    outside of the graph as well.
+    that is an error); a step of decoding with a static cache is one graph. What a policy looks at on the way, it looks
+    at outside of the graph as well.
     """
 
     def __init__(

@@ -55,8 +55,8 @@ def find_layer(
 
     Raises:
         TypeError, ValueError: an unsupported model, a candidate out of range, no batches or one in place of several, a
-            sample without visual tokens or with nothing after them, logits that are NaN, a threshold that is not a number
-            of at least 0, a metric, statistic or positions that there are not.
+            sample without visual tokens or with nothing after them, logits that are NaN, a threshold that is not a
+            number of at least 0, a metric, statistic or positions that there are not.
     """
     scorer = Scorer(
         model,

@@ -17,10 +17,11 @@ from vtw_kernels.integration.withdraw import unwrapped
 def attention_mass(
     model: nn.Module, inputs: Mapping[str, Any], *, visual_mask: Tensor | None = None, decoder: nn.Module | None = None
 ) -> Tensor:
-    """How much of the attention of the last prompt position goes where, in every decoder layer: what withdrawal rests on.
+    """How much of the attention of the last prompt position goes where, in every decoder layer: what withdrawal rests
+    on.
 
-    Works with every attention that models reach through transformers' ``AttentionInterface``: the softmax of the last row
-    alone is computed beside it, in fp32.
+    Works with every attention that models reach through transformers' ``AttentionInterface``: the softmax of the last
+    row alone is computed beside it, in fp32.
 
     Args:
         model, decoder: as for ``withdraw``.
@@ -33,8 +34,8 @@ def attention_mass(
         attention. With tensor parallelism, over the heads of this rank.
 
     Raises:
-        TypeError, ValueError: an unsupported model, a sample without visual tokens, a decoder whose attention does not go
-            through the interface.
+        TypeError, ValueError: an unsupported model, a sample without visual tokens, a decoder whose attention does not
+            go through the interface.
     """
     model = unwrapped(model)
     parts = find_parts(model, decoder)
@@ -62,7 +63,7 @@ def attention_mass(
     for layer, kind in enumerate(parts.layer_types):
         if kind in ATTENTION_LAYERS and layer not in seen:
             raise ValueError(
-                f"model: expected attention that transformers' AttentionInterface hands out, got none in layer {layer} of "
-                f"{type(parts.decoder).__name__}"
+                f"model: expected attention that transformers' AttentionInterface hands out, got none in layer {layer} "
+                f"of {type(parts.decoder).__name__}"
             )
     return mass

@@ -27,12 +27,12 @@ TIMED = 5  # prefills of so many layers are measured: each takes a few whole for
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Costs of one prefill of one sample, if visual tokens are withdrawn before each of ``layers``; the last of these is
-    the model's number of layers: nothing is withdrawn.
+    """Costs of one prefill of one sample, if visual tokens are withdrawn before each of ``layers``; the last of these
+    is the model's number of layers: nothing is withdrawn.
 
-    tokens, visual_tokens: of the sample. flops: floating point operations of the decoder layers. kv_bytes: of the cache.
-    prefill_seconds: the whole model's, the median as measured on ``device`` for ``timed_layers``, and between these by
-    linear interpolation; prefill_iqr: likewise, how far the runs spread: their interquartile range.
+    tokens, visual_tokens: of the sample. flops: floating point operations of the decoder layers. kv_bytes: of the
+    cache. prefill_seconds: the whole model's, the median as measured on ``device`` for ``timed_layers``, and between
+    these by linear interpolation; prefill_iqr: likewise, how far the runs spread: their interquartile range.
     """
 
     layers: list[int]
@@ -46,8 +46,8 @@ class LayerCosts:
     device: str
 
     def differ(self, layer: int) -> bool:
-        """Whether the prefill takes another time with withdrawal before a layer than without: the medians differ by more
-        than their interquartile ranges combined, ``hypot``."""
+        """Whether the prefill takes another time with withdrawal before a layer than without: the medians differ by
+        more than their interquartile ranges combined, ``hypot``."""
         i = self.layers.index(layer)
         apart = abs(self.prefill_seconds[i] - self.prefill_seconds[-1])
         return apart > math.hypot(self.prefill_iqr[i], self.prefill_iqr[-1])
@@ -65,13 +65,14 @@ def measure_costs(
     """What one prefill costs if the visual tokens are withdrawn before each candidate, and if they are not.
 
     Floating point operations (a multiplication and an addition are two) are those of matrix multiplications in the
-    decoder layers; attention counts every key of every query, hidden or not, whatever computes it. They and the bytes of
-    the cache come from two forwards: layers add up, so that before layer ``k`` they are those of the full prefill, and
-    from there on those of the prefill withdrawn before the first candidate. With tensor parallelism, those of this rank.
+    decoder layers; attention counts every key of every query, hidden or not, whatever computes it. They and the bytes
+    of the cache come from two forwards: layers add up, so that before layer ``k`` they are those of the full prefill,
+    and from there on those of the prefill withdrawn before the first candidate. With tensor parallelism, those of this
+    rank.
 
-    Seconds are measured, vision tower and logits included, at up to five layers: the first and the last candidate, evenly
-    spread ones between them, and no withdrawal. Each is the median of ``repeats`` runs, which take turns, after one to
-    warm up; the other layers' are linear interpolations, as all layers cost about the same.
+    Seconds are measured, vision tower and logits included, at up to five layers: the first and the last candidate,
+    evenly spread ones between them, and no withdrawal. Each is the median of ``repeats`` runs, which take turns, after
+    one to warm up; the other layers' are linear interpolations, as all layers cost about the same.
 
     Args:
         model, decoder: as for ``withdraw``.

@@ -312,8 +312,8 @@ def _turns(field: str, turns: Any) -> list[tuple[str, Any]]:
 
 
 def _parts(field: str, content: Any) -> Iterator[dict[str, Any]]:
-    """What somebody says, as parts of a chat template's content, in order; images and videos with their file, or with None
-    if that is in a field of the record."""
+    """What somebody says, as parts of a chat template's content, in order; images and videos with their file, or with
+    None if that is in a field of the record."""
     for part in content if isinstance(content, list) else [content]:
         part = part if isinstance(part, Mapping) else {"type": "text", "text": part}
         kind = part.get("type")

@@ -55,7 +55,8 @@ def write_report(
     attention: Tensor | None = None,
     command: str = "",
 ) -> None:
-    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside it.
+    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
+    it.
 
     It says what was found and what that saves; shows divergence, agreement, attention and savings per layer; and of
     ``samples``, the dozen that withdrawal before the chosen layer hurts most (where no layer qualifies: before the one
@@ -122,15 +123,15 @@ def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, s
         "The share of rows that the decoder layers need not compute, which is that of the KV cache."
         if costs is None
         else f"Of one prefill of {costs.tokens} tokens, {costs.visual_tokens} of them visual. Time was measured at the "
-        f"marked layers ({', '.join(map(str, costs.timed_layers))}; {search.num_layers} is no withdrawal), in turns, and is "
-        "interpolated between them; the band is the interquartile range of the runs."
+        f"marked layers ({', '.join(map(str, costs.timed_layers))}; {search.num_layers} is no withdrawal), in turns, "
+        "and is interpolated between them; the band is the interquartile range of the runs."
     )
     plots: list[tuple[str, str, str, Callable[[Axes], None]]] = [
         (
             "divergence",
             "How much the prediction changes",
-            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a layer. The "
-            "first layer at or below the threshold is chosen.",
+            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a layer. "
+            "The first layer at or below the threshold is chosen.",
             lambda axes: draw_values(axes, search),
         ),
         (
@@ -142,8 +143,8 @@ def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, s
     ]
     if attention is not None:
         caption = (
-            "Attention of the last prompt position, mean over heads and some samples. Withdrawal rests on deep layers hardly looking at "
-            "visual tokens."
+            "Attention of the last prompt position, mean over heads and some samples. Withdrawal rests on deep layers "
+            "hardly looking at visual tokens."
         )
         plots.append(
             ("attention", "Where attention goes", caption, lambda axes: draw_attention(axes, search, attention))

@@ -29,12 +29,12 @@ class LayerSearch:
     """What a search found, of ``N`` samples and ``C`` candidates.
 
     candidates: the layers that were tried, ascending. num_layers: decoder layers of the model; withdrawing there is not
-    withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn),
-    both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most
-    likely token is another one. positions: which those are, as ``find_layer`` takes it. tokens, visual_tokens: int64
-    ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be chosen. costs: what was measured
-    of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it, likewise. settings: what else
-    reproduces the search.
+    withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse,
+    KL(full‖withdrawn), both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of
+    positions where the most likely token is another one. positions: which those are, as ``find_layer`` takes it.
+    tokens, visual_tokens: int64 ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be
+    chosen. costs: what was measured of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass``
+    returns it, likewise. settings: what else reproduces the search.
 
     A NaN is never at or below a threshold, nor the lowest value.
     """
@@ -68,7 +68,8 @@ class LayerSearch:
 
     @property
     def shown_layer(self) -> int:
-        """The layer to look at closely: the one that was chosen, else that with the lowest value; of NaN alone, the last."""
+        """The layer to look at closely: the one that was chosen, else that with the lowest value; of NaN alone, the
+        last."""
         if self.layer is not None:
             return self.layer
         lowest = self.choose(min_saving=0)
@@ -103,8 +104,8 @@ class LayerSearch:
 
     def plausible_layers(self, level: float = 0.95) -> tuple[int, int]:
         """The first and the last layer that this search would choose from other samples of the same kind, each side
-        at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none. Of
-        few samples, as in ``interval``, any."""
+        at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none.
+        Of few samples, as in ``interval``, any."""
         if len(self.per_sample) < fewest_samples(level):
             return self.candidates[0], self.num_layers
         below = self._resampled <= self.threshold
@@ -141,7 +142,8 @@ class LayerSearch:
         """Another choice than that of the threshold.
 
         Args:
-            max_kl: the first layer whose value is at most this, as it saves most. None: the layer with the lowest value.
+            max_kl: the first layer whose value is at most this, as it saves most. None: the layer with the lowest
+                value.
             min_saving: among the layers with at least this ``saving``, a share of 1.
             metric, statistic: which value; as ``values``. By default those of the search.
 

@@ -1,4 +1,5 @@
-"""``vtw-kernels search``: from records on disk to a chosen layer, in one process or many, stopped and resumed at will."""
+"""``vtw-kernels search``: from records on disk to a chosen layer, in one process or many, stopped and resumed at
+will."""
 
 import dataclasses
 import hashlib
@@ -50,9 +51,9 @@ Records = JsonFile | DataSet
 def run(options: Namespace, command: str) -> int:
     """Searches, writes what was asked for, and prints the table.
 
-    Records are scored one at a time: then a record's scores depend on nothing but itself, and a search that was stopped,
-    or shared among ranks, gives to the bit what one process gives in one go. What the result at ``options.out`` has of
-    them already is not scored again: if that is all, the model is not loaded.
+    Records are scored one at a time: then a record's scores depend on nothing but itself, and a search that was
+    stopped, or shared among ranks, gives to the bit what one process gives in one go. What the result at
+    ``options.out`` has of them already is not scored again: if that is all, the model is not loaded.
 
     Args:
         options: as ``vtw-kernels search --help`` says.
@@ -231,8 +232,8 @@ class Ranks:
                 time.sleep(0.05)
 
     def stopped_by(self, signals: list[int]) -> int:
-        """The number of the signal that stops this rank, or 0: that which it has received or, as ranks of one model must
-        stop at the same record, any of them has."""
+        """The number of the signal that stops this rank, or 0: that which it has received or, as ranks of one model
+        must stop at the same record, any of them has."""
         number = torch.tensor(signals[0] if signals else 0)
         if self.tensor_parallel:
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self._on_hosts)
@@ -373,7 +374,8 @@ def find_settings(options: Namespace, machine: str, ranks: Ranks) -> dict[str, A
 
 
 def fingerprint(model: str) -> str:
-    """The commit of a model on the Hub, or a digest of a folder's files: what they say, and of weights size and time."""
+    """The commit of a model on the Hub, or a digest of a folder's files: what they say, and of weights size and
+    time."""
     folder = Path(model)
     if not folder.is_dir():
         return AutoConfig.from_pretrained(model)._commit_hash
@@ -396,8 +398,8 @@ def load_model(options: Namespace, device: torch.device) -> nn.Module:
 def find_earlier(
     options: Namespace, records: Records, settings: dict[str, Any], state: State
 ) -> tuple[LayerSearch | None, dict[str, str]]:
-    """What an earlier run has found, if there is a result; and if that or lines of state may have scores of the records,
-    their digests by name.
+    """What an earlier run has found, if there is a result; and if that or lines of state may have scores of the
+    records, their digests by name.
 
     Raises:
         ValueError: the result is of other settings, or complete and of records that are not asked for now.
@@ -422,8 +424,8 @@ def find_earlier(
         if lost := [name for name, digest in earlier.settings["records"].items() if digest not in asked]:
             raise ValueError(
                 f"out: expected a new file or an earlier result of this search, got {options.out}, which is also of "
-                f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart discards "
-                "it)"
+                f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart "
+                "discards it)"
             )
     return earlier, digests
 
@@ -469,9 +471,9 @@ def score(
 ) -> dict[str, Any]:
     """The line of one record: its scores; or what is bad about it, or BadRecord for that.
 
-    Whatever is raised is of the record, as records are what differs between calls. Two things are not: a device that has
-    failed for good; and a model that fails on one of its tensor-parallel ranks, while the others go on waiting for it.
-    """
+    Whatever is raised is of the record, as records are what differs between calls. Two things are not: a device that
+    has failed for good; and a model that fails on one of its tensor-parallel ranks, while the others go on waiting for
+    it."""
     name, device = records.name(index), scorer.model.device
     try:
         record = records[index]
@@ -544,8 +546,8 @@ def make_search(
 
 
 def choose_records(search: LayerSearch) -> dict[str, Any]:
-    """Names of records: a "typical" one, of median length, to measure costs on; the "worst" ones at the chosen layer, or at
-    the one with the lowest value, to show; and as many "spread" over all of them, to see where attention goes."""
+    """Names of records: a "typical" one, of median length, to measure costs on; the "worst" ones at the chosen layer,
+    or at the one with the lowest value, to show; and as many "spread" over all of them, to see where attention goes."""
     names = list(search.settings["records"])
     values = search.by_sample()[:, search.candidates.index(search.shown_layer)]
     worst = values.argsort(descending=True, stable=True)[:SHOWN].tolist()

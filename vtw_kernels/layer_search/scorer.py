@@ -1,9 +1,9 @@
 """What withdrawing before each candidate layer does to the model's next tokens, from one run of the model.
 
-The paper's code (VTW, arXiv 2405.05803) runs the whole model anew for each candidate. Here the rows that enter layer ``k``
-are taken from the one full run: candidate ``k`` joins, at layer ``k``, a growing batch of text-only continuations that
-each layer runs once, right after its full-length run. Rows in front of every visual token are the same in all runs, so
-that continuations only read their keys and values.
+The paper's code (VTW, arXiv 2405.05803) runs the whole model anew for each candidate. Here the rows that enter layer
+``k`` are taken from the one full run: candidate ``k`` joins, at layer ``k``, a growing batch of text-only continuations
+that each layer runs once, right after its full-length run. Rows in front of every visual token are the same in all
+runs, so that continuations only read their keys and values.
 """
 
 import os
@@ -109,8 +109,8 @@ class Scorer:
         return Scores(*means, tokens.sum(1).cpu(), (tokens & visual[:, :prompt]).sum(1).cpu())
 
     def _with_answers(self, inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Inputs that the model's own greedy answer follows, without its last token, which predicts nothing more that is
-        looked at; which tokens are visual then, and which predict a token of the answer."""
+        """Inputs that the model's own greedy answer follows, without its last token, which predicts nothing more that
+        is looked at; which tokens are visual then, and which predict a token of the answer."""
         if inputs.get("input_ids") is None:
             raise ValueError("positions: expected 'last' or 'answer' with inputs_embeds, got a number")
         ids, attended = inputs["input_ids"], attended_tokens(inputs.get("attention_mask"), visual)
@@ -126,8 +126,8 @@ class Scorer:
         inputs = inputs | sequences
         config = self.model.generation_config
         answers = self.model.generate(
-            **inputs, max_new_tokens=self.positions, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-            return_dict_in_generate=False,
+            **inputs, max_new_tokens=self.positions, do_sample=False, num_beams=1,
+            temperature=None, top_p=None, top_k=None, return_dict_in_generate=False,
         )[:, tokens:]  # fmt: skip
         ends = torch.zeros_like(answers, dtype=torch.bool)
         if config.eos_token_id is not None:
@@ -147,8 +147,8 @@ class Scorer:
         return [_score_group(self.model, self.parts, samples, group, head) for group in groups]
 
     def _logits_are_large(self, samples: "_Samples") -> bool:
-        """Whether logits of one candidate alone are too large, or those of all make so many groups that running the model
-        for each takes longer than two more products with the head's weights."""
+        """Whether logits of one candidate alone are too large, or those of all make so many groups that running the
+        model for each takes longer than two more products with the head's weights."""
         one, memory = self._logits_bytes(samples), self._memory()
         more_runs = int(len(self.candidates) * one / memory)
         if self.head is None or not more_runs:
@@ -172,8 +172,8 @@ class Scorer:
         return 2 * len(samples.sequence) * vocabulary * self.model.dtype.itemsize
 
     def _memory(self) -> float:
-        """Bytes for a group of candidates. They depend on the machine, but not on what else runs there, so that a search
-        repeats itself to the bit."""
+        """Bytes for a group of candidates. They depend on the machine, but not on what else runs there, so that a
+        search repeats itself to the bit."""
         if self.model.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.model.device).total_memory
         else:
@@ -409,8 +409,8 @@ class _Continuations:
             if bool(later.any()):
                 raise ValueError(
                     "positions: expected a model whose answers see no later tokens, as with a prefix of them they do; "
-                    "got one that needs to be told where its answer begins: make samples with its processor and labels, "
-                    "and take positions='answer'"
+                    "got one that needs to be told where its answer begins: make samples with its processor and "
+                    "labels, and take positions='answer'"
                 )
 
 

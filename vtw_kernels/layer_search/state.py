@@ -2,8 +2,8 @@
 
 A folder holds ``settings.json``, all that decides the scores; and of each run ``run-K.json``, which records were whose,
 and one ``run-K-rank-R.jsonl`` per rank, with a line per record. A line is on disk before the next record begins, and
-each file has one writer and is only ever appended to: so nothing but its last line can be torn. Whatever else happens to a
-line, its checksum tells, and its record is scored anew.
+each file has one writer and is only ever appended to: so nothing but its last line can be torn. Whatever else happens
+to a line, its checksum tells, and its record is scored anew.
 """
 
 import fcntl
@@ -98,8 +98,8 @@ def append_line(file: Any, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file as ``append_line`` was given them, but for one without its end, and for damaged ones, which it
-    names; none of a file that is not there."""
+    """The lines of a file as ``append_line`` was given them, but for one without its end, and for damaged ones, which
+    it names; none of a file that is not there."""
     *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     lines = []
     for number, text in enumerate(whole, 1):

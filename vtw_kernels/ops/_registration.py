@@ -59,7 +59,8 @@ def _refusal(name: str) -> Callable:
         given = next((x.device.type for x in tree_leaves(args) if isinstance(x, torch.Tensor)), "no device")
         serves = f"serves {'cpu' if FORCED_BACKEND == 'cpu' else 'cuda'}, and is {_backends()[FORCED_BACKEND]}"
         raise RuntimeError(
-            f"{name}: VTW_KERNELS_BACKEND: expected a backend for tensors on {given}, got {FORCED_BACKEND}, which {serves}"
+            f"{name}: VTW_KERNELS_BACKEND: expected a backend for tensors on {given}, got {FORCED_BACKEND}, "
+            f"which {serves}"
         )
 
     return refuse
@@ -82,8 +83,9 @@ def register_over_ops(name: str, *, kernel: Callable, fake: Callable) -> None:
 
 
 def _replace(name: str, kernel: Callable, key: str) -> None:
-    """Takes the place of a kernel of ``csrc/composite.cpp``, which is for programs without Python: an error of an op that
-    is called through the C interface of the stable ABI loses its type on the way, and before torch 2.13 its text."""
+    """Takes the place of a kernel of ``csrc/composite.cpp``, which is for programs without Python: an error of an op
+    that is called through the C interface of the stable ABI loses its type on the way, and before torch 2.13 its
+    text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is one already
         _library.impl(name, kernel, key)
@@ -129,8 +131,8 @@ EACH_RANK = "call it on every rank with x.to_local(), which has the sequences or
 def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_place: bool = False) -> Any:
     """``op(tensors, *args)``, past the kernels of autograd where nothing is to be differentiated: they are Python, and
     take longer than a small compaction (a C++ one could not go on below itself: the C interface of the stable ABI calls
-    ops from the top, and hands no set of keys to a kernel). Whoever else may want to see the call (a compiler, torch.func,
-    ``__torch_function__``) sees it as ever."""
+    ops from the top, and hands no set of keys to a kernel). Whoever else may want to see the call (a compiler,
+    torch.func, ``__torch_function__``) sees it as ever."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

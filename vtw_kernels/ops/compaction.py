@@ -32,10 +32,10 @@ class _Rows(NamedTuple):
 class CompactionPlan(_Rows):
     """Which rows survive; ``source, lengths = plan``.
 
-    ``source`` int32 ``[B, T]``: ascending source rows, ``-1`` for a padding row; ``lengths`` int32 ``[B]``: how many rows
-    of each sequence are kept; ``tokens``: the ``S`` that the plan was made for, so that no tensor of another size loses
-    rows to it, or None where that is not known (``CompactionPlan(source, lengths)``), and then nothing is checked.
-    """
+    ``source`` int32 ``[B, T]``: ascending source rows, ``-1`` for a padding row; ``lengths`` int32 ``[B]``: how many
+    rows of each sequence are kept; ``tokens``: the ``S`` that the plan was made for, so that no tensor of another size
+    loses rows to it, or None where that is not known (``CompactionPlan(source, lengths)``), and then nothing is
+    checked."""
 
     tokens: int | None = None
 
@@ -96,8 +96,8 @@ def compact(
         Differentiable in the floating-point tensors.
 
     Raises:
-        RuntimeError: a dimension, dtype, device or batch size that does not fit, or a number of rows other than the ``S``
-            that the plan was made for; on the CPU also a ``plan.source`` that is out of range or not ascending.
+        RuntimeError: a dimension, dtype, device or batch size that does not fit, or a number of rows other than the
+            ``S`` that the plan was made for; on the CPU also a ``plan.source`` that is out of range or not ascending.
         TypeError: ``plan`` is not a ``CompactionPlan``, or ``tensors`` not a list.
     """
     op = "compact"
@@ -208,7 +208,8 @@ def compact_paged_(
 def _check_plan(
     op: str, plan: CompactionPlan, tensors: Sequence[Tensor] = (), token_dims: Sequence[int] = (), longer: bool = False
 ) -> None:
-    """A stale plan, or a dimension that isn't that of the tokens, would silently lose rows: an op sees only ``source``."""
+    """A stale plan, or a dimension that isn't that of the tokens, would silently lose rows: an op sees only
+    ``source``."""
     if not isinstance(plan, CompactionPlan):
         raise TypeError(f"{op}: plan: expected what plan_compaction returns, got {type(plan).__name__}")
     if plan.tokens is None:
@@ -254,8 +255,8 @@ def _compact_fake(tensors, token_dims, batch_dims, source):
 
 
 def _check_offsets(op: str, name: str, tensors: list[Tensor], instead: str = "") -> None:
-    """Inductor makes the views that an op writes to anew, and loses an offset that depends on a dynamic shape; that of a
-    view that was cloned, too."""
+    """Inductor makes the views that an op writes to anew, and loses an offset that depends on a dynamic shape; that of
+    a view that was cloned, too."""
     from torch.fx.experimental.symbolic_shapes import is_concrete_int  # seconds to import, and here already there
 
     for i, x in enumerate(tensors):

@@ -2,8 +2,8 @@
 
 A state is ``(m_p, z_p, a, m_q, z_q)``: two maxima, two sums of exponentials ``z = Σ e^(x - m)``, and
 ``a = Σ e^(p - m_p)·(p - q)``, so that ``KL = a/z_p - (m_p + ln z_p) + (m_q + ln z_q)``. (The running form of ``a`` is
-known from Fast-LLM's entropy kernels.) Where ``a`` would overflow, as in a shard in which q is masked by the least finite
-number, ``m_p`` is a number above the maximum, which says the same. ``V`` is the size of the vocabulary.
+known from Fast-LLM's entropy kernels.) Where ``a`` would overflow, as in a shard in which q is masked by the least
+finite number, ``m_p`` is a number above the maximum, which says the same. ``V`` is the size of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -39,12 +39,12 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
 
     DTensors may be sharded by rows, both alike; otherwise they are gathered (but see ``kl_divergence_vocab_parallel``).
     Leading dimensions may be those of ``torch.func.vmap``. ``torch.autocast`` changes nothing: logits are taken as they
-    come, and everything is computed in fp32. ``torch.set_flush_denormal`` concerns the calling thread alone; under it the
-    last bits may depend on the number of threads.
+    come, and everything is computed in fp32. ``torch.set_flush_denormal`` concerns the calling thread alone; under it
+    the last bits may depend on the number of threads.
 
     Raises:
-        RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0 or so large or small
-            that fp32 has no normal number for it.
+        RuntimeError: dtypes, devices or shapes that do not fit, or a temperature that is not above 0 or so large or
+            small that fp32 has no normal number for it.
     """
     _know_sharding(p_logits, q_logits)
     return _OPS.kl_divergence_with_state.default(p_logits, q_logits, temperature)[0]

@@ -1,5 +1,5 @@
-"""KL divergence as a training loss. What each row weighs is known before, so the gradient is computed with the divergence
-while the logits are at hand: they are read once, and nothing but the gradient is kept for the backward."""
+"""KL divergence as a training loss. What each row weighs is known before, so the gradient is computed with the
+divergence while the logits are at hand: they are read once, and nothing but the gradient is kept for the backward."""
 
 import torch
 from torch import Tensor
@@ -41,9 +41,10 @@ def kl_divergence_loss(
         gives them, infinities and NaN included. Without any row the mean is NaN.
 
     Memory: for each logits that require a gradient, one tensor of the shape of the broadcast logits and of their dtype,
-    which becomes the gradient; if the logits broadcast, its sum as well. The logits are not kept. The backward multiplies
-    in place by what it gets from above, so factors belong in ``weight``: where it gets 1, as ``loss.backward()`` gives
-    it, it does nothing. If the graph is retained the backward multiplies out of place and may be repeated.
+    which becomes the gradient; if the logits broadcast, its sum as well. The logits are not kept. The backward
+    multiplies in place by what it gets from above, so factors belong in ``weight``: where it gets 1, as
+    ``loss.backward()`` gives it, it does nothing. If the graph is retained the backward multiplies out of place and may
+    be repeated.
 
     fp16 has no room for a gradient that a loss scale (``torch.amp.GradScaler``) multiplies afterwards: most of it would
     be 0 by then. So fp16 logits are kept instead, and the backward reads them again, as that of ``kl_divergence`` does.

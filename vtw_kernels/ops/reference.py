@@ -119,8 +119,9 @@ def _gather(x: Tensor, token_dim: int, batch_dim: int, source: Tensor) -> Tensor
     return out.movedim((0, 1), (batch_dim, token_dim)).contiguous().view(x.dtype)
 
 
-# As the kernels do, sums a = Σ e^(p - m_p)·(p - q) in units of 2^40. Where q is masked by the least finite number, p - q is
-# close to what a number can hold, and a sum of it beyond; yet it may weigh nothing in the end, where p is low as well.
+# As the kernels do, sums a = Σ e^(p - m_p)·(p - q) in units of 2^40. Where q is masked by the least finite number, p -
+# q is close to what a number can hold, and a sum of it beyond; yet it may weigh nothing in the end, where p is low as
+# well.
 UNIT = 2.0**40
 
 
@@ -240,9 +241,9 @@ def _divergence(m_p: Tensor, z_p: Tensor, a: Tensor, m_q: Tensor, z_q: Tensor) -
 
 
 def _rounded_state(m_p: Tensor, z_p: Tensor, a: Tensor, m_q: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:
-    """The state of fp64 numbers, ``a`` in units. Where ``a`` without them overflows, the sums of p are made relative to a
-    number above the maximum instead, which says the same. Beyond 2^27 or so, numbers are too coarse for that; but there
-    a logit weighs all or nothing, and ``a`` itself, which only has to be finite, stops at the largest number."""
+    """The state of fp64 numbers, ``a`` in units. Where ``a`` without them overflows, the sums of p are made relative to
+    a number above the maximum instead, which says the same. Beyond 2^27 or so, numbers are too coarse for that; but
+    there a logit weighs all or nothing, and ``a`` itself, which only has to be finite, stops at the largest number."""
     largest, step = torch.finfo(dtype).max, 27.7  # ln 2^40
     raised = (m_p + step).to(dtype).double()
     raises = a.isfinite() & (a.abs() > largest / UNIT) & ((raised - m_p - step).abs() < 8)

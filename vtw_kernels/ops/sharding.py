@@ -1,5 +1,5 @@
-"""Sharding rules of DTensor for the divergence: rows may be shared out, and what broadcasts over them is then on every rank;
-logits that are shared out otherwise are gathered first, as DTensor does. For a sharded vocabulary
+"""Sharding rules of DTensor for the divergence: rows may be shared out, and what broadcasts over them is then on every
+rank; logits that are shared out otherwise are gathered first, as DTensor does. For a sharded vocabulary
 ``kl_divergence_vocab_parallel`` exchanges 20 bytes per row instead."""
 
 import torch

@@ -6,9 +6,9 @@ and values of all layers do, go in one launch, at most ``GROUP`` of them; their 
 kernel, so nothing is copied to the device first. Offsets are 64-bit, and any value of a plan or a block table keeps to
 the tensors.
 
-Triton compiles a kernel anew for each combination of integers that are or are not multiples of 16, here lengths, strides
-and every address of a list. It would learn nothing: what strides and addresses are multiples of is said by VECTOR. So it
-is kept from looking.
+Triton compiles a kernel anew for each combination of integers that are or are not multiples of 16, here lengths,
+strides and every address of a list. It would learn nothing: what strides and addresses are multiples of is said by
+VECTOR. So it is kept from looking.
 """
 
 from collections.abc import Iterator
@@ -200,7 +200,8 @@ STEPS = ["from_0", "from_1", "from_2", "to_0", "to_1", "to_2", "from_batch", "to
 def gather_kernel(
     sources, targets, plan, plan_batch, plan_row, rows, batch, columns, limit, count, size_0, size_1,
     from_0, from_1, from_2, to_0, to_1, to_2, from_batch, to_batch, from_row, to_row,
-    ELEMENT: tl.constexpr, VECTOR: tl.constexpr, PER_VECTOR: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
+    ELEMENT: tl.constexpr, VECTOR: tl.constexpr, PER_VECTOR: tl.constexpr, POSITIONS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of positions (the rows of all lanes of a sequence, one after another) by columns."""
     program = tl.program_id(0).to(tl.int64)
@@ -327,8 +328,8 @@ def move_kernel(
         mask = writable[:, None] & inside
         value = tl.load(base + (lane_start + start)[:, None] * PER_VECTOR + column[None, :], mask=mask)
         if WAIT:
-            # AMD's barrier is passed by loads that are still on their way, and the compiler does not hold them back: only
-            # what reads their registers does, here an instruction that is none.
+            # AMD's barrier is passed by loads that are still on their way, and the compiler does not hold them back:
+            # only what reads their registers does, here an instruction that is none.
             wide = value.to(tl.uint32) if VECTOR < 4 else value
             value = tl.inline_asm_elementwise("", "=v,0", [wide], wide.dtype, is_pure=False, pack=1).to(ELEMENT)
         tl.debug_barrier()  # no row of this step is overwritten before all of them are read
@@ -346,9 +347,9 @@ def move(described: list[tuple[Lanes, int, int]], plan: Tensor, table: Tensor | 
         strips = triton.cdiv(lanes.columns, columns) * triton.cdiv(lanes.count, across)
         launch(
             move_kernel, number * batch * strips, plan, addresses, plan, *plan.stride(), rows, batch, *pages, page_size,
-            lanes.columns, lanes.limit, lanes.count, *lanes.sizes, *lanes.from_strides, lanes.from_batch, lanes.from_row,
-            PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE, WAIT=ON_HIP,
-            **kernel_options(lanes),
+            lanes.columns, lanes.limit, lanes.count, *lanes.sizes, *lanes.from_strides, lanes.from_batch,
+            lanes.from_row, PAGED=table is not None, LANES=across, ROWS=step, COLUMNS=columns, SCAN=PLAN_TILE,
+            WAIT=ON_HIP, **kernel_options(lanes),
         )  # fmt: skip
 
 

@@ -65,9 +65,9 @@ def row_offset(row, sizes, strides):
 
 @triton.jit
 def vector_entries(VECTOR: tl.constexpr, LANES: tl.constexpr):
-    """The entries of the first vectors of all lanes, [LANES, VECTOR], in their order in memory. A tile is as many of them,
-    one after another, as a lane has vectors. Each is a tensor of its own: of a tensor [vectors, LANES, VECTOR], Triton
-    before 3.7 gives a lane to several threads. The same for p and q, so equal rows have equal sums."""
+    """The entries of the first vectors of all lanes, [LANES, VECTOR], in their order in memory. A tile is as many of
+    them, one after another, as a lane has vectors. Each is a tensor of its own: of a tensor [vectors, LANES, VECTOR],
+    Triton before 3.7 gives a lane to several threads. The same for p and q, so equal rows have equal sums."""
     return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
@@ -179,9 +179,9 @@ def finish(state_ptr, kl_ptr, m_p, z_p, a, m_q, z_q, inverse):
     z_p, z_q = z_p.to(tl.float64), z_q.to(tl.float64)
     kl = a / z_p * UNIT - (m_p + tl.log(z_p)) + (m_q + tl.log(z_q))
     tl.store(kl_ptr, tl.where(kl < 0, 0.0, kl))
-    # Where a without its unit overflows the dtype of states, the sums of p are made relative to a number above the maximum
-    # instead, which says the same. Beyond 2^27 or so, numbers are too coarse for that; but there a logit weighs all or
-    # nothing, and a itself, which only has to be finite, stops at the largest number.
+    # Where a without its unit overflows the dtype of states, the sums of p are made relative to a number above the
+    # maximum instead, which says the same. Beyond 2^27 or so, numbers are too coarse for that; but there a logit weighs
+    # all or nothing, and a itself, which only has to be finite, stops at the largest number.
     real: tl.constexpr = state_ptr.dtype.element_ty
     LARGEST: tl.constexpr = 1.7976931348623157e308 if real == tl.float64 else 3.4028234663852886e38
     STEP: tl.constexpr = 27.7  # ln 2^40
@@ -272,9 +272,9 @@ def gradient_kernel(
     sizes, p_strides, q_strides, p_step, q_step, vocabulary, tiles, inverse_bits,
     OF_DIVERGENCE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of a row, from the gradient of its divergence or else its state; with p and q divided by the temperature
-    dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) / temperature.
-    """
+    """Of one tile of a row, from the gradient of its divergence or else its state; with p and q divided by the
+    temperature dp = (g_zp + g_a (p - q + 1)) e^(p - m_p) / temperature,  dq = (g_zq e^(q - m_q) - g_a e^(p - m_p)) /
+    temperature."""
     TILE: tl.constexpr = LANES * ENTRIES
     real: tl.constexpr = state_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
