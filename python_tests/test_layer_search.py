@@ -14,7 +14,7 @@ from vlm import FAMILIES, LAYERS, ONE, VOCABULARY, Batch, append, make_batch, ma
 
 import vtw_kernels as vtw
 from vtw_kernels.layer_search import METRICS, STATISTICS, scorer
-from vtw_kernels.layer_search.result import fewest_samples
+from vtw_kernels.layer_search.scored import fewest_samples
 
 IMAGES = [[2, 4, 3, 8, 4], [1, 4, 2], [4, 4, 3]]  # of different lengths, each with an image
 

@@ -115,9 +115,9 @@ def test_needs_no_other_file(tmp_path, attention):
     assert len(ids) == len(set(ids))
     targets = re.findall(r'href="#([^"]+)|url\(#([^)]+)', html)
     assert targets and {a or b for a, b in targets} <= set(ids)
-    assert len(page.all("svg")) == 4
+    assert len(page.all("svg")) == 5
     written = {path.name: path.read_bytes()[:4] for path in tmp_path.glob("*.png")}
-    names = ("divergence", "agreement", "attention", "savings")
+    names = ("divergence", "agreement", "choice", "attention", "savings")
     assert written == {f"report-{name}.png": b"\x89PNG" for name in names}
 
 
@@ -188,7 +188,7 @@ def test_from_a_saved_search(tmp_path, attention, capsys):
     assert str(tmp_path / "vtw.html") in capsys.readouterr().out
     assert (tmp_path / "vtw.html").read_text() == (tmp_path / "direct.html").read_text()
     page = Page(tmp_path / "vtw.html")
-    assert len(page.all("svg")) == 4 and "photos.jsonl:1: " in page.text
+    assert len(page.all("svg")) == 5 and "photos.jsonl:1: " in page.text
     assert main(["report", str(tmp_path / "vtw.json")]) == 0  # over the page of before
     (tmp_path / "notes.html").write_text("<title>mine</title>")
     assert main(["report", str(tmp_path / "vtw.json"), "--out", str(tmp_path / "notes.html")]) == 1
@@ -287,7 +287,7 @@ def test_no_layer(tmp_path, attention):
 def test_one_sample_without_costs_or_attention(tmp_path):
     search = make_search(1, costs=None)
     page = report(tmp_path, search)
-    assert len(page.all("svg")) == 3 and page.rows[1][2] == "0 to inf" and "1 sample," in page.text
+    assert len(page.all("svg")) == 4 and page.rows[1][2] == "0 to inf" and "1 sample," in page.text
     assert "rows of all layers −40% 80 of 100 tokens visual" in page.text
     assert not {"FLOPs", "KV cache", "prefill", "its IQR"} & set(page.rows[0])
     assert not (tmp_path / "report-attention.png").exists()
@@ -305,7 +305,7 @@ def test_one_candidate_and_layers_without_attention(tmp_path, attention):
     one = {name: getattr(make_search(), name)[:, :1] for name in ("per_sample", "per_sample_reverse", "disagreement")}
     attention[:2] = torch.nan
     page = report(tmp_path, make_search(**one, candidates=[1], costs=None, threshold=1.0), attention=attention)
-    assert "before layer 1 of 6" in page.text and len(page.all("svg")) == 4
+    assert "before layer 1 of 6" in page.text and len(page.all("svg")) == 5
 
 
 def test_settings(tmp_path):

@@ -51,12 +51,15 @@ else:
 
 # Imported when asked for, so that the ops work without transformers.
 ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
-ROOMS |= dict.fromkeys(("Boundary", "Policy", "RandomVisual", "TopAttention", "Withdraw"), "integration")
-ROOMS |= dict.fromkeys(("LayerSearch", "find_layer"), "layer_search")
+ROOMS |= dict.fromkeys(
+    ("Boundary", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
+)
+ROOMS |= dict.fromkeys(("Comparison", "LayerSearch", "compare", "find_layer"), "layer_search")
 
 __all__ = [
     "Boundary",
     "CompactionPlan",
+    "Comparison",
     "LayerSearch",
     "Policy",
     "RandomVisual",
@@ -68,6 +71,7 @@ __all__ = [
     "compact",
     "compact_",
     "compact_paged_",
+    "compare",
     "expand",
     "find_layer",
     "kl_divergence",
@@ -77,6 +81,7 @@ __all__ = [
     "kl_state",
     "linear_kl_divergence",
     "merge_kl_states",
+    "parse_policy",
     "plan_compaction",
     "remove",
     "verify",

@@ -36,17 +36,21 @@ def main(arguments: list[str] | None = None) -> int:
 
     add_check(commands)
     add_search(commands)
-    report = commands.add_parser("report", help="a page of HTML about what a search found")
-    report.add_argument("result", type=Path, help="what search, or LayerSearch.save, wrote, such as vtw.json")
+    add_compare(commands)
+    report = commands.add_parser("report", help="a page of HTML about what a search or a comparison found")
+    report.add_argument("result", type=Path, help="what search or compare, or save, wrote, such as vtw.json")
     report.add_argument("--out", type=Path, help="the page (default: the result's name with .html)")
     add_bench(commands)
 
     options = parser.parse_args(arguments)
     try:
-        if options.command == "search":
-            from vtw_kernels.layer_search.run import run as run_search
+        if options.command in ("search", "compare"):
+            from vtw_kernels.layer_search.jobs import CompareJob, SearchJob
+            from vtw_kernels.layer_search.run import run as run_job
 
-            return run_search(options, shlex.join(["vtw-kernels", *(sys.argv[1:] if arguments is None else arguments)]))
+            job = (SearchJob if options.command == "search" else CompareJob)(options)
+            command = shlex.join(["vtw-kernels", *(sys.argv[1:] if arguments is None else arguments)])
+            return run_job(options, command, job)
         if options.command == "info" and options.model is not None:
             print_model_info(options.model)
         elif options.command == "info":
@@ -113,50 +117,84 @@ def add_search(commands: argparse._SubParsersAction) -> None:
         "stopped goes on when the same command is run again. Under torchrun, or accelerate launch, ranks share the "
         "records.",
     )
-    search.add_argument("--model", required=True, help="name or folder of a model of transformers, with its processor")
-    search.add_argument(
-        "--data",
-        required=True,
-        help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a "
-        "video as a list; answer, if you like. In place of question and answer, messages as OpenAI has them or "
-        "conversations as LLaVA has them. Or the id of a data set with such columns, which needs the package datasets",
-    )
-    search.add_argument("--images", type=Path, help="folder that images and videos are in (default: that of the data)")
-    search.add_argument("--subset", help="of a data set")
-    search.add_argument("--split", default="train", help="of a data set (default: train)")
-    search.add_argument("--limit", type=int, help="only so many records, the first")
-    search.add_argument("--seed", type=int, help="draw the records of --limit at random, with this seed")
-    search.add_argument("--skip-bad", action="store_true", help="skip records that can't be used, and list them")
-    search.add_argument(
-        "--out",
-        type=Path,
-        default=Path("vtw.json"),
-        help="the result (default: vtw.json); an earlier one of the same search is taken up, and no other file "
-        "overwritten",
-    )
-    search.add_argument("--report", type=Path, help="a page of HTML about the result, and its figures beside it")
-    search.add_argument(
-        "--restart", action="store_true", help="discard what earlier runs have done, and an earlier result"
-    )
-    search.add_argument("--quiet", action="store_true", help="print no table and no progress")
+    add_records(search, Path("vtw.json"))
 
     choice = search.add_argument_group("choice of the layer")
     choice.add_argument("--threshold", type=float, default=0.003, help="largest acceptable value (default: 0.003)")
-    choice.add_argument("--metric", default="kl", help="kl (default), reverse_kl or disagreement")
-    choice.add_argument("--statistic", default="mean", help="mean (default), worst_decile or max, over records")
-    choice.add_argument(
+    add_criterion(choice)
+    choice.add_argument("--candidates", type=int, nargs="+", metavar="LAYER", help="layers to try (default: all)")
+    add_model(search, "don't time a prefill at each layer")
+
+
+def add_compare(commands: argparse._SubParsersAction) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare policies, who leaves when, on your own data",
+        description="Compares policies by how much they change the next tokens, and by what they save. A comparison that was "
+        "stopped goes on when the same command is run again. Under torchrun, or accelerate launch, ranks share the records.",
+    )
+    compare.add_argument(
+        "--policy",
+        action="append",
+        required=True,
+        help="given several times: layer=16, top-attention:LAYER:KEEP or random:LAYER:KEEP[:SEED], where KEEP is a share "
+        "with a point, as 0.5, or a number of rows; several of them with + between, which act together; or a file that "
+        "withdraw takes, ending in .json or .safetensors",
+    )
+    add_records(compare, Path("comparison.json"))
+    add_criterion(compare.add_argument_group("what is compared"))
+    add_model(compare, "don't measure operations, memory and time under each policy")
+
+
+def add_records(parser: argparse.ArgumentParser, out: Path) -> None:
+    """The model, the records, and where results go: by default to ``out``."""
+    parser.add_argument("--model", required=True, help="name or folder of a model of transformers, with its processor")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a video "
+        "as a list; answer, if you like; group, or task, by which tables and plots are split. In place of question and "
+        "answer, messages as OpenAI has them or conversations as LLaVA has them. Or the id of a data set with such columns, "
+        "which needs the package datasets",
+    )
+    parser.add_argument("--images", type=Path, help="folder that images and videos are in (default: that of the data)")
+    parser.add_argument("--subset", help="of a data set")
+    parser.add_argument("--split", default="train", help="of a data set (default: train)")
+    parser.add_argument("--limit", type=int, help="only so many records, the first")
+    parser.add_argument("--seed", type=int, help="draw the records of --limit at random, with this seed")
+    parser.add_argument("--skip-bad", action="store_true", help="skip records that can't be used, and list them")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=out,
+        help=f"the result (default: {out}); an earlier one of the same kind is taken up, and no other file overwritten",
+    )
+    parser.add_argument("--report", type=Path, help="a page of HTML about the result, and its figures beside it")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what earlier runs have done, and an earlier result"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print no table and no progress")
+
+
+def add_criterion(parser: argparse._ActionsContainer) -> None:
+    """What is looked at, of which tokens."""
+    parser.add_argument("--metric", default="kl", help="kl (default), reverse_kl or disagreement")
+    parser.add_argument("--statistic", default="mean", help="mean (default), worst_decile or max, over records")
+    parser.add_argument(
         "--positions",
         type=lambda text: int(text) if text.isdecimal() else text,
         default="last",
         help="last (default): the next token; a number: so many tokens of the model's own answer; answer: the tokens "
         "of the record's",
     )
-    choice.add_argument("--candidates", type=int, nargs="+", metavar="LAYER", help="layers to try (default: all)")
 
-    model = search.add_argument_group("model")
+
+def add_model(parser: argparse.ArgumentParser, no_costs: str) -> None:
+    """How the model is loaded, and whether it is measured."""
+    model = parser.add_argument_group("model")
     add_loading(model)
     model.add_argument("--tp", action="store_true", help="under torchrun: one tensor-parallel model over all ranks")
-    model.add_argument("--no-costs", dest="costs", action="store_false", help="don't time a prefill at each layer")
+    model.add_argument("--no-costs", dest="costs", action="store_false", help=no_costs)
 
 
 def add_bench(commands) -> None:
@@ -243,13 +281,15 @@ def print_model_info(name: str) -> None:
 
 def report_on(result: Path, page: Path) -> None:
     """Raises OSError or ValueError for a result that is none, or a page that would take the place of something else."""
+    from vtw_kernels.layer_search.comparison import Comparison
     from vtw_kernels.layer_search.report import check_page
     from vtw_kernels.layer_search.result import LayerSearch
 
-    search = LayerSearch.load(result)
+    kind = Comparison if Comparison.wrote(result) else LayerSearch
+    found = kind.load(result)
     check_page("out", page)
-    search.report(page)
-    print(f"{search.verdict()}\nwritten: {page}")
+    found.report(page)
+    print(f"{found.verdict()}\nwritten: {page}")
 
 
 def print_info(info: dict) -> None:

@@ -1,6 +1,7 @@
 """Visual tokens withdrawal in transformers."""
 
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
+from vtw_kernels.integration.policy_text import parse_policy
 from vtw_kernels.integration.verify import Verification, verify
 from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
 
@@ -13,6 +14,7 @@ __all__ = [
     "Withdraw",
     "Withdrawal",
     "apply",
+    "parse_policy",
     "remove",
     "verify",
     "withdraw",

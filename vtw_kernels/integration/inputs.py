@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vtw_kernels.integration.families import NO_PLACEHOLDER, Parts, find_visual_tokens
+from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.ops import compact, plan_compaction
 
 
 def prepare(
@@ -35,6 +37,38 @@ def prepare(
             f"{list(visual.shape)}"
         )
     return inputs, visual
+
+
+def padded_left(inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """The same inputs and visual tokens, bool ``[B, S]``, with padding on the left, as ``generate`` wants it. Those without
+    padding on the right are not touched.
+
+    Raises:
+        ValueError: inputs in which tokens can't be moved.
+    """
+    attended = attended_tokens(inputs.get("attention_mask"), visual)
+    if attended[:, -1].all():
+        return inputs, visual
+    moved = take_tokens(inputs | {"visual_mask": visual}, attended, attended.shape[1], pad="left")
+    visual = moved.pop("visual_mask")
+    return inputs | moved, visual
+
+
+def take_tokens(inputs: dict[str, Any], keep: Tensor, length: int, pad: str) -> dict[str, Tensor]:
+    """Those inputs that have tokens, ``[B, S, ...]``, with these tokens alone, bool ``[B, S]``, in as many columns; and
+    ``attention_mask``.
+
+    Raises:
+        ValueError: positions of another shape.
+    """
+    inputs = inputs | {"attention_mask": keep.long()}
+    sequences = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.shape[:2] == keep.shape}
+    if inputs.get("position_ids") is not None and "position_ids" not in sequences:
+        raise ValueError(
+            f"position_ids: expected {list(keep.shape)} or none, where padding or answers have to be moved, got shape "
+            f"{list(inputs['position_ids'].shape)}"
+        )
+    return dict(zip(sequences, compact(list(sequences.values()), plan_compaction(keep, length, pad=pad), token_dims=1)))
 
 
 @contextmanager

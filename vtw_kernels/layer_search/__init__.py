@@ -1,4 +1,5 @@
-"""The search for the withdrawal layer: the first at which withdrawing changes the next tokens' distribution by little.
+"""The search for the withdrawal layer: the first at which withdrawing changes the next tokens' distribution by little; and
+the comparison of any policies, by that and by what they cost.
 
 The criterion is that of VTW (arXiv 2405.05803, section 3.3): the mean over samples of KL(withdrawn‖full) at the last
 position, and the first layer at or below a threshold. More positions, other divergences and statistics are for choice.
@@ -11,8 +12,16 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from vtw_kernels.layer_search.result import METRICS, PAPER_THRESHOLD, STATISTICS, LayerSearch, check_among
+from vtw_kernels.integration.policies import Policy
+from vtw_kernels.integration.policy_text import parse_policy, policy_text
+from vtw_kernels.layer_search.comparison import Comparison
+from vtw_kernels.layer_search.costs import measure_policies
+from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
+from vtw_kernels.layer_search.result import PAPER_THRESHOLD, LayerSearch
+from vtw_kernels.layer_search.scored import METRICS, STATISTICS, check_among, check_groups
 from vtw_kernels.layer_search.scorer import Scorer, Scores
+
+COSTED = 4  # batches of a comparison whose costs are measured
 
 
 def find_layer(
@@ -25,6 +34,7 @@ def find_layer(
     positions: int | str = "last",
     candidates: Sequence[int] | None = None,
     max_candidates_in_flight: int | None = None,
+    groups: Sequence[str] | None = None,
     decoder: nn.Module | None = None,
     progress: bool = True,
 ) -> LayerSearch:
@@ -47,6 +57,7 @@ def find_layer(
         max_candidates_in_flight: how many run side by side; by default as many as fit in an eighth of the device's
             memory. Each further group of them runs the model once more; where it is their logits that don't fit, these
             are not made, and all is computed from hidden states and the head's weights.
+        groups: of each sample the kind of task that it is of, by which tables and plots are split.
         decoder: as for ``withdraw``.
         progress: whether to show a progress bar.
 
@@ -69,27 +80,117 @@ def find_layer(
     check_among("statistic", statistic, STATISTICS)
     if not threshold >= 0:
         raise ValueError(f"threshold: expected a number of at least 0, got {threshold}")
+    scores = Scores.join(_score_all(scorer, batches, "search", progress))
+    search = LayerSearch(
+        type(scorer.model).__name__,
+        len(scorer.parts.layers),
+        scorer.candidates,
+        *scores,
+        threshold=float(threshold),
+        metric=metric,
+        statistic=statistic,
+        positions=positions,
+        groups=check_groups(groups, len(scores.tokens)),
+    )
+    if search.layer is None:
+        warnings.warn(search.verdict(), stacklevel=2)
+    return search
+
+
+def compare(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    policies: Iterable[Any] | Mapping[str, Any],
+    *,
+    metric: str = "kl",
+    statistic: str = "mean",
+    positions: int | str = "last",
+    groups: Sequence[str] | None = None,
+    costed: int = COSTED,
+    decoder: nn.Module | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Compares policies on your data: how much each changes the next tokens' distribution, and what it costs.
+
+    Args:
+        model, batches, metric, statistic, positions, groups, decoder, progress: as for ``find_layer``. Where an answer
+            counts, each policy reads the prompt alone before it, as in ``generate``; it has to follow all visual tokens.
+        policies: what ``withdraw`` takes: a layer, a policy, a list of policies that act together, the path of a file; or a
+            text as ``parse_policy`` takes it. By name, or else the name is this text, or the policy's ``repr``. Several
+            layers are scored in one run, as ``find_layer`` scores them.
+        costed: on how many of the batches, the first, operations, bytes of the cache and seconds are measured
+            (``measure_policies``); 0 for none.
+
+    Returns:
+        A ``Comparison``, which draws the Pareto front and chooses.
+
+    Raises:
+        TypeError, ValueError: what ``find_layer`` raises; no policies, two of one name, or what ``withdraw`` does not take.
+    """
+    named = named_policies(policies)
+    check_among("metric", metric, METRICS)
+    check_among("statistic", statistic, STATISTICS)
+    if isinstance(costed, bool) or not isinstance(costed, int) or costed < 0:
+        raise ValueError(f"costed: expected a number of batches, 0 or more, got {costed!r}")
+    scorer = PolicyScorer(model, named, positions=positions, decoder=decoder)
+    kept: list[Mapping[str, Any]] = []
+    scores = PolicyScores.join(_score_all(scorer, batches, "compare", progress, kept, costed))
+    groups = check_groups(groups, len(scores.tokens))
+    costs = measure_policies(scorer.model, kept, scorer.policies, decoder=decoder) if kept else None
+    return Comparison(
+        type(scorer.model).__name__,
+        len(scorer.parts.layers),
+        list(named),
+        *scores,
+        metric=metric,
+        statistic=statistic,
+        positions=positions,
+        costs=costs,
+        groups=groups,
+    )
+
+
+def named_policies(policies: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """By name, as ``compare`` takes them.
+
+    Raises:
+        TypeError, ValueError: one in place of several, none, two of one name, or a text that is no policy.
+    """
+    if isinstance(policies, str | Policy) or not isinstance(policies, Iterable):
+        raise TypeError(f"policies: expected several of them, got one, a {type(policies).__name__}: pass [policy]")
+    given = policies.items() if isinstance(policies, Mapping) else ((None, policy) for policy in policies)
+    named: dict[str, Any] = {}
+    for name, policy in given:
+        policy = parse_policy(policy) if isinstance(policy, str) else policy
+        name = policy_text(policy) if name is None else name
+        if name in named:
+            raise ValueError(f"policies: expected one of each name, got two of {name!r}")
+        named[name] = policy
+    if not named:
+        raise ValueError("policies: expected at least one, got none")
+    return named
+
+
+def _score_all(
+    scorer: Scorer | PolicyScorer,
+    batches: Iterable[Mapping[str, Any]],
+    doing: str,
+    progress: bool,
+    kept: list[Mapping[str, Any]] | None = None,
+    most: int = 0,
+) -> list[Any]:
+    """Scores of each batch; the first ones, ``most`` at the most, are put into ``kept``."""
     if isinstance(batches, Mapping):
         raise TypeError(f"batches: expected an iterable of batches, got one, a {type(batches).__name__}: pass [batch]")
     scores = []
-    for batch in tqdm(batches, "search", disable=not progress):
+    for batch in tqdm(batches, doing, disable=not progress):
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"batches: expected keyword arguments of the model's forward in each, got a {type(batch).__name__}"
             )
         scores.append(scorer.score(batch))
+        if len(scores) <= most:
+            kept.append(scorer.prompt(batch))
     if not scores:
         raise ValueError("batches: expected at least one batch, got none")
-    search = LayerSearch(
-        type(scorer.model).__name__,
-        len(scorer.parts.layers),
-        scorer.candidates,
-        *Scores.join(scores),
-        threshold=float(threshold),
-        metric=metric,
-        statistic=statistic,
-        positions=positions,
-    )
-    if search.layer is None:
-        warnings.warn(search.verdict(), stacklevel=2)
-    return search
+    return scores

@@ -1,4 +1,4 @@
-"""What a prefill costs when the visual tokens are withdrawn before each layer."""
+"""What prefill and decoding cost when visual tokens are withdrawn: before each layer, or by policies."""
 
 import math
 import time
@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, LogitsProcessor
 
 from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.attention import observed_attention
 from vtw_kernels.integration.families import Parts, find_parts
-from vtw_kernels.integration.inputs import in_eval_mode, prepare
+from vtw_kernels.integration.inputs import in_eval_mode, padded_left, prepare
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
+from vtw_kernels.layer_search.decisions import Replayed, watched
 
+DECODED = 8  # tokens, whose steps are measured
 TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
 
 
@@ -51,6 +53,35 @@ class LayerCosts:
         i = self.layers.index(layer)
         apart = abs(self.prefill_seconds[i] - self.prefill_seconds[-1])
         return apart > math.hypot(self.prefill_iqr[i], self.prefill_iqr[-1])
+
+
+@dataclass(frozen=True)
+class PolicyCosts:
+    """Costs of a batch, the mean of so many ``batches``, under each of ``policies`` and, last in each list, of the model as
+    it is.
+
+    tokens, visual_tokens: of all these batches together, without padding. flops: floating point operations of the decoder
+    layers in a prefill. kv_bytes: of the cache after it. prefill_seconds: of a whole prefill, the median of some runs, as
+    measured on ``device``; decode_seconds: of one token more after it. prefill_iqr, decode_iqr: how far the runs spread:
+    their interquartile range.
+    """
+
+    policies: list[str]
+    batches: int
+    tokens: int
+    visual_tokens: int
+    flops: list[float]
+    kv_bytes: list[float]
+    prefill_seconds: list[float]
+    prefill_iqr: list[float]
+    decode_seconds: list[float]
+    decode_iqr: list[float]
+    device: str
+
+    def by_name(self, cost: str) -> list[float]:
+        """ "flops", "kv_bytes", "prefill" or "decode"."""
+        seconds = {"prefill": self.prefill_seconds, "decode": self.decode_seconds}
+        return ({"flops": self.flops, "kv_bytes": self.kv_bytes} | seconds)[cost]
 
 
 def measure_costs(
@@ -103,15 +134,10 @@ def measure_costs(
     if not (attended & visual).any():
         raise ValueError("inputs: expected a sample with visual tokens, got none")
 
-    cache_name = Arguments(parts.decoder).cache
+    prefill = partial(_prefill, model, parts, inputs)
 
     def withdrawn_before(layer: int):
         return withdraw(model, layer, visual_mask=visual_mask, decoder=decoder) if layer < last else nullcontext()
-
-    def prefill() -> Cache:
-        cache = DynamicCache(config=parts.config)
-        model(**inputs, **{cache_name: cache}, use_cache=True, logits_to_keep=1)
-        return cache
 
     timed = sorted({candidates[round(i)] for i in np.linspace(0, len(candidates) - 1, TIMED - 1)}) + [last]
     devices = {x.device for x in model.parameters()}
@@ -139,6 +165,119 @@ def measure_costs(
         timed_layers=timed,
         device=_name_of(model.device),
     )
+
+
+def measure_policies(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    policies: Mapping[str, Any],
+    *,
+    decoder: nn.Module | None = None,
+    repeats: int = 5,
+) -> PolicyCosts:
+    """What batches cost under each policy, and with the model as it is.
+
+    Floating point operations and bytes of the cache are counted as ``measure_costs`` does; what a policy itself computes to
+    decide is not among the operations, but it is in the seconds. These are of ``repeats`` runs that take turns, after one to
+    warm up: of a forward, vision tower and logits included, and of the steps of ``generate``, greedy and eight tokens, a
+    step's median.
+
+    Args:
+        model, decoder: as for ``withdraw``.
+        batches: keyword arguments of the model's forward for prompts, as ``find_layer`` takes them.
+        policies: by name, layers, policies or lists of these.
+
+    Raises:
+        TypeError, ValueError: what ``withdraw`` does not take, no batches, no repeats.
+    """
+    model = unwrapped(model)
+    parts = find_parts(model, decoder)
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    devices = {x.device for x in model.parameters()}
+    runs, tokens, visual_tokens = [], 0, 0
+    for batch in batches:
+        by_mask = batch.get("visual_mask") is not None
+        inputs, visual = padded_left(*prepare(model, parts, batch, None))
+        attended = attended_tokens(inputs.get("attention_mask"), visual)
+        tokens, visual_tokens = tokens + int(attended.sum()), visual_tokens + int((attended & visual).sum())
+
+        def under(policy: Any, mask: Tensor | None = visual if by_mask else None):
+            return nullcontext() if policy is None else withdraw(model, policy, visual_mask=mask, decoder=decoder)
+
+        prefill = partial(_prefill, model, parts, inputs)
+        rows: dict[str | None, list[list[float]]] = {name: [] for name in (*policies, None)}
+        counts = []
+        with in_eval_mode(model), torch.inference_mode():
+            for policy in (*policies.values(), None):
+                with under(policy if policy is None else _replayed(policy, prefill, under)):
+                    counts.append([sum(x) for x in _count(parts, prefill)])
+            for _ in range(1 + repeats):
+                for name, seconds in rows.items():
+                    with under(policies.get(name)):
+                        seconds.append([_seconds(prefill, devices), _decode_seconds(model, inputs, devices)])
+        quartiles = np.quantile([seconds[1:] for seconds in rows.values()], [0.25, 0.5, 0.75], axis=1)  # [3, C + 1, 2]
+        runs.append(np.concatenate([counts, quartiles[1], quartiles[2] - quartiles[0]], axis=1))
+    if not runs:
+        raise ValueError("batches: expected at least one batch, got none")
+    flops, kv_bytes, prefill_seconds, decode_seconds, prefill_iqr, decode_iqr = np.mean(runs, axis=0).T.tolist()
+    return PolicyCosts(
+        list(policies),
+        batches=len(runs),
+        tokens=tokens,
+        visual_tokens=visual_tokens,
+        flops=flops,
+        kv_bytes=kv_bytes,
+        prefill_seconds=prefill_seconds,
+        prefill_iqr=prefill_iqr,
+        decode_seconds=decode_seconds,
+        decode_iqr=decode_iqr,
+        device=_name_of(model.device),
+    )
+
+
+def _replayed(policy: Any, prefill: Callable[[], Cache], under: Callable[[Any], Any]) -> Any:
+    """A policy, or layer, that decides the same in a prefill."""
+    if isinstance(policy, int):
+        return policy
+    with under(watched(policy, decided := {})):
+        prefill()
+    return Replayed(decided) if decided else policy
+
+
+def _prefill(model: nn.Module, parts: Parts, inputs: Mapping[str, Any]) -> Cache:
+    cache = DynamicCache(config=parts.config)
+    model(**inputs, **{Arguments(parts.decoder).cache: cache}, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+class _Clock(LogitsProcessor):
+    """Notes when logits come, which it leaves alone."""
+
+    def __init__(self, devices: Iterable[torch.device]):
+        self.devices, self.seconds = devices, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        _synchronize(self.devices)
+        self.seconds.append(time.perf_counter())
+        return scores
+
+
+def _decode_seconds(model: nn.Module, inputs: Mapping[str, Any], devices: Iterable[torch.device]) -> float:
+    """Of one step of ``generate`` after the prefill, the median."""
+    clock = _Clock(devices)
+    model.generate(
+        **inputs,
+        min_new_tokens=DECODED + 1,
+        max_new_tokens=DECODED + 1,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        logits_processor=[clock],
+    )
+    return float(np.median(np.diff(clock.seconds)))
 
 
 def _joined(full: list[int], withdrawn: list[int], layer: int) -> int:

@@ -1,18 +1,28 @@
-"""The figures of a search, each drawn into axes of matplotlib. Colours are those of Okabe and Ito."""
+"""The figures of a search and of a comparison, each drawn into axes of matplotlib. Colours are those of Okabe and Ito."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vtw_kernels.layer_search.result import LayerSearch
+from vtw_kernels.layer_search.costs import LayerCosts
+from vtw_kernels.layer_search.scored import METRICS, STATISTICS, Scored
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#888888"
+GROUPS = (ORANGE, PINK, GREEN, "#56B4E9", RED, "#B2A429")  # of so many groups, the largest, there are lines
 FLOOR = 1e-7  # on a log axis, what is exactly 0 is drawn here
+
+
+class Layers(NamedTuple):
+    """What figures over layers stand on: those that were tried, how many the model has, and which one was chosen."""
+
+    tried: list[int]
+    total: int
+    chosen: int | None
 
 
 def new_figure(width: float = 7, height: float = 4) -> tuple[Figure, Axes]:
@@ -24,59 +34,109 @@ def new_figure(width: float = 7, height: float = 4) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_values(axes: Axes, search: "LayerSearch") -> None:
-    """What a layer is chosen by: value, interval, spread over samples, threshold."""
-    from vtw_kernels.layer_search.result import METRICS, STATISTICS
-
-    is_share = search.metric == "disagreement"
-    floor = 0 if is_share else FLOOR
-    samples, (low, high) = search.by_sample().clamp(min=floor), search.interval()
+def draw_values(axes: Axes, layers: Layers, scores: Scored, threshold: float) -> None:
+    """What a layer is chosen by: value, interval, spread over samples, threshold; and the value of each group."""
+    floor = _floor(scores)
+    samples, (low, high) = scores.by_sample().clamp(min=floor), scores.interval()
     spread = samples.quantile(0.1, dim=0), samples.quantile(0.9, dim=0)
     interval = low.clamp(min=floor), high.clamp(floor, samples.max())
-    axes.fill_between(search.candidates, *spread, alpha=0.2, color=GREY, lw=0, label="10 to 90 % of samples")
+    axes.fill_between(layers.tried, *spread, alpha=0.2, color=GREY, lw=0, label="10 to 90 % of samples")
     if len(samples) > 1:
-        axes.fill_between(search.candidates, *interval, alpha=0.35, color=BLUE, lw=0, label="95 % interval")
-    values = search.values().clamp(min=floor)
-    axes.plot(search.candidates, values, color=BLUE, marker="o", ms=4, label=STATISTICS[search.statistic])
-    axes.axhline(max(search.threshold, floor), color=RED, linestyle="--", label=f"threshold {search.threshold:g}")
-    axes.set(ylabel=METRICS[search.metric], yscale="linear" if is_share else "log")
-    if is_share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _finish(axes, search)
+        axes.fill_between(layers.tried, *interval, alpha=0.35, color=BLUE, lw=0, label="95 % interval")
+    values = scores.values().clamp(min=floor)
+    axes.plot(layers.tried, values, color=BLUE, marker="o", ms=4, label=STATISTICS[scores.statistic])
+    for group, colour, part in _groups(scores):
+        axes.plot(layers.tried, part.values().clamp(min=floor), color=colour, lw=1, label=group)
+    axes.axhline(max(threshold, floor), color=RED, linestyle="--", label=f"threshold {threshold:g}")
+    _value_axis(axes, scores)
+    _finish(axes, layers)
 
 
-def draw_agreement(axes: Axes, search: "LayerSearch") -> None:
+def draw_agreement(axes: Axes, layers: Layers, scores: Scored) -> None:
     """The share of positions whose most likely token stays the same."""
-    shares = replace(search, metric="disagreement", statistic="mean")
-    if len(search.per_sample) > 1:
+    shares = replace(scores, metric="disagreement", statistic="mean")
+    if len(scores.per_sample) > 1:
         low, high = shares.interval()
-        axes.fill_between(search.candidates, 1 - high, 1 - low, alpha=0.35, color=BLUE, lw=0, label="95 % interval")
-    axes.plot(search.candidates, 1 - shares.values(), color=BLUE, marker="o", ms=4, label="mean")
+        axes.fill_between(layers.tried, 1 - high, 1 - low, alpha=0.35, color=BLUE, lw=0, label="95 % interval")
+    axes.plot(layers.tried, 1 - shares.values(), color=BLUE, marker="o", ms=4, label="mean")
+    for group, colour, part in _groups(shares):
+        axes.plot(layers.tried, 1 - part.values(), color=colour, lw=1, label=group)
     axes.set_ylabel("same most likely token")
     axes.set_ylim(top=1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _finish(axes, search)
+    _finish(axes, layers)
 
 
-def draw_attention(axes: Axes, search: "LayerSearch", mass: Tensor) -> None:
+def draw_choices(
+    axes: Axes,
+    layers: Layers,
+    thresholds: Sequence[float],
+    choices: Sequence[tuple[int, int, int]],
+    threshold: float,
+    groups: Mapping[str, Sequence[int]],
+) -> None:
+    """The chosen layer as a function of the threshold.
+
+    ``choices``: by threshold the chosen layer, and the first and the last one that other samples might choose; ``total``
+    stands for none. ``threshold``: the one that was set. ``groups``: the chosen layers of each.
+    """
+    chosen, first, last = zip(*choices)
+    axes.fill_between(thresholds, first, last, step="mid", alpha=0.35, color=BLUE, lw=0, label="95 % interval")
+    axes.step(thresholds, chosen, where="mid", color=BLUE, label="chosen layer")
+    for (group, own), colour in zip(groups.items(), GROUPS):
+        axes.step(thresholds, own, where="mid", color=colour, lw=1, label=group)
+    axes.axvline(threshold, color=RED, linestyle="--", label=f"threshold {threshold:g}")
+    axes.set(xlabel="threshold", ylabel=f"layer ({layers.total}: none)", xscale="log", ylim=(0, layers.total + 0.5))
+    axes.set_xlim(thresholds[0], thresholds[-1])
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    _legend(axes)
+
+
+def draw_front(
+    axes: Axes, policies: Sequence[str], scores: Scored, saved: Tensor, front: Sequence[str], what: str
+) -> None:
+    """The value of each policy over the share that it saves of ``what``, fp32 ``[C]``; the Pareto front as a line, and the
+    names of those on it."""
+    floor = _floor(scores)
+    values, saved = scores.values().clamp(min=floor).tolist(), saved.tolist()
+    place = dict(zip(policies, zip(saved, values)))
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for policy, point in place.items():
+        steps = dict.fromkeys(step.split("=")[0].split(":")[0].split("(")[0] for step in policy.split("+"))
+        kinds.setdefault(" + ".join(steps), []).append(point)
+    if front:
+        axes.step(*zip(*(place[policy] for policy in front)), where="post", color=GREY, lw=1, label="Pareto front")
+    styles = zip((BLUE, *GROUPS), ("o", "s", "^", "D", "v", "P", "X"))
+    for (kind, points), (colour, marker) in zip(kinds.items(), [*styles] * len(kinds)):
+        axes.plot(*zip(*points), linestyle="none", color=colour, marker=marker, ms=5, label=kind)
+    for policy in front:
+        axes.annotate(policy, place[policy], textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_xlabel(f"{what} saved")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    _value_axis(axes, scores)
+    _legend(axes)
+
+
+def draw_attention(axes: Axes, mass: Tensor, chosen: int | None) -> None:
     """``mass``: as ``attention_mass`` returns it."""
     layers, bottom = range(len(mass)), mass.new_zeros(len(mass))
     names = "text before (system)", "visual tokens", "text after"
     for name, share, colour in zip(names, mass.T, (GREY, ORANGE, BLUE)):
         axes.bar(layers, share, bottom=bottom, width=0.85, color=colour, lw=0, label=name)
         bottom = bottom + share
-    if search.layer is not None:
-        axes.axvline(search.layer - 0.5, color=GREEN, linestyle=":", lw=2, label=f"withdrawn before {search.layer}")
+    if chosen is not None:
+        axes.axvline(chosen - 0.5, color=GREEN, linestyle=":", lw=2, label=f"withdrawn before {chosen}")
     axes.set(xlabel="decoder layer", ylabel="attention of the last position", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _legend(axes)
 
 
-def draw_savings(axes: Axes, search: "LayerSearch") -> None:
-    """Of one prefill, if costs were measured; else of rows."""
-    costs = search.costs
+def draw_savings(axes: Axes, layers: Layers, costs: LayerCosts | None, rows: Mapping[str, Tensor]) -> None:
+    """Of one prefill, if costs were measured; else of ``rows``, shares fp32 ``[C]`` by what they are of."""
     if costs is None:
-        axes.plot(search.candidates, search.saving, color=BLUE, label="rows of all layers")
+        for (name, saved), colour in zip(rows.items(), (BLUE, *GROUPS)):
+            axes.plot(layers.tried, saved, color=colour, label=name)
     else:
         saved = (
             [1 - x / values[-1] for x in values] for values in (costs.flops, costs.kv_bytes, costs.prefill_seconds)
@@ -92,13 +152,31 @@ def draw_savings(axes: Axes, search: "LayerSearch") -> None:
         axes.axhline(0, color=GREY, lw=0.8)
     axes.set_ylabel("saved")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _finish(axes, search)
+    _finish(axes, layers)
 
 
-def _finish(axes: Axes, search: "LayerSearch") -> None:
-    if search.layer is not None:
-        axes.axvline(search.layer, color=GREEN, linestyle=":", lw=2, label=f"chosen: layer {search.layer}")
-    axes.set(xlabel="withdrawn before layer", xlim=(search.candidates[0] - 0.5, search.num_layers + 0.5))
+def _groups(scores: Scored) -> list[tuple[str, str, Scored]]:
+    """The largest groups, in their order, each with a colour."""
+    parts = scores.by_group()
+    shown = sorted(parts, key=lambda group: len(parts[group].tokens), reverse=True)[: len(GROUPS)]
+    return [(group, colour, parts[group]) for colour, group in zip(GROUPS, [x for x in parts if x in shown])]
+
+
+def _floor(scores: Scored) -> float:
+    return 0 if scores.metric == "disagreement" else FLOOR
+
+
+def _value_axis(axes: Axes, scores: Scored) -> None:
+    is_share = scores.metric == "disagreement"
+    axes.set(ylabel=METRICS[scores.metric], yscale="linear" if is_share else "log")
+    if is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _finish(axes: Axes, layers: Layers) -> None:
+    if layers.chosen is not None:
+        axes.axvline(layers.chosen, color=GREEN, linestyle=":", lw=2, label=f"chosen: layer {layers.chosen}")
+    axes.set(xlabel="withdrawn before layer", xlim=(layers.tried[0] - 0.5, layers.total + 0.5))
     _legend(axes)
 
 

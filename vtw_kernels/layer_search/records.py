@@ -38,13 +38,15 @@ class BadRecord(ValueError):
 class Record(NamedTuple):
     """A question. name: where it is from, as "photos.jsonl:3". chat: what was said up to the question, with it, as chat
     templates take it: text, and places for images and videos. images: in the order of their places, files, what is in a
-    file, or PIL images of a data set. videos: likewise, files, or lists of the files of their frames."""
+    file, or PIL images of a data set. videos: likewise, files, or lists of the files of their frames. group: the kind of
+    task that it is of."""
 
     name: str
     chat: list[dict[str, Any]]
     images: list[Path | bytes | Image.Image]
     videos: list[Path | list[Path]]
     answer: str | None
+    group: str | None
 
     @property
     def question(self) -> str:
@@ -230,7 +232,7 @@ def make_record(name: str, fields: Any, folder: Path) -> Record:
 
 
 def _read_fields(fields: Any, folder: Path) -> tuple:
-    """``chat`` to ``answer`` of a record."""
+    """``chat`` to ``group`` of a record."""
     if not isinstance(fields, Mapping):
         raise BadRecord(f"expected a JSON object, got {type(fields).__name__}")
     said = [name for name in ("question", "messages", "conversations") if fields.get(name) is not None]
@@ -275,7 +277,18 @@ def _read_fields(fields: Any, folder: Path) -> tuple:
         files[kind][:0] = [_find(kind, value, folder) for value in rest]
     if not files["image"] and not files["video"]:
         raise BadRecord(f"expected image, images, video or videos, got {', '.join(map(brief, fields))}")
-    return chat, files["image"], files["video"], answer
+    return chat, files["image"], files["video"], answer, _read_group(fields)
+
+
+def _read_group(fields: Mapping[str, Any]) -> str | None:
+    """Its field ``group``, or ``task``: text, or the number of a class."""
+    field = next((name for name in ("group", "task") if fields.get(name) is not None), None)
+    if field is None:
+        return None
+    value = fields[field]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return " ".join(_text(field, value).split())
 
 
 def _listed(value: Any) -> list[Any]:

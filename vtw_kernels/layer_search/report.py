@@ -1,15 +1,17 @@
-"""The report of a layer search: one HTML file that needs nothing else, and its figures beside it."""
+"""The reports of a layer search and of a comparison: one HTML file that needs nothing else, and its figures beside it."""
 
 import base64
 import io
 import platform
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,17 +21,26 @@ from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vtw_kernels.layer_search.comparison import SAVED, Comparison
 from vtw_kernels.layer_search.plots import (
     BLUE,
     GREY,
+    GROUPS,
+    Layers,
     draw_agreement,
     draw_attention,
+    draw_choices,
+    draw_front,
     draw_savings,
     draw_values,
     new_figure,
 )
-from vtw_kernels.layer_search.result import METRICS, STATISTICS, LayerSearch
+from vtw_kernels.layer_search.result import LayerSearch
+from vtw_kernels.layer_search.scored import METRICS, STATISTICS, Scored
 
+Plot = tuple[str, str, str, Callable[[Axes], None]]  # name, title, caption, what draws it
+Table = tuple[list[str], list[tuple[bool, list[str]]]]  # headings; and by row whether it is chosen, and its cells
+THRESHOLDS = np.geomspace(1e-4, 1e-1, 61).tolist()
 SHOWN = 12  # samples
 TITLE = "Withdrawal of visual tokens"
 THUMBNAIL = 320  # pixels of the longer side
@@ -39,7 +50,7 @@ ON_THE_PAGE = {INK: "currentColor", BLUE.lower(): "var(--blue)", GREY: "var(--gr
 
 
 class Sample(NamedTuple):
-    """What was asked. images: files, or what is in them. index: the sample's row in ``search.per_sample``."""
+    """What was asked. images: files, or what is in them. index: the sample's row in ``per_sample``."""
 
     question: str
     images: list[Path | bytes]
@@ -73,20 +84,83 @@ def write_report(
             layers than those of the search. Nothing is written then.
         OSError: it can't be written.
     """
-    path = Path(path)
+    _check_samples(search, samples)
     attention = search.attention if attention is None else attention
-    rows, layers = len(search.per_sample), [*search.candidates, search.num_layers]
-    for sample in samples:
-        if not 0 <= sample.index < rows:
-            raise ValueError(f"samples: expected an index in 0..{rows - 1}, got {sample.index}")
-    if len({sample.index for sample in samples}) < len(samples):
-        raise ValueError("samples: expected one for each index, got several")
+    layers = [*search.candidates, search.num_layers]
     if attention is not None and attention.shape != (search.num_layers, 3):
         raise ValueError(f"attention: expected shape {[search.num_layers, 3]}, got {list(attention.shape)}")
     if search.costs is not None and search.costs.layers != layers:
         raise ValueError(f"search: expected costs of the layers {layers}, got {search.costs.layers}")
 
-    figures = _figures(search, attention)
+    at_layer = search.by_sample()[:, search.candidates.index(search.shown_layer)]
+    _write(
+        Path(path),
+        "report.html",
+        search,
+        _plots(search, attention),
+        samples,
+        command,
+        worst=[(row, _facts(search, row, value)) for row, value in _worst(at_layer, samples)],
+        table=_table(search),
+        groups=[(group, part.verdict(), _table(part)) for group, part in search.by_group().items()],
+        settings=_settings(search),
+        savings=_savings(search),
+    )
+
+
+def write_comparison(
+    path: str | Path, comparison: Comparison, *, samples: Sequence[Sample] = (), command: str = ""
+) -> None:
+    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside it.
+
+    It shows the value of each policy over what it saves, with the Pareto fronts, of all samples and of each group; all
+    numbers; and of ``samples``, the dozen that are hurt most under any policy.
+
+    Args:
+        samples, command: as for ``write_report``.
+
+    Raises:
+        ValueError: a sample's index is out of range or not the only one. Nothing is written then.
+        OSError: it can't be written.
+    """
+    _check_samples(comparison, samples)
+    values, costs = comparison.by_sample().nan_to_num(nan=torch.inf), comparison.costs
+    said = "" if costs is None else (
+        f"Time, operations and bytes are those of {costs.batches} samples, {costs.tokens} tokens with {costs.visual_tokens} "
+        f"visual ones among them, on {costs.device}. Of the model as it is, one takes {_flops(costs.flops[-1])}, "
+        f"{_bytes(costs.kv_bytes[-1])}, {_seconds(costs.prefill_seconds[-1])} of prefill (interquartile range "
+        f"{_seconds(costs.prefill_iqr[-1])}) and {_seconds(costs.decode_seconds[-1])} a token ({_seconds(costs.decode_iqr[-1])})."
+    )  # fmt: skip
+    _write(
+        Path(path),
+        "comparison.html",
+        comparison,
+        _front_plots(comparison),
+        samples,
+        command,
+        worst=[
+            (row, f"{value:.3g} under {comparison.policies[int(values[row].argmax())]}")
+            for row, value in _worst(values.amax(dim=1), samples)
+        ],
+        table=_front_table(comparison),
+        groups=[(group, part.verdict(), _front_table(part)) for group, part in comparison.by_group().items()],
+        settings=_comparison_settings(comparison),
+        costs=said,
+    )
+
+
+def _write(
+    path: Path,
+    template: str,
+    found: Scored,
+    plots: list[Plot],
+    samples: Sequence[Sample],
+    command: str,
+    worst: list[tuple[int, str]],
+    **content: Any,
+) -> None:
+    """A page from a template. ``worst``: rows of samples to show, and what is said of each."""
+    figures = _draw(plots)
     templates = Environment(
         loader=PackageLoader("vtw_kernels.layer_search"),
         autoescape=True,
@@ -94,20 +168,27 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = templates.get_template("report.html").render(
+    html = templates.get_template(template).render(
         title=TITLE,
-        search=search,
-        savings=_savings(search),
+        found=found,
         figures=[(title, caption, _svg(figure, name)) for name, title, caption, figure in figures],
-        table=_table(search),
-        worst=_worst(search, samples),
+        worst=_shown(found, worst, samples),
         with_questions=bool(samples),
-        settings=_settings(search),
         command=command,
+        **content,
     )
     path.write_text(html, encoding="utf-8")
     for name, _, _, figure in figures:
         figure.savefig(path.with_name(f"{path.stem}-{name}.png"), dpi=150)
+
+
+def _check_samples(found: Scored, samples: Sequence[Sample]) -> None:
+    rows = len(found.per_sample)
+    for sample in samples:
+        if not 0 <= sample.index < rows:
+            raise ValueError(f"samples: expected an index in 0..{rows - 1}, got {sample.index}")
+    if len({sample.index for sample in samples}) < len(samples):
+        raise ValueError("samples: expected one for each index, got several")
 
 
 def check_page(name: str, path: Path) -> None:
@@ -116,8 +197,8 @@ def check_page(name: str, path: Path) -> None:
         raise ValueError(f"{name}: expected a new file or an earlier report, got something else in {path}")
 
 
-def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, str, str, Figure]]:
-    """Name, title, caption and figure."""
+def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
+    layers, parts = Layers(search.candidates, search.num_layers, search.layer), search.by_group()
     costs = search.costs
     measured = (
         "The share of rows that the decoder layers need not compute, which is that of the KV cache."
@@ -126,19 +207,33 @@ def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, s
         f"marked layers ({', '.join(map(str, costs.timed_layers))}; {search.num_layers} is no withdrawal), in turns, "
         "and is interpolated between them; the band is the interquartile range of the runs."
     )
-    plots: list[tuple[str, str, str, Callable[[Axes], None]]] = [
+    plots: list[Plot] = [
         (
             "divergence",
             "How much the prediction changes",
-            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a layer. "
-            "The first layer at or below the threshold is chosen.",
-            lambda axes: draw_values(axes, search),
+            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a layer. The "
+            "first layer at or below the threshold is chosen.",
+            lambda axes: draw_values(axes, layers, search, search.threshold),
         ),
         (
             "agreement",
             "How often the most likely token stays",
             "The share of positions at which the withdrawn and the full model would say the same.",
-            lambda axes: draw_agreement(axes, search),
+            lambda axes: draw_agreement(axes, layers, search),
+        ),
+        (
+            "choice",
+            "Which layer another threshold chooses",
+            "The first layer whose value is at or below the threshold, and between which layers it lies if other samples of "
+            "the same kind are drawn (95 %).",
+            lambda axes: draw_choices(
+                axes,
+                layers,
+                THRESHOLDS,
+                [(_layer_at(search, x), *search.plausible_layers(threshold=x)) for x in THRESHOLDS],
+                search.threshold,
+                {group: [_layer_at(parts[group], x) for x in THRESHOLDS] for group in list(parts)[: len(GROUPS)]},
+            ),
         ),
     ]
     if attention is not None:
@@ -147,9 +242,41 @@ def _figures(search: LayerSearch, attention: Tensor | None) -> list[tuple[str, s
             "hardly looking at visual tokens."
         )
         plots.append(
-            ("attention", "Where attention goes", caption, lambda axes: draw_attention(axes, search, attention))
+            ("attention", "Where attention goes", caption, lambda axes: draw_attention(axes, attention, search.layer))
         )
-    plots.append(("savings", "What withdrawal saves", measured, lambda axes: draw_savings(axes, search)))
+    rows = {"rows of all layers": search.saving} | {group: part.saving for group, part in parts.items()}
+    plots.append(("savings", "What withdrawal saves", measured, lambda axes: draw_savings(axes, layers, costs, rows)))
+    return plots
+
+
+def _layer_at(search: LayerSearch, threshold: float) -> int:
+    layer = search.layer_at(threshold)
+    return search.num_layers if layer is None else layer
+
+
+def _front_plots(comparison: Comparison) -> list[Plot]:
+    """Over what each of the costs saves; and over rows, the share of other top tokens, and the groups."""
+    by_tokens = replace(comparison, metric="disagreement", statistic="mean")
+
+    def front(name: str, title: str, caption: str, of: Comparison, cost: str = "rows") -> Plot:
+        def draw(axes: Axes) -> None:
+            draw_front(axes, of.policies, of, of.saving(cost), of.pareto(cost), SAVED[cost])
+
+        return name, title, caption, draw
+
+    criterion = f"{comparison.criterion[0].upper()}{comparison.criterion[1:]}"
+    plots = [front("front", "The Pareto front", f"{criterion}, over the rows of all layers saved.", comparison)]
+    plots.append(front("agreement", "Other top tokens", "How often another token is the most likely one.", by_tokens))
+    for cost in comparison.measured[1:]:
+        caption = f"The same over what is saved of the {SAVED[cost]}, as measured."
+        plots.append(front(cost, SAVED[cost], caption, comparison, cost))
+    for number, (group, part) in enumerate(list(comparison.by_group().items())[: len(GROUPS)]):
+        plots.append(front(f"group-{number}", group, f"The same for {len(part.tokens)} samples of this kind.", part))
+    return plots
+
+
+def _draw(plots: list[Plot]) -> list[tuple[str, str, str, Figure]]:
+    """Name, title, caption and figure."""
     result = []
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     with matplotlib.rc_context({name: INK for name in inks} | {"svg.fonttype": "none", "font.size": 10}):
@@ -173,8 +300,7 @@ def _svg(figure: Figure, name: str) -> Markup:
     return Markup(re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg))
 
 
-def _table(search: LayerSearch) -> tuple[list[str], list[tuple[bool, list[str]]]]:
-    """Headings; and by layer whether it is the chosen one, and its cells."""
+def _table(search: LayerSearch) -> Table:
     columns, costs = search.columns(), search.costs
     if costs is not None:
         columns["layer"] = [*columns["layer"], f"{search.num_layers} (none)"]
@@ -187,6 +313,12 @@ def _table(search: LayerSearch) -> tuple[list[str], list[tuple[bool, list[str]]]
         }
     rows = [list(row) for row in zip(*columns.values())]
     return list(columns), [(row[0] == str(search.layer), row) for row in rows]
+
+
+def _front_table(comparison: Comparison) -> Table:
+    columns = comparison.columns()
+    marks = columns.pop("")
+    return list(columns), [(bool(mark), list(row)) for mark, row in zip(marks, zip(*columns.values()))]
 
 
 _flops, _bytes, _seconds = (EngFormatter(unit, places=1, sep="\N{NO-BREAK SPACE}") for unit in ("FLOP", "B", "s"))
@@ -215,30 +347,35 @@ def _savings(search: LayerSearch) -> list[tuple[str, str, str]]:
     return said
 
 
-def _worst(search: LayerSearch, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    values = search.by_sample()
-    at_layer = values[:, search.candidates.index(search.shown_layer)]
-    names = list(search.settings.get("records", ()))
-    if len(names) != len(values):
-        names = [f"Sample {row}" for row in range(len(values))]
-    given = {sample.index: sample for sample in samples} or dict.fromkeys(range(len(values)))
+def _worst(values: Tensor, samples: Sequence[Sample]) -> list[tuple[int, float]]:
+    """Rows of the samples to show, or of any where none are given, and their values ``[N]``, of which the largest come first."""
+    given = [sample.index for sample in samples] or range(len(values))
     # NaN is worse than anything.
-    order = sorted(given, key=lambda row: at_layer[row].nan_to_num(nan=torch.inf).item(), reverse=True)
+    order = sorted(given, key=lambda row: values[row].nan_to_num(nan=torch.inf).item(), reverse=True)
+    return [(row, values[row].item()) for row in order[:SHOWN]]
+
+
+def _facts(search: LayerSearch, row: int, value: float) -> str:
+    values, fine_from = search.by_sample()[row], len(search.candidates)
+    while fine_from and values[fine_from - 1] <= search.threshold:
+        fine_from -= 1
+    fine = "fine at no layer that was tried"
+    if fine_from < len(search.candidates):
+        fine = f"fine from layer {search.candidates[fine_from]} on"
+    return f"{value:.3g} at layer {search.shown_layer}; {fine}"
+
+
+def _shown(found: Scored, worst: list[tuple[int, str]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    names = list(found.settings.get("records", ()))
+    if len(names) != len(found.per_sample):
+        names = [f"Sample {row}" for row in range(len(found.per_sample))]
+    given = {sample.index: sample for sample in samples}
     shown = []
-    for row in order[:SHOWN]:
-        fine_from = len(search.candidates)
-        while fine_from and values[row, fine_from - 1] <= search.threshold:
-            fine_from -= 1
-        shown.append(
-            {
-                "name": names[row],
-                "value": f"{at_layer[row].item():.3g}",
-                "fine_from": search.candidates[fine_from] if fine_from < len(search.candidates) else None,
-                "question": given[row] and given[row].question,
-                "answer": given[row] and given[row].answer,
-                "images": [_thumbnail(image) for image in given[row].images] if given[row] else [],
-            }
-        )
+    for row, fact in worst:
+        sample = given.get(row)
+        images = [] if sample is None else [_thumbnail(image) for image in sample.images]
+        of_sample = {} if sample is None else {"question": sample.question, "answer": sample.answer}
+        shown.append({"name": names[row], "fact": fact, "images": images} | of_sample)
     return shown
 
 
@@ -266,24 +403,45 @@ def _settings(search: LayerSearch) -> dict[str, str]:
     tried = f"{search.candidates[0]} to {search.candidates[-1]}"
     if len(search.candidates) <= search.candidates[-1] - search.candidates[0]:
         tried = ", ".join(map(str, search.candidates))
-    positions = {
-        "last": "the last of the prompt",
-        "answer": "those of the given answer",
-    }
     settings = {
         "model": search.model,
         "decoder layers": search.num_layers,
         "layers tried": tried,
         "samples": len(search.per_sample),
-        "positions": positions.get(search.positions, f"up to {search.positions} of the model's own answer"),
+        "positions": _positions(search),
         "metric": METRICS[search.metric],
         "statistic": STATISTICS[search.statistic],
         "threshold": f"{search.threshold:g}",
     }
-    if search.costs is not None:
-        settings["costs measured on"] = search.costs.device
+    return _with_versions(search, settings)
+
+
+def _comparison_settings(comparison: Comparison) -> dict[str, str]:
+    settings = {
+        "model": comparison.model,
+        "decoder layers": comparison.num_layers,
+        "samples": len(comparison.per_sample),
+        "positions": _positions(comparison),
+        "metric": METRICS[comparison.metric],
+        "statistic": STATISTICS[comparison.statistic],
+    }
+    return _with_versions(comparison, settings)
+
+
+def _positions(found: LayerSearch | Comparison) -> str:
+    positions = {
+        "last": "the last of the prompt",
+        "answer": "those of the given answer",
+    }
+    return positions.get(found.positions, f"up to {found.positions} of the model's own answer")
+
+
+def _with_versions(found: Scored, settings: dict[str, Any]) -> dict[str, str]:
+    """In words, with what else reproduces a result."""
+    if found.costs is not None:
+        settings["costs measured on"] = found.costs.device
     versions = {name: version(name) for name in ("vtw_kernels", "torch", "transformers")}
-    settings |= {"Python": platform.python_version()} | versions | search.settings
+    settings |= {"Python": platform.python_version()} | versions | found.settings
     if "records" in settings:
         settings["records"] = list(settings["records"])  # without their digests
     return {name: _in_words(value) for name, value in settings.items()}

@@ -1,5 +1,5 @@
-"""``vtw-kernels search``: from records on disk to a chosen layer, in one process or many, stopped and resumed at
-will."""
+"""``vtw-kernels search`` and ``compare``: from records on disk to a result, in one process or many, stopped and resumed at
+will. What the two do with the records, each in its own way, is their ``Job``."""
 
 import dataclasses
 import hashlib
@@ -28,16 +28,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from vtw_kernels.integration.families import describe
-from vtw_kernels.layer_search.attention import attention_mass
-from vtw_kernels.layer_search.costs import measure_costs
+from vtw_kernels.layer_search.jobs import Job
 from vtw_kernels.layer_search.records import BadRecord, DataSet, Encoder, JsonFile, brief, load_records
-from vtw_kernels.layer_search.report import Sample, check_page, write_report
-from vtw_kernels.layer_search.result import METRICS, STATISTICS, LayerSearch, check_among
-from vtw_kernels.layer_search.scorer import Scorer, Scores
+from vtw_kernels.layer_search.report import Sample, check_page
+from vtw_kernels.layer_search.scored import METRICS, NO_GROUP, STATISTICS, Scored, check_among
 from vtw_kernels.layer_search.state import State, append_line, differences, read_lines
 from vtw_kernels.ops import backend_info
 
-SHOWN = 8  # samples in a report, and those whose attention it shows
 REASON_CHARACTERS = 500
 STALLED_SECONDS = 1800  # no record takes as long
 STAY_SECONDS = 60
@@ -48,8 +45,8 @@ WEIGHT_FILES = (".safetensors", ".bin")
 Records = JsonFile | DataSet
 
 
-def run(options: Namespace, command: str) -> int:
-    """Searches, writes what was asked for, and prints the table.
+def run(options: Namespace, command: str, job: Job) -> int:
+    """Scores records, writes what was asked for, and prints the table.
 
     Records are scored one at a time: then a record's scores depend on nothing but itself, and a search that was
     stopped, or shared among ranks, gives to the bit what one process gives in one go. What the result at
@@ -58,6 +55,7 @@ def run(options: Namespace, command: str) -> int:
     Args:
         options: as ``vtw-kernels search --help`` says.
         command: what the user typed, for the report.
+        job: what is to be found.
 
     Returns:
         0, or 128 and the number of the signal that stopped it.
@@ -66,13 +64,13 @@ def run(options: Namespace, command: str) -> int:
         ValueError, OSError, ImportError: about the options, the data, the model or the state of an earlier run.
     """
     ranks = Ranks(options.tp)
-    check_options(options, ranks)
+    check_options(options, job, ranks)
     records = load_records(options.data, options.images, options.subset, options.split, options.limit, options.seed)
     index_of = {records.name(index): index for index in range(len(records))}
     device = find_device(options.device)
     machine = describe_device(device)
     state = State(options.out.with_name(options.out.name + ".partial"))
-    earlier: LayerSearch | None = None  # the result of an earlier run; only rank 0 reads it
+    earlier: Scored | None = None  # the result of an earlier run; only rank 0 reads it
     done: dict[str, dict] = {}  # lines of earlier runs, by name; likewise
     with ExitStack() as stack:
         stack.callback(ranks.stay_until_read)
@@ -82,20 +80,25 @@ def run(options: Namespace, command: str) -> int:
             describe(options.model)  # refuses a model before its weights are loaded
             if not options.skip_bad:
                 records.check()
-            settings = find_settings(options, machine, ranks)
-            earlier, digests = find_earlier(options, records, settings, state)
-            scored = lines_of(earlier) | stack.enter_context(state.open(settings, options.restart))
-            done.update({name: scored[x] | {"name": name} for name, x in digests.items() if x in scored})
+            settings = find_settings(options, job, machine, ranks)
+            earlier, known = find_earlier(options, job, records, settings, state)
+            scored = lines_of(earlier, job) | stack.enter_context(state.open(settings, options.restart))
+            done.update(
+                {
+                    name: scored[digest] | {"name": name, "group": group}
+                    for name, (digest, group) in known.items()
+                    if digest in scored
+                }
+            )
             todo = [name for name in index_of if name not in done]
             if scored:
                 tell_of_earlier_runs(options.out, state, len(done), len(records))
             if earlier is not None and todo:
-                earlier = dataclasses.replace(earlier, costs=None, attention=None)  # of other records
-            costs = options.costs and (earlier is None or earlier.costs is None)
-            attention = options.report is not None and (earlier is None or earlier.attention is None)
+                earlier = dataclasses.replace(earlier, **dict.fromkeys(job.measured))  # of other records
+            missing = [name for name in job.wanted() if getattr(earlier, name, None) is None]
             run, shares = state.begin(todo, ranks.shares)
-            planned = {"run": run, "shares": shares, "settings": settings, "costs": costs, "attention": attention}
-            return planned | {"needs_model": bool(todo) or earlier is None or costs or attention}
+            planned = {"run": run, "shares": shares, "settings": settings, "missing": missing}
+            return planned | {"needs_model": bool(todo or missing) or earlier is None}
 
         planned = ranks.agree("plan", plan, readers=ranks.world - 1)
         if planned["settings"]["device"] != machine:
@@ -111,9 +114,9 @@ def run(options: Namespace, command: str) -> int:
             if options.quiet:
                 disable_progress_bar()
             encoder = Encoder(AutoProcessor.from_pretrained(options.model), options.prompt_template)
-            scorer = Scorer(load_model(options, device), positions=options.positions, candidates=options.candidates)
+            scorer = job.scorer(load_model(options, device))
             encoder.dtype = scorer.model.dtype
-            progress = Progress(files, len(done), len(records), ranks.rank, options.quiet)
+            progress = Progress(job.name, files, len(done), len(records), ranks.rank, options.quiet)
             with stop_on_signals() as stop, files[ranks.share].open("ab") if ranks.writes else nullcontext() as file:
                 for name in planned["shares"][ranks.share]:
                     if ranks.stopped_by(stop):
@@ -134,20 +137,20 @@ def run(options: Namespace, command: str) -> int:
         if stopped_by and all("bad" in line for line in lines):
             print("stopped before the first record was scored", file=sys.stderr)
             return 128 + stopped_by
-        search: LayerSearch | None = None
+        result: Scored | None = None
 
-        def conclude() -> dict[str, Any]:
-            nonlocal search
+        def conclude() -> dict[str, list[str]]:
+            nonlocal result
             if len(lines) < len(records) and not stopped_by:
                 raise ValueError(f"{state.folder}: expected {len(records)} records, got {len(lines)}: run it again")
-            search = make_search(options, scorer, earlier, planned["settings"], lines, len(records))
-            save(search, options.out)
-            return choose_records(search)
+            result = make_result(options, job, scorer, earlier, planned["settings"], lines, len(records))
+            save(result, options.out)
+            return job.choose_records(result)
 
         together = ranks.tensor_parallel and scorer is not None and not stopped_by
         chosen = ranks.agree("chosen", conclude, readers=ranks.world - 1 if together else 0)
-        if search is not None:
-            tell_of_bad(search.settings["bad"])
+        if result is not None:
+            tell_of_bad(result.settings["bad"])
         if stopped_by:
             print(
                 f"stopped: {options.out} is of {len(lines)} of {len(records)} records; the same command goes on from "
@@ -155,29 +158,25 @@ def run(options: Namespace, command: str) -> int:
                 file=sys.stderr,
             )
             return 128 + stopped_by
-        measured: dict[str, Any] = {}
-        if planned["costs"]:
-            inputs = encoder(records[index_of[chosen["typical"]]])
-            measured["costs"] = measure_costs(scorer.model, inputs, scorer.candidates)
-        if planned["attention"]:
-            looked_at = (encoder(records[index_of[name]]) for name in chosen["spread"])
-            masses = [attention_mass(scorer.model, inputs) for inputs in looked_at]
-            measured["attention"] = torch.stack(masses).mean(dim=0)
-        if search is None:  # another rank of a tensor-parallel model
+        measured = {
+            name: job.measure(name, scorer, (encoder(records[index_of[x]]) for x in chosen[name]))
+            for name in planned["missing"]
+        }
+        if result is None:  # another rank of a tensor-parallel model
             return 0
-        search = dataclasses.replace(search, **measured)
-        save(search, options.out)
+        result = dataclasses.replace(result, **measured)
+        save(result, options.out)
         if options.report:
-            rows = map(list(search.settings["records"]).index, chosen["worst"])
+            rows = map(list(result.settings["records"]).index, chosen["worst"])
             samples = [
                 Sample(record.question, record.image_bytes(), record.answer, row)
                 for record, row in zip((records[index_of[name]] for name in chosen["worst"]), rows)
             ]
             options.report.parent.mkdir(parents=True, exist_ok=True)
-            write_report(options.report, search, samples=samples, command=command)
+            job.write_report(options.report, result, samples=samples, command=command)
         state.remove()
         if not options.quiet:
-            print(search.table())
+            print(result.table())
             print(f"written: {options.out}" + (f", {options.report}" if options.report else ""))
     return 0
 
@@ -243,11 +242,11 @@ class Ranks:
 class Progress:
     """Counts what all ranks did, by the lines of their files, and shows it as a bar; only rank 0 does."""
 
-    def __init__(self, paths: list[Path], done: int, total: int, rank: int, quiet: bool):
+    def __init__(self, name: str, paths: list[Path], done: int, total: int, rank: int, quiet: bool):
         self.paths, self.counts = paths, rank == 0
         self.done, self.total = done, total
         self.offsets = [0] * len(paths)
-        self.bar = tqdm(desc="search", unit=" records", initial=done, total=total, disable=rank > 0 or quiet)
+        self.bar = tqdm(desc=name, unit=" records", initial=done, total=total, disable=rank > 0 or quiet)
 
     def update(self) -> None:
         if not self.counts:
@@ -298,11 +297,10 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def check_options(options: Namespace, ranks: Ranks) -> None:
+def check_options(options: Namespace, job: Job, ranks: Ranks) -> None:
     check_among("metric", options.metric, METRICS)
     check_among("statistic", options.statistic, STATISTICS)
-    if not options.threshold >= 0:
-        raise ValueError(f"threshold: expected a number of at least 0, got {options.threshold}")
+    job.check()
     if options.tp and (ranks.world == 1 or options.device or options.device_map):
         raise ValueError("tp: expected torchrun with several ranks, and neither device nor device_map")
     if options.device_map and ranks.world > 1:
@@ -310,12 +308,13 @@ def check_options(options: Namespace, ranks: Ranks) -> None:
     if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected auto or one of torch, such as bfloat16, got {options.dtype}")
     if ranks.rank == 0:
-        check_files(options)
+        check_files(options, job)
 
 
-def check_files(options: Namespace) -> None:
+def check_files(options: Namespace, job: Job) -> None:
     """Raises ValueError where something would be overwritten that is not an earlier result, or an earlier report."""
     files = {name: Path(x) for name in ("data", "out", "report") if (x := getattr(options, name)) is not None}
+    files |= job.files()
     for (name, path), (other_name, other) in combinations(files.items(), 2):
         if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
             raise ValueError(f"{other_name}: expected another file than that of {name}, got {other}")
@@ -324,7 +323,7 @@ def check_files(options: Namespace) -> None:
             raise ValueError(f"{name}: expected a file, got the folder {files[name]}")
     if has_content(options.out):
         try:
-            LayerSearch.load(options.out)
+            job.result.load(options.out)
         except ValueError as error:
             raise ValueError(f"out: expected a new file or an earlier result, got something else: {error}") from error
     if options.report is not None:
@@ -364,10 +363,10 @@ def describe_device(device: torch.device) -> str:
     return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {memory:.0f} GiB"
 
 
-def find_settings(options: Namespace, machine: str, ranks: Ranks) -> dict[str, Any]:
+def find_settings(options: Namespace, job: Job, machine: str, ranks: Ranks) -> dict[str, Any]:
     """All that decides the scores of a record."""
-    chosen = ("model", "dtype", "attention", "device_map", "candidates", "positions", "prompt_template")
-    settings = {name: getattr(options, name) for name in chosen}
+    chosen = ("model", "dtype", "attention", "device_map", "positions", "prompt_template")
+    settings = {name: getattr(options, name) for name in chosen} | job.settings()
     settings |= {"model_files": fingerprint(options.model), "device": machine}
     settings |= {"tensor_parallel": ranks.world if ranks.tensor_parallel else 1, "backend": backend_info()["forced"]}
     return settings | {package: version(package) for package in ("vtw_kernels", "torch", "transformers")}
@@ -396,63 +395,64 @@ def load_model(options: Namespace, device: torch.device) -> nn.Module:
 
 
 def find_earlier(
-    options: Namespace, records: Records, settings: dict[str, Any], state: State
-) -> tuple[LayerSearch | None, dict[str, str]]:
-    """What an earlier run has found, if there is a result; and if that or lines of state may have scores of the
-    records, their digests by name.
+    options: Namespace, job: Job, records: Records, settings: dict[str, Any], state: State
+) -> tuple[Scored | None, dict[str, tuple[str, str | None]]]:
+    """What an earlier run has found, if there is a result; and if that or lines of state may have scores of the records,
+    their digests and groups by name.
 
     Raises:
         ValueError: the result is of other settings, or complete and of records that are not asked for now.
     """
     earlier = None
     if not options.restart and has_content(options.out):
-        earlier = LayerSearch.load(options.out)
+        earlier = job.result.load(options.out)
         changed = differences({name: earlier.settings.get(name) for name in settings}, settings)
         known = earlier.settings.get("records")
         if not isinstance(known, dict) or len(known) != len(earlier.per_sample):
             changed = "it does not say of which records it is"
         if changed:
             raise ValueError(
-                f"out: expected a new file or an earlier result of this search, got {options.out}, which is of another "
+                f"out: expected a new file or an earlier result of this {job.name}, got {options.out}, which is of another "
                 f"one: {changed} (--restart discards it)"
             )
     if earlier is None and not state.folder.is_dir():
         return None, {}
-    digests = find_digests(records)
+    known = read_known(records)
     if earlier is not None and earlier.settings.get("finished"):
-        asked = set(digests.values())
+        asked = {digest for digest, _ in known.values()}
         if lost := [name for name, digest in earlier.settings["records"].items() if digest not in asked]:
             raise ValueError(
-                f"out: expected a new file or an earlier result of this search, got {options.out}, which is also of "
-                f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart "
-                "discards it)"
+                f"out: expected a new file or an earlier result of this {job.name}, got {options.out}, which is also of "
+                f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart discards "
+                "it)"
             )
-    return earlier, digests
+    return earlier, known
 
 
-def lines_of(search: LayerSearch | None) -> dict[str, dict]:
+def lines_of(result: Scored | None, job: Job) -> dict[str, dict]:
     """What ``score`` gave for the records of a result, by their digests. NaN is no score."""
-    if search is None:
+    if result is None:
         return {}
-    scores = Scores(
-        search.per_sample, search.per_sample_reverse, search.disagreement, search.tokens, search.visual_tokens
-    )
+    scores = {
+        field: getattr(result, name).tolist() for field, name in zip(job.fields, (*result.SCORES, *result.COUNTS))
+    }
     return {
-        digest: {"name": name, "record": digest} | {field: x[row].tolist() for field, x in scores._asdict().items()}
-        for row, (name, digest) in enumerate(search.settings["records"].items())
-        if not search.per_sample[row].isnan().any()
+        digest: {"name": name, "record": digest} | {field: x[row] for field, x in scores.items()}
+        for row, (name, digest) in enumerate(result.settings["records"].items())
+        if not result.per_sample[row].isnan().any()
     }
 
 
-def find_digests(records: Records) -> dict[str, str]:
-    """By name, of those records that can be read."""
-    digests = {}
+def read_known(records: Records) -> dict[str, tuple[str, str | None]]:
+    """Digests and groups by name, of those records that can be read."""
+    known = {}
     for index in range(len(records)):
         try:
-            digests[records.name(index)] = records[index].digest()
+            record = records[index]
+            known[record.name] = record.digest(), record.group
         except (BadRecord, OSError):
             continue  # its turn comes
-    return digests
+    return known
 
 
 def tell_of_earlier_runs(out: Path, state: State, done: int, total: int) -> None:
@@ -467,7 +467,7 @@ def listed(names: list[str]) -> str:
 
 
 def score(
-    records: Records, index: int, encoder: Encoder, scorer: Scorer, skip_bad: bool, tensor_parallel: bool = False
+    records: Records, index: int, encoder: Encoder, scorer: Any, skip_bad: bool, tensor_parallel: bool = False
 ) -> dict[str, Any]:
     """The line of one record: its scores; or what is bad about it, or BadRecord for that.
 
@@ -478,7 +478,7 @@ def score(
     try:
         record = records[index]
         scores = scorer.score(encoder(record, with_answer=scorer.positions == "answer"))
-        return {"name": name, "record": record.digest()} | {
+        return {"name": name, "record": record.digest(), "group": record.group} | {
             field: values[0].tolist() for field, values in scores._asdict().items()
         }
     except Exception as error:
@@ -511,14 +511,15 @@ def tell_of_bad(bad: dict[str, str]) -> None:
         print(f"{len(bad)} bad records were skipped: {reasons}{more}", file=sys.stderr)
 
 
-def make_search(
+def make_result(
     options: Namespace,
-    scorer: Scorer | None,
-    earlier: LayerSearch | None,
+    job: Job,
+    scorer: Any,
+    earlier: Scored | None,
     settings: dict[str, Any],
     lines: list[dict],
     total: int,
-) -> LayerSearch:
+) -> Scored:
     """The result, of lines in the order of records, of which there are ``total``; what is known of the model is the
     scorer's, or an earlier result's."""
     good = [line for line in lines if "bad" not in line]
@@ -526,38 +527,22 @@ def make_search(
     if not good:
         first = next((f"; {name}: {reason}" for name, reason in bad.items()), "")
         raise ValueError(f"data: expected at least one record that is not bad, got {len(bad)} bad ones{first}")
-    if scorer is None:
-        of_model = earlier.model, earlier.num_layers, earlier.candidates
-    else:
-        of_model = type(scorer.model).__name__, len(scorer.parts.layers), scorer.candidates
-    return LayerSearch(
-        *of_model,
-        *(torch.tensor([line[field] for line in good]) for field in Scores._fields),
-        threshold=options.threshold,
-        metric=options.metric,
-        statistic=options.statistic,
-        positions=options.positions,
-        costs=earlier and earlier.costs,
-        attention=earlier and earlier.attention,
+    groups = [line.get("group") for line in good]
+    return job.make(
+        (earlier.model, earlier.num_layers, *job.columns(earlier))
+        if scorer is None
+        else (type(scorer.model).__name__, len(scorer.parts.layers), *job.columns(scorer)),
+        [torch.tensor([line[field] for line in good]) for field in job.fields],
+        groups=[group or NO_GROUP for group in groups] if any(groups) else None,
         settings=settings
         | {"data": options.data, "finished": len(lines) == total}
         | {"records": {line["name"]: line["record"] for line in good}, "bad": bad},
+        **{name: getattr(earlier, name, None) for name in job.measured},
     )
 
 
-def choose_records(search: LayerSearch) -> dict[str, Any]:
-    """Names of records: a "typical" one, of median length, to measure costs on; the "worst" ones at the chosen layer,
-    or at the one with the lowest value, to show; and as many "spread" over all of them, to see where attention goes."""
-    names = list(search.settings["records"])
-    values = search.by_sample()[:, search.candidates.index(search.shown_layer)]
-    worst = values.argsort(descending=True, stable=True)[:SHOWN].tolist()
-    typical = search.tokens.argsort(stable=True)[len(names) // 2]
-    spread = names[:: -(-len(names) // SHOWN)]
-    return {"typical": names[typical], "worst": [names[row] for row in worst], "spread": spread}
-
-
-def save(search: LayerSearch, path: Path) -> None:
+def save(result: Scored, path: Path) -> None:
     """Readers of ``path`` see the old result or the new one."""
     part = path.with_name(path.name + ".part")
-    search.save(part)
+    result.save(part)
     os.replace(part, path)

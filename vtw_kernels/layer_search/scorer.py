@@ -50,6 +50,68 @@ class Scores(NamedTuple):
         return Scores(*map(torch.cat, zip(*scores)))
 
 
+class Questions(NamedTuple):
+    """A batch as it is scored.
+
+    inputs: keyword arguments of the model's forward, with the answers. attended, visual, predicting: bool ``[B, S]``, which
+    tokens are no padding, which of them are visual, and which rows predict what counts. prompt: tokens before the model's
+    own answers, which begin in one column.
+    """
+
+    inputs: dict[str, Any]
+    attended: Tensor
+    visual: Tensor
+    predicting: Tensor
+    prompt: int
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[B]`` each, on the CPU: the prompt's tokens, and the visual ones among them."""
+        tokens = self.attended[:, : self.prompt]
+        return tokens.sum(1).cpu(), (tokens & self.visual[:, : self.prompt]).sum(1).cpu()
+
+    def mean_over_positions(self, x: Tensor) -> Tensor:
+        """``[C, P]`` of predicting rows, on the CPU, to ``[B, C]``."""
+        sequence = self.predicting.nonzero()[:, 0].cpu()
+        sums = torch.zeros(len(self.visual), len(x)).index_add_(0, sequence, x.T)
+        return sums / sequence.bincount(minlength=len(sums))[:, None]
+
+
+def read_questions(model: nn.Module, parts: Parts, batch: Mapping[str, Any], positions: int | str) -> Questions:
+    """A batch as ``find_layer`` takes it; if asked for, with the answers that the model gives to it.
+
+    Raises:
+        ValueError: a sample without visual tokens, or with a prediction that counts from one; as ``find_layer``.
+    """
+    inputs, visual = prepare(model, parts, batch, None)
+    prompt = visual.shape[1]
+    if isinstance(positions, int):
+        inputs, visual, predicting = _with_answers(model, inputs, visual, positions)
+        attended = attended_tokens(inputs.get("attention_mask"), visual)
+    else:
+        attended = attended_tokens(inputs.get("attention_mask"), visual)
+        predicting = _predicting(batch.get("labels"), attended, positions)
+    parts.check_tokens(visual.shape[1])
+    for wrong, what in (
+        (~(attended & visual).any(1), "at least one visual token in each sample, got none"),
+        ((predicting & visual).any(1), "predictions from text tokens alone, got one from a visual token"),
+    ):
+        if wrong.any():
+            raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
+    return Questions(inputs, attended, visual, predicting, prompt)
+
+
+def check_positions(positions: int | str) -> None:
+    if positions not in ("last", "answer") and not (type(positions) is int and positions > 0):
+        raise ValueError(f"positions: expected 'last', 'answer' or a number of at least 1, got {positions!r}")
+
+
+def check_numbers(kl: Tensor, reverse_kl: Tensor) -> None:
+    """Raises ValueError for divergences ``[B, C]`` that are NaN."""
+    unknown = (kl.isnan() | reverse_kl.isnan()).any(1)
+    if unknown.any():
+        raise ValueError(f"model: expected logits that are numbers, got NaN in row {unknown.nonzero()[0].item()}")
+
+
 class Scorer:
     """Scores batches of samples against a model.
 
@@ -73,8 +135,7 @@ class Scorer:
             )
         if hasattr(self.parts.decoder, "_vtw_withdrawal"):
             raise ValueError("model: expected one without withdrawal, got one inside withdraw")
-        if positions not in ("last", "answer") and not (type(positions) is int and positions > 0):
-            raise ValueError(f"positions: expected 'last', 'answer' or a number of at least 1, got {positions!r}")
+        check_positions(positions)
         if max_candidates_in_flight is not None and max_candidates_in_flight < 1:
             raise ValueError(f"max_candidates_in_flight: expected at least 1, got {max_candidates_in_flight}")
         self.positions, self.max_in_flight = positions, max_candidates_in_flight
@@ -88,58 +149,18 @@ class Scorer:
             return self._score(batch)
 
     def _score(self, batch: Mapping[str, Any]) -> Scores:
-        inputs, visual = prepare(self.model, self.parts, batch, None)
-        prompt = visual.shape[1]
-        if isinstance(self.positions, int):
-            inputs, visual, predicting = self._with_answers(inputs, visual)
-        else:
-            attended = attended_tokens(inputs.get("attention_mask"), visual)
-            predicting = _predicting(batch.get("labels"), attended, self.positions)
-        samples = _Samples(self.parts, inputs, visual, predicting, prompt)
+        return self.score_questions(read_questions(self.model, self.parts, batch, self.positions))
+
+    def score_questions(self, questions: "Questions") -> Scores:
+        samples = _Samples(self.parts, questions)
         try:
             scores = self._score_groups(samples, self.head if self._logits_are_large(samples) else None)
         except _LogitsAreMore:
             self.head = None
             scores = self._score_groups(samples, None)
-        means = [samples.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
-        unknown = (means[0].isnan() | means[1].isnan()).any(1)
-        if unknown.any():
-            raise ValueError(f"model: expected logits that are numbers, got NaN in row {unknown.nonzero()[0].item()}")
-        tokens = samples.attended[:, :prompt]
-        return Scores(*means, tokens.sum(1).cpu(), (tokens & visual[:, :prompt]).sum(1).cpu())
-
-    def _with_answers(self, inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Inputs that the model's own greedy answer follows, without its last token, which predicts nothing more that
-        is looked at; which tokens are visual then, and which predict a token of the answer."""
-        if inputs.get("input_ids") is None:
-            raise ValueError("positions: expected 'last' or 'answer' with inputs_embeds, got a number")
-        ids, attended = inputs["input_ids"], attended_tokens(inputs.get("attention_mask"), visual)
-        tokens = ids.shape[1]
-        # Answers start in one column: padding goes to the left.
-        sequences = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.shape == ids.shape}
-        sequences |= {"attention_mask": attended.long(), "visual_mask": visual}
-        if "position_ids" in sequences:
-            raise ValueError("positions: expected 'last' or 'answer' with position_ids, got a number")
-        moved = compact(list(sequences.values()), plan_compaction(attended, tokens, pad="left"), token_dims=1)
-        sequences = dict(zip(sequences, moved))
-        visual = sequences.pop("visual_mask")
-        inputs = inputs | sequences
-        config = self.model.generation_config
-        answers = self.model.generate(
-            **inputs, max_new_tokens=self.positions, do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None, return_dict_in_generate=False,
-        )[:, tokens:]  # fmt: skip
-        ends = torch.zeros_like(answers, dtype=torch.bool)
-        if config.eos_token_id is not None:
-            ends = torch.isin(answers, torch.as_tensor(config.eos_token_id, device=answers.device))
-        said = ends.cumsum(1) - ends.long() == 0  # up to the first end token, and with it
-        follows = said[:, 1:]
-        zeros = torch.zeros_like(follows, dtype=torch.long)
-        tails = {"input_ids": answers[:, :-1], "attention_mask": follows.long()}
-        for name, x in sequences.items():
-            inputs[name] = torch.cat((x, tails.get(name, zeros).to(x.dtype)), dim=1)
-        predicting = F.pad(said, (tokens - 1, 0))
-        return inputs, F.pad(visual, (0, follows.shape[1])), predicting
+        means = [questions.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
+        check_numbers(*means[:2])
+        return Scores(*means, *questions.counts())
 
     def _score_groups(self, samples: "_Samples", head: nn.Linear | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         in_flight = self.max_in_flight or self._that_fit(samples, with_logits=head is None)
@@ -179,6 +200,42 @@ class Scorer:
         else:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return memory / MEMORY_SHARE
+
+
+def _with_answers(
+    model: nn.Module, inputs: dict[str, Any], visual: Tensor, count: int
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Inputs that the model's own greedy answer follows, without its last token, which predicts nothing more that is
+    looked at; which tokens are visual then, and which predict a token of the answer."""
+    if inputs.get("input_ids") is None:
+        raise ValueError("positions: expected 'last' or 'answer' with inputs_embeds, got a number")
+    ids, attended = inputs["input_ids"], attended_tokens(inputs.get("attention_mask"), visual)
+    tokens = ids.shape[1]
+    # Answers start in one column: padding goes to the left.
+    sequences = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.shape == ids.shape}
+    sequences |= {"attention_mask": attended.long(), "visual_mask": visual}
+    if "position_ids" in sequences:
+        raise ValueError("positions: expected 'last' or 'answer' with position_ids, got a number")
+    moved = compact(list(sequences.values()), plan_compaction(attended, tokens, pad="left"), token_dims=1)
+    sequences = dict(zip(sequences, moved))
+    visual = sequences.pop("visual_mask")
+    inputs = inputs | sequences
+    config = model.generation_config
+    answers = model.generate(
+        **inputs, max_new_tokens=count, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+        return_dict_in_generate=False,
+    )[:, tokens:]  # fmt: skip
+    ends = torch.zeros_like(answers, dtype=torch.bool)
+    if config.eos_token_id is not None:
+        ends = torch.isin(answers, torch.as_tensor(config.eos_token_id, device=answers.device))
+    said = ends.cumsum(1) - ends.long() == 0  # up to the first end token, and with it
+    follows = said[:, 1:]
+    zeros = torch.zeros_like(follows, dtype=torch.long)
+    tails = {"input_ids": answers[:, :-1], "attention_mask": follows.long()}
+    for name, x in sequences.items():
+        inputs[name] = torch.cat((x, tails.get(name, zeros).to(x.dtype)), dim=1)
+    predicting = F.pad(said, (tokens - 1, 0))
+    return inputs, F.pad(visual, (0, follows.shape[1])), predicting
 
 
 def _check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int]:
@@ -224,18 +281,10 @@ class _Samples:
     model's own answer.
     """
 
-    def __init__(self, parts: Parts, inputs: dict[str, Any], visual: Tensor, predicting: Tensor, prompt: int):
-        parts.check_tokens(visual.shape[1])
-        self.inputs, self.visual, self.prompt = inputs, visual, prompt
-        self.attended = attended_tokens(inputs.get("attention_mask"), visual)
-        for wrong, what in (
-            (~(self.attended & visual).any(1), "at least one visual token in each sample, got none"),
-            ((predicting & visual).any(1), "predictions from text tokens alone, got one from a visual token"),
-        ):
-            if wrong.any():
-                raise ValueError(f"batches: expected {what} in row {wrong.nonzero()[0].item()}")
+    def __init__(self, parts: Parts, questions: Questions):
+        self.inputs, self.attended, self.visual, predicting, self.prompt = questions
         self.sequence, self.row = predicting.nonzero().unbind(1)
-        differs = (self.attended & visual) | predicting  # from the first of these on
+        differs = (self.attended & self.visual) | predicting  # from the first of these on
         masks = kind_of_masks(parts.config._attn_implementation)
         self.arguments = [Arguments(layer) for layer in parts.layers]
         takes_cache = all(x.cache is not None for x in self.arguments)
@@ -253,12 +302,6 @@ class _Samples:
         self.columns = torch.cat((before, self.plan.source), dim=1)
         self.kept_row = (keep.cumsum(1) + (length - 1 - counts[:, None]))[self.sequence, self.row]
 
-    def mean_over_positions(self, x: Tensor) -> Tensor:
-        """``[C, P]`` on the CPU to ``[B, C]``."""
-        sequence = self.sequence.cpu()
-        sums = torch.zeros(len(self.visual), len(x)).index_add_(0, sequence, x.T)
-        return sums / sequence.bincount(minlength=len(sums))[:, None]
-
 
 def _score_group(
     model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int], head: nn.Linear | None
@@ -274,15 +317,18 @@ def _score_group(
         samples.share(0)
         full, withdrawn = _run(model, parts, samples, candidates, head)
     if head is None:
-        kl, reverse_kl = kl_divergence(withdrawn, full), kl_divergence(full, withdrawn)
-        tops = (x.argmax(-1) for x in (withdrawn, full))
-    else:
-        weight, biases = head.weight, {"p_bias": head.bias, "q_bias": head.bias}
-        kl = linear_kl_divergence(withdrawn, weight, full, weight, **biases)
-        reverse_kl = linear_kl_divergence(full, weight, withdrawn, weight, **biases)
-        tops = (_top_tokens(x, head) for x in (withdrawn, full))
-    differ = torch.ne(*tops).float()
+        return compare_logits(withdrawn, full)
+    weight, biases = head.weight, {"p_bias": head.bias, "q_bias": head.bias}
+    kl = linear_kl_divergence(withdrawn, weight, full, weight, **biases)
+    reverse_kl = linear_kl_divergence(full, weight, withdrawn, weight, **biases)
+    differ = torch.ne(_top_tokens(withdrawn, head), _top_tokens(full, head)).float()
     return kl.cpu(), reverse_kl.cpu(), differ.cpu()
+
+
+def compare_logits(withdrawn: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU, of ``[C, P, V]`` and ``[P, V]``."""
+    differ = (withdrawn.argmax(-1) != full.argmax(-1)).float()
+    return kl_divergence(withdrawn, full).cpu(), kl_divergence(full, withdrawn).cpu(), differ.cpu()
 
 
 def _top_tokens(hidden: Tensor, head: nn.Linear) -> Tensor:
@@ -403,15 +449,17 @@ class _Continuations:
         self.checked.append(mask)
         if shared and bool(_visible(mask, slice(0, shared), slice(shared, None)).any()):
             raise _SharedRowsSeeMore
-        tokens = self.samples.visual.shape[1]
-        if prompt < tokens:
-            later = _visible(mask, slice(prompt - 1, tokens), slice(prompt, tokens)).triu(1)
-            if bool(later.any()):
-                raise ValueError(
-                    "positions: expected a model whose answers see no later tokens, as with a prefix of them they do; "
-                    "got one that needs to be told where its answer begins: make samples with its processor and "
-                    "labels, and take positions='answer'"
-                )
+        check_later_tokens(mask, prompt, self.samples.visual.shape[1])
+
+
+def check_later_tokens(mask: Any, prompt: int, tokens: int) -> None:
+    """Raises ValueError where a mask of transformers lets an answer, after ``prompt`` of the ``tokens``, see what follows."""
+    if prompt < tokens and _visible(mask, slice(prompt - 1, tokens), slice(prompt, tokens)).triu(1).any():
+        raise ValueError(
+            "positions: expected a model whose answers see no later tokens, as with a prefix of them they do; "
+            "got one that needs to be told where its answer begins: make samples with its processor and labels, "
+            "and take positions='answer'"
+        )
 
 
 def _visible(mask: Tensor | BlockMask, rows: slice, columns: slice) -> Tensor:

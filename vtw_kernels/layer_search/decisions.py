@@ -1,0 +1,48 @@
+"""What policies decide, written down in one forward and done again in another."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtw_kernels.integration.policies import Boundary, Policy
+
+# By boundary, in ascending order, bool [B, tokens]: which visual tokens stay. None for none of them.
+Decisions = dict[int, Tensor | None]
+
+
+def watched(chosen: Policy | Sequence[Policy], decided: Decisions) -> list[Policy]:
+    """The same policies, which write down in ``decided`` what they say in a forward without a past."""
+
+    def watch(policy: Policy) -> Policy:
+        copied = copy.copy(policy)
+
+        def keep(boundary: Boundary) -> Tensor:
+            stays = policy.keep(boundary)
+            if isinstance(stays, Tensor) and stays.dtype == torch.bool and stays.shape == boundary.visual.shape:
+                first = next(iter(decided.values()), boundary.visual)  # where all rows are still there
+                # Rows of padding stand for token 0, and stay nowhere.
+                counts = torch.zeros_like(first, dtype=torch.int32)
+                stayed = (boundary.visual & stays).int()
+                decided[boundary.layer] = counts.scatter_add(1, boundary.token.to(stayed.device), stayed) > 0
+            return stays  # anything else will be refused
+
+        object.__setattr__(copied, "keep", keep)  # also of a frozen dataclass
+        return copied
+
+    return list(map(watch, [chosen] if isinstance(chosen, Policy) else chosen))
+
+
+class Replayed(Policy):
+    """Does what was decided, without looking at anything: in the same forward, or in one with more text behind."""
+
+    def __init__(self, decided: Decisions):
+        self.decided, self.boundaries = decided, tuple(decided)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(boundaries={self.boundaries})"
+
+    def keep(self, boundary: Boundary) -> Tensor:
+        decided = self.decided[boundary.layer].to(boundary.token.device)
+        return decided.gather(1, boundary.token.clamp(max=decided.shape[1] - 1))

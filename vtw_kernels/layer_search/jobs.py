@@ -1,0 +1,147 @@
+"""What ``vtw-kernels search`` and ``compare`` do with records, each in its own way."""
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtw_kernels.integration.policy_text import parse_policy
+from vtw_kernels.layer_search import COSTED, named_policies
+from vtw_kernels.layer_search.attention import attention_mass
+from vtw_kernels.layer_search.comparison import Comparison
+from vtw_kernels.layer_search.costs import measure_costs, measure_policies
+from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
+from vtw_kernels.layer_search.report import write_comparison, write_report
+from vtw_kernels.layer_search.result import LayerSearch
+from vtw_kernels.layer_search.scored import Scored
+from vtw_kernels.layer_search.scorer import Scorer, Scores
+
+SHOWN = 8  # samples in a report, and those whose attention it shows
+
+
+class Job:
+    """What is found out about records.
+
+    name: as messages have it. result: what is made of their scores. fields: the names of these, as a scorer returns them.
+    measured: fields of the result that are measured afterwards, on some records. write_report: writes the page about it.
+    """
+
+    name: ClassVar[str]
+    result: ClassVar[type[Scored]]
+    fields: ClassVar[tuple[str, ...]]
+    measured: ClassVar[tuple[str, ...]]
+
+    def __init__(self, options: Namespace):
+        self.options = options
+
+    def check(self) -> None:
+        """Raises ValueError for options of its own."""
+
+    def files(self) -> dict[str, Path]:
+        """What it reads, by option, and what must not be overwritten."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Options of its own that decide scores."""
+        raise NotImplementedError
+
+    def wanted(self) -> list[str]:
+        """Which of ``measured`` were asked for."""
+        return ["costs"] if self.options.costs else []
+
+    def scorer(self, model: nn.Module) -> Any:
+        """With ``score``, and as ``columns`` takes it."""
+        raise NotImplementedError
+
+    def columns(self, source: Any) -> tuple[Any, ...]:
+        """What the columns of scores are, as the result's field, of a scorer or of an earlier result."""
+        raise NotImplementedError
+
+    def make(self, of_model: tuple[Any, ...], scores: list[Tensor], **further: Any) -> Scored:
+        """The result."""
+        chosen = {name: getattr(self.options, name) for name in ("metric", "statistic", "positions")}
+        return self.result(*of_model, *scores, **chosen, **further)
+
+    def choose_records(self, result: Any) -> dict[str, list[str]]:
+        """Names of the records that each of ``measured`` is measured on, and of the "worst" ones, to show."""
+        raise NotImplementedError
+
+    def measure(self, name: str, scorer: Any, inputs: Iterable[Mapping[str, Any]]) -> Any:
+        """One of ``measured``."""
+        raise NotImplementedError
+
+
+class SearchJob(Job):
+    name, result, fields, measured = "search", LayerSearch, Scores._fields, ("costs", "attention")
+    write_report = staticmethod(write_report)
+
+    def check(self) -> None:
+        if not self.options.threshold >= 0:
+            raise ValueError(f"threshold: expected a number of at least 0, got {self.options.threshold}")
+
+    def settings(self) -> dict[str, Any]:
+        return {"candidates": self.options.candidates}
+
+    def wanted(self) -> list[str]:
+        return super().wanted() + ([] if self.options.report is None else ["attention"])
+
+    def scorer(self, model: nn.Module) -> Scorer:
+        return Scorer(model, positions=self.options.positions, candidates=self.options.candidates)
+
+    def columns(self, source: Scorer | LayerSearch) -> tuple[list[int]]:
+        return (source.candidates,)
+
+    def make(self, of_model: tuple[Any, ...], scores: list[Tensor], **further: Any) -> LayerSearch:
+        return super().make(of_model, scores, threshold=self.options.threshold, **further)
+
+    def choose_records(self, result: LayerSearch) -> dict[str, list[str]]:
+        """For costs one of median length; for attention some that are spread over all; the worst at the chosen layer, or at
+        the one with the lowest value."""
+        names = list(result.settings["records"])
+        values = result.by_sample()[:, result.candidates.index(result.shown_layer)]
+        typical = result.tokens.argsort(stable=True)[len(names) // 2]
+        worst = values.argsort(descending=True, stable=True)[:SHOWN].tolist()
+        spread = names[:: -(-len(names) // SHOWN)]
+        return {"costs": [names[typical]], "attention": spread, "worst": [names[row] for row in worst]}
+
+    def measure(self, name: str, scorer: Scorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
+        if name == "costs":
+            return measure_costs(scorer.model, next(iter(inputs)), scorer.candidates)
+        return torch.stack([attention_mass(scorer.model, x) for x in inputs]).mean(dim=0)
+
+
+class CompareJob(Job):
+    name, result, fields, measured = "comparison", Comparison, PolicyScores._fields, ("costs",)
+    write_report = staticmethod(write_comparison)
+
+    def __init__(self, options: Namespace):
+        super().__init__(options)
+        self.policies = named_policies(map(parse_policy, options.policy))
+
+    def files(self) -> dict[str, Path]:
+        return {f"policy {name}": policy for name, policy in self.policies.items() if isinstance(policy, Path)}
+
+    def settings(self) -> dict[str, Any]:
+        digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
+        return {"policies": list(self.policies)} | ({"policy_files": digests} if digests else {})
+
+    def scorer(self, model: nn.Module) -> PolicyScorer:
+        return PolicyScorer(model, self.policies, positions=self.options.positions)
+
+    def columns(self, source: PolicyScorer | Comparison) -> tuple[list[str]]:
+        return (list(source.policies),)
+
+    def choose_records(self, result: Comparison) -> dict[str, list[str]]:
+        """For costs some whose lengths are spread over those of all; the worst under any policy."""
+        names, count = list(result.settings["records"]), min(COSTED, len(result.tokens))
+        by_length = result.tokens.argsort(stable=True).tolist()
+        costed = [by_length[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
+        worst = result.by_sample().amax(dim=1).argsort(descending=True, stable=True)[:SHOWN].tolist()
+        return {"costs": [names[row] for row in costed], "worst": [names[row] for row in worst]}
+
+    def measure(self, name: str, scorer: PolicyScorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
+        return measure_policies(scorer.model, inputs, scorer.policies)

@@ -1,0 +1,204 @@
+"""What policies do to the model's next tokens: each runs as ``withdraw`` would run it, beside the model as it is.
+
+Layers alone are scored all in one run, as a search does. A policy decides when the prompt is read, before there is an answer:
+so where an answer counts, it is asked about the prompt alone, and what it said is done again with the answer behind.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.integration.families import find_parts
+from vtw_kernels.integration.inputs import in_eval_mode, take_tokens
+from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.integration.withdraw import Withdrawal, unwrapped, withdraw
+from vtw_kernels.layer_search.decisions import Decisions, Replayed, watched
+from vtw_kernels.layer_search.scorer import (
+    Questions,
+    Scorer,
+    check_later_tokens,
+    check_numbers,
+    check_positions,
+    compare_logits,
+    read_questions,
+)
+
+
+class PolicyScores(NamedTuple):
+    """Of ``B`` samples and ``C`` policies, on the CPU.
+
+    kl, reverse_kl, disagreement, tokens, visual_tokens: as ``Scores``, the latter two of the prompts alone. rows_saved: fp32
+    ``[B, C]``, the share of the prompt's rows in all layers that are not computed.
+    """
+
+    kl: Tensor
+    reverse_kl: Tensor
+    disagreement: Tensor
+    rows_saved: Tensor
+    tokens: Tensor
+    visual_tokens: Tensor
+
+    @staticmethod
+    def join(scores: Iterable["PolicyScores"]) -> "PolicyScores":
+        return PolicyScores(*map(torch.cat, zip(*scores)))
+
+
+class PolicyScorer:
+    """Scores batches of samples under policies.
+
+    Args: as those of ``compare``, which says what they are and what they raise; policies by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policies: Mapping[str, Any],
+        *,
+        positions: int | str = "last",
+        decoder: nn.Module | None = None,
+    ):
+        self.model, self.decoder, self.positions = unwrapped(model), decoder, positions
+        self.parts = find_parts(self.model, decoder)
+        if hasattr(self.parts.decoder, "_vtw_withdrawal"):
+            raise ValueError("model: expected one without withdrawal, got one inside withdraw")
+        check_positions(positions)
+        layers, no_mask = len(self.parts.layers), torch.zeros(1, 1, dtype=torch.bool)
+        self.policies = {
+            name: Withdrawal(self.model, policy, no_mask, decoder).layer for name, policy in policies.items()
+        }
+        for name, policy in self.policies.items():
+            if isinstance(policy, Sequence) and isinstance(policy[0], int):
+                raise TypeError(f"policies: expected one layer, or policies, got the layers {policy} as {name!r}")
+        fixed = [x for x in self.policies.values() if isinstance(x, int) and x < layers]
+        # Layers that share keys can't run side by side.
+        in_one_run = fixed and self.parts.num_cached == layers
+        self.fixed = Scorer(model, positions=positions, candidates=fixed, decoder=decoder) if in_one_run else None
+        self.takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def score(self, batch: Mapping[str, Any]) -> PolicyScores:
+        """One batch; see ``compare`` for what is in it, and what it raises."""
+        with in_eval_mode(self.model), torch.inference_mode():
+            return self._score(batch)
+
+    def _score(self, batch: Mapping[str, Any]) -> PolicyScores:
+        questions = read_questions(self.model, self.parts, batch, self.positions)
+        known = {} if self.fixed is None else dict(zip(self.fixed.candidates, self._columns_of(questions)))
+        reading, by_mask = Reading(questions), batch.get("visual_mask") is not None
+        layers, full, columns = len(self.parts.layers), None, []
+        for policy in self.policies.values():
+            is_layer = isinstance(policy, int)
+            decided: Decisions = {policy: None} if is_layer else {}
+            if is_layer and policy in known:
+                columns.append((*known[policy], reading.visual_rows(decided, layers)))
+                continue
+            full = self._full_logits(reading) if full is None else full
+            asked = policy if is_layer else watched(policy, decided)
+            if not is_layer and reading.has_answers:
+                with self._under(asked, reading.prompt_visual if by_mask else None):
+                    self.model(**reading.prompt, **self._rows(1), use_cache=False)
+                asked = Replayed(decided) if decided else layers
+            with self._under(asked, reading.visual if by_mask else None):
+                scores = compare_logits(self._logits(reading)[None], full)
+            means = (questions.mean_over_positions(x)[:, 0] for x in scores)
+            columns.append((*means, reading.visual_rows(decided, layers)))
+        kl, reverse_kl, disagreement, visual_rows = (torch.stack(x, dim=1) for x in zip(*columns))
+        check_numbers(kl, reverse_kl)
+        tokens, visual_tokens = reading.counts()
+        saved = (visual_tokens[:, None] * layers - visual_rows) / (tokens[:, None] * layers)
+        return PolicyScores(kl, reverse_kl, disagreement, saved.float(), tokens, visual_tokens)
+
+    def _columns_of(self, questions: Questions) -> list[tuple[Tensor, ...]]:
+        """Scores of all fixed layers, ``[B]`` each."""
+        scores = self.fixed.score_questions(questions)
+        return list(zip(*(x.unbind(1) for x in (scores.kl, scores.reverse_kl, scores.disagreement))))
+
+    def _under(self, policy: Any, visual: Tensor | None) -> withdraw:
+        return withdraw(self.model, policy, visual_mask=visual, decoder=self.decoder)
+
+    def _full_logits(self, reading: "Reading") -> Tensor:
+        """Of the model as it is, in which answers see no later tokens, as if they were generated one by one."""
+
+        def check(module: nn.Module, args: tuple, kwargs: dict, arguments: Arguments) -> None:
+            if (mask := arguments.named(args, kwargs).get(arguments.mask)) is not None:
+                check_later_tokens(mask, reading.columns, reading.visual.shape[1])
+
+        hooks = []
+        try:
+            for layer in self.parts.layers if isinstance(self.positions, int) else ():
+                hook = partial(check, arguments=Arguments(layer))
+                hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            return self._logits(reading)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _logits(self, reading: "Reading") -> Tensor:
+        """``[P, V]``, of the rows that predict what counts."""
+        rows = reading.visual.shape[1] - int(reading.predicting.int().argmax(1).min())
+        logits = self.model(**reading.inputs, **self._rows(rows), use_cache=False).logits[:, -rows:]
+        return logits[reading.predicting[:, -rows:]]
+
+    def _rows(self, count: int) -> dict[str, int]:
+        """Of how many rows, the last ones, logits are made, in models that can be told."""
+        return {"logits_to_keep": count} if self.takes_rows else {}
+
+    def prompt(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch without the answers."""
+        positions = "answer" if self.positions == "answer" else "last"
+        reading = Reading(read_questions(self.model, self.parts, batch, positions))
+        by_mask = {"visual_mask": reading.prompt_visual} if batch.get("visual_mask") is not None else {}
+        return reading.prompt | by_mask
+
+
+class Reading:
+    """How questions are read: prompts that end in one column if answers come behind them.
+
+    inputs: keyword arguments of the model's forward. visual, predicting: bool ``[B, S]``, as of ``Questions``. columns: of
+    the prompts. has_answers: whether there is anything behind them. prompt, prompt_visual: inputs and visual tokens of the
+    prompts alone.
+    """
+
+    def __init__(self, questions: Questions):
+        self.inputs, attended, self.visual, self.predicting, _ = questions
+        first = self.predicting.int().argmax(1)[:, None]
+        is_prompt = torch.arange(attended.shape[1], device=attended.device) <= first
+        answers = attended & ~is_prompt
+        self.has_answers = bool(answers.any())
+        if (early := (answers & self.visual).any(1)).any():
+            raise ValueError(
+                "labels: expected those of an answer behind all visual tokens, as policies decide before it, got some in "
+                f"front of one in row {early.nonzero()[0].item()}"
+            )
+        if self.has_answers and not first.eq(first[0]).all():
+            tensors = self.inputs | {"visual_mask": self.visual, "predicting": self.predicting}
+            parts = []
+            for keep, pad in ((attended & is_prompt, "left"), (answers, "right")):
+                parts.append(take_tokens(tensors, keep, int(keep.sum(1).max()), pad))
+            moved = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+            self.visual, self.predicting = moved.pop("visual_mask"), moved.pop("predicting")
+            self.inputs, first = self.inputs | moved, self.predicting.int().argmax(1)[:, None]
+        self.columns = int(first.max()) + 1
+        self.prompt, self.prompt_visual = self.inputs, self.visual
+        if self.has_answers:
+            self.prompt_visual = self.visual[:, : self.columns]
+            shown = attended_tokens(self.inputs.get("attention_mask"), self.visual)
+            shown[:, self.columns :] = False
+            self.prompt = self.inputs | take_tokens(self.inputs, shown, self.columns, "left")
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[B]`` each, on the CPU: tokens of the prompts, and the visual ones among them."""
+        attended = attended_tokens(self.prompt.get("attention_mask"), self.prompt_visual)
+        return attended.sum(1).cpu(), (attended & self.prompt_visual).sum(1).cpu()
+
+    def visual_rows(self, decided: Decisions, layers: int) -> Tensor:
+        """int64 ``[B]``: of the prompts, how many visual rows all layers together have."""
+        ends = [*list(decided)[1:], layers]
+        rows = self.counts()[1] * next(iter(decided), layers)
+        for (layer, stays), end in zip(decided.items(), ends):
+            rows += 0 if stays is None else stays.sum(1).cpu() * (end - layer)
+        return rows
