@@ -15,7 +15,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=w
 OLD_TRANSFORMERS := build/transformers-4.57 build/transformers-5.17
 INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py)
 
-.PHONY: demo test test-cuda test-newest upgrade bench gpu-check cuda-check cuda-build stable-abi clean
+.PHONY: demo test test-cuda test-newest upgrade bench gpu-check gpu-rehearsal cuda-installed cuda-check cuda-build \
+	stable-abi clean
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 	$(PYTEST)
@@ -52,6 +53,13 @@ gpu-check: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute
 gpu-check: $(VENV)/installed
 	BUILD=0 PYTHON=$(BIN)/python benchmarks/gpu_check.sh
 
+# The same from beginning to end on the pretend GPU of test-cuda, to see that it would; its numbers mean nothing.
+EVERYWHERE := $(CURDIR)/python_tests/pretend_gpu/everywhere
+gpu-rehearsal: cuda-installed
+	cd python_tests && ../$(CUDA)/bin/python -c "from pretend_gpu.build import build; build()"
+	PATH=$(EVERYWHERE):$$PATH PYTHONPATH=$(EVERYWHERE) PRETEND_ORDER=lazy PRETEND_DEVICE=cuda:0 OMP_NUM_THREADS=1 \
+		VTW_KERNELS_CUDART=shared ROWS=32 LIMIT=4800 PYTHON=$(CUDA)/bin/python benchmarks/gpu_check.sh build/gpu-rehearsal
+
 # A torch that this Python already has is used as it is.
 $(VENV)/bin/python:
 	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
@@ -80,11 +88,13 @@ cuda-check: $(VENV)/installed
 # downloads a few GB.
 CUDA := build/cuda
 CUDA_TORCH ?= torch==2.14.1
-test-cuda: $(CUDA)/torch
+test-cuda: cuda-installed
+	cd python_tests && ../$(CUDA)/bin/python -m pretend_gpu
+
+cuda-installed: $(CUDA)/torch
 	grep -Ev '^(torch|triton|cuda|nvidia)' constraints.txt >$(CUDA)/constraints.txt
 	VTW_KERNELS_BUILD_CUDA=1 VTW_KERNELS_CUDART=shared TORCH_CUDA_ARCH_LIST=9.0 $(CUDA)/bin/pip install --quiet \
 		--constraint $(CUDA)/constraints.txt --no-build-isolation ".[test]"
-	cd python_tests && ../$(CUDA)/bin/python -m pretend_gpu
 
 $(CUDA)/torch:
 	$(PYTHON) -m venv $(CUDA)

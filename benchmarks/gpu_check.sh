@@ -6,7 +6,8 @@
 #
 #     PYTHON    an interpreter with torch, triton and what the tests need; nothing is downloaded; python3
 #     BUILD     0 takes the vtw_kernels that PYTHON has; 1 builds this one, outside of FOLDER; 1
-#     LIMIT     seconds for everything; a step gets less time, or none, where little is left; 480
+#     LIMIT     seconds for everything; 480. With more, each step has more in proportion; where little is left, it has less,
+#               or none
 #     JOBS      tests at a time, where pytest-xdist is there; 8, or fewer if there are fewer cores
 #     TORCH_CUDA_ARCH_LIST   by default that of the card
 #
@@ -35,9 +36,10 @@ finish() {
 trap finish EXIT
 trap 'kill "$running"; printf "rest\tfailed\t\t\tstopped from outside\n" >>steps.tsv; finish' TERM INT
 
-# step NAME SECONDS COMMAND...: runs it under a time limit, with its output in NAME.log, and notes how it ended.
+# step NAME SECONDS COMMAND...: runs it under a time limit, SECONDS of 480, with its output in NAME.log, and notes how it
+# ended.
 step() {
-    local name=$1 seconds=$2 left=$((LIMIT - REPORT - SECONDS)) start=$SECONDS status
+    local name=$1 seconds=$((LIMIT > 480 ? $2 * LIMIT / 480 : $2)) left=$((LIMIT - REPORT - SECONDS)) start=$SECONDS status
     shift 2
     if [ "$left" -lt 10 ]; then skip "$name" "no time left"; return 1; fi
     [ "$seconds" -gt "$left" ] && seconds=$left

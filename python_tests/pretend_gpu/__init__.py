@@ -41,8 +41,10 @@ runtime = None
 
 
 def load() -> None:
-    """Takes CUDA's place in this process. To be called before anything imports torch."""
+    """Takes CUDA's place in this process. To be called before anything imports torch; a second call does nothing."""
     global runtime
+    if runtime is not None:
+        return
     assert "torch" not in sys.modules
     runtime, _ = (ctypes.CDLL(BUILD / name, ctypes.RTLD_GLOBAL) for name in ("libcudart.so.13", "libcuda.so.1"))
     runtime.pretend_run.argtypes = [ctypes.c_void_p] * 3
