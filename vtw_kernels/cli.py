@@ -3,10 +3,12 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vtw_kernels import __version__
+from vtw_kernels.extras import require
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print_info(backend_info())
         elif options.command == "check":
+            require("check", "search")
             from vtw_kernels.check import run as run_check
 
             return run_check(options)
@@ -263,20 +266,15 @@ def bench(options: argparse.Namespace) -> int:
 
 def print_model_info(name: str) -> None:
     """Raises OSError for a config that is not there, ValueError for a model that ``withdraw`` refuses."""
-    from rich.console import Console
-    from rich.table import Table
+    require("info --model", "transformers")
     from transformers import AutoConfig
 
     from vtw_kernels.integration.families import describe
 
-    table = Table("withdraw", "", title=name)
-    for key, value in describe(name).items():
-        table.add_row(key, value)
+    rows = dict(describe(name))
     stored = (getattr(AutoConfig.from_pretrained(name), "vtw", None) or {}).get("layer")
-    table.add_row(
-        "layer in its config", "none: pass one" if stored is None else f"{stored}, taken where none is passed"
-    )
-    Console().print(table)
+    rows["layer in its config"] = "none: pass one" if stored is None else f"{stored}, taken where none is passed"
+    print_table([f"withdraw in {name}", ""], rows.items())
 
 
 def report_on(result: Path, page: Path) -> None:
@@ -294,39 +292,38 @@ def report_on(result: Path, page: Path) -> None:
 
 def print_info(info: dict) -> None:
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
-    build = Table("build", "", title="vtw_kernels")
-    for name, value in info["build"].items():
-        shown = ", ".join(value) if isinstance(value, list) else value
-        build.add_row(name, str(shown or "none"))
-    build.add_row("VTW_KERNELS_BACKEND", info["forced"] or "not set")
-    console.print(build)
+    build = {
+        name: ", ".join(value) if isinstance(value, list) else str(value or "") for name, value in info["build"].items()
+    }
+    build["VTW_KERNELS_BACKEND"] = info["forced"] or "not set"
+    print_table(["build", ""], [(name, value or "none") for name, value in build.items()])
 
-    running = Table("runs here", "")
-    running.add_row("vtw_kernels", __version__)
-    running.add_row("torch", torch.__version__)
+    running = {"vtw_kernels": __version__, "torch": torch.__version__}
     for package in ("triton", "transformers"):
         try:
-            running.add_row(package, version(package))
+            running[package] = version(package)
         except PackageNotFoundError:
-            running.add_row(package, "not installed")
+            running[package] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    running.add_row("GPU", ", ".join(gpus) or "none that torch finds")
-    console.print(running)
-
-    backends = Table("backend", "")
-    for name, state in info["backends"].items():
-        backends.add_row(name, state)
-    console.print(backends)
+    running["GPU"] = ", ".join(gpus) or "none that torch finds"
+    print_table(["runs here", ""], running.items())
+    print_table(["backend", ""], info["backends"].items())
 
     devices = list(next(iter(info["ops"].values())))
-    ops = Table("op", *(f"on {device}" for device in devices))
-    for name, backend_of in info["ops"].items():
-        ops.add_row(name, *(backend_of[device] or "raises" for device in devices))
-    console.print(ops)
+    ops = [(name, *(of[device] or "raises" for device in devices)) for name, of in info["ops"].items()]
+    print_table(["op", *(f"on {device}" for device in devices)], ops)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """In plain text: whoever installed the ops alone has nothing that draws tables."""
+    rows = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for i, row in enumerate(rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        if i == 0:
+            print("  ".join("─" * width for width in widths).rstrip())
+    print()
 
 
 if __name__ == "__main__":

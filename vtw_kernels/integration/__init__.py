@@ -1,5 +1,9 @@
 """Visual tokens withdrawal in transformers."""
 
+from vtw_kernels.extras import require
+
+require("vtw_kernels.integration", "transformers")
+
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.policy_text import parse_policy
 from vtw_kernels.integration.verify import Verification, verify

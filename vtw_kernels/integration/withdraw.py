@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from vtw_kernels.integration import compat
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.integration.hooks import Hooks, generating
 from vtw_kernels.integration.policies import Policy, boundaries_of, chosen_layer, policies_of, saved_in_config
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 class withdraw(ContextDecorator):  # a context manager, named as a function is
@@ -80,7 +82,7 @@ class withdraw(ContextDecorator):  # a context manager, named as a function is
     def __exit__(self, *error: object) -> None:
         self._handle.remove()
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Decorated) -> Decorated:
         self._used = True
         return super().__call__(function)
 

@@ -10,6 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+
+from vtw_kernels.extras import require
+
+require("vtw_kernels.layer_search", "search")
+
 from tqdm import tqdm
 
 from vtw_kernels.integration.policies import Policy

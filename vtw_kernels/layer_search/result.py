@@ -60,8 +60,8 @@ class LayerSearch(Scored):
 
     @property
     def shown_layer(self) -> int:
-        """The layer to look at closely, which is the one that was chosen, else that with the lowest value; of NaN alone,
-        the last."""
+        """The layer to look at closely, which is the one that was chosen, else that with the lowest value; of NaN
+        alone, the last."""
         if self.layer is not None:
             return self.layer
         lowest = self.choose(min_saving=0)

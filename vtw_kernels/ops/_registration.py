@@ -215,7 +215,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 @cache
-def _of_one_level(function: type[torch.autograd.Function]) -> type[_SingleLevelFunction]:
+def _of_one_level(function: type[torch.autograd.Function]) -> Any:
     """The same for one transform, as torch.func itself makes it of each function."""
     both = {name: vars(function)[name] for name in ("forward", "backward")}
     return type(function.__name__, (_SingleLevelFunction,), both)

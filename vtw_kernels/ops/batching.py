@@ -20,10 +20,11 @@ def _batched_pair(p: Tensor, q: Tensor, p_dim: int | None, q_dim: int | None) ->
     pair = ((p, p_dim), (q, q_dim))
     rank = max(x.dim() - (dim is not None) for x, dim in pair)
     in_front = (x if dim is None else x.movedim(dim, 0) for x, dim in pair)
-    return tuple(
+    p, q = (
         x if dim is None else x.reshape(len(x), *[1] * (rank + 1 - x.dim()), *x.shape[1:])
         for x, (_, dim) in zip(in_front, pair)
     )
+    return p, q
 
 
 def _batched(x: Tensor, dim: int | None, batch: int) -> Tensor:

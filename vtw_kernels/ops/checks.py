@@ -120,7 +120,7 @@ def check_pages(caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, kee
     tokens = keep.shape[1]
     pages, slots = paged_sizes(caches[0], layout) if caches else (0, 1)
     users: dict[int, int] = {}
-    written = []
+    written: list[int] = []
     for length, row, kept in zip(seq_lens.tolist(), block_table.tolist(), keep):
         require(0 <= length <= tokens, op, "seq_lens", f"lengths in [0, {tokens}] of keep", length)
         if not caches:

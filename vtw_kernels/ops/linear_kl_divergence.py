@@ -2,7 +2,7 @@
 the states of the chunks merge. The backward makes the logits of each chunk again from the merged state."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,10 @@ def _backward(
     p, q = _Projection(p_hidden, p_weight, p_bias), _Projection(q_hidden, q_weight, q_bias)
     need_p, need_q = any(needs[:3]), any(needs[3:])
     dtypes = [_sum_dtype(p), None, None] * 2  # the gradient of a hidden is a sum over the chunks
-    grads = [x.new_zeros(x.shape, dtype=dtype) if need else None for x, dtype, need in zip((*p, *q), dtypes, needs)]
+    tensors: tuple[Any, ...] = *p, *q  # a bias that is None needs no gradient
+    grads: list[Any] = [
+        x.new_zeros(x.shape, dtype=dtype) if need else None for x, dtype, need in zip(tensors, dtypes, needs)
+    ]
     for entries in _chunks(p, q, chunk):
         slopes = OPS.kl_divergence_backward(
             grad_state, p.logits(entries), q.logits(entries), state, temperature, need_p, need_q

@@ -3,6 +3,8 @@
 Signatures are those of the schemas in ``csrc/ops.cpp``; semantics are in ``compaction.py`` and ``kl_divergence.py``.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -250,7 +252,7 @@ def _rounded_state(m_p: Tensor, z_p: Tensor, a: Tensor, m_q: Tensor, z_q: Tensor
     weight = torch.where(raises, (m_p - raised).exp(), 1.0)
     m_p, unit = torch.where(raises, raised, m_p), weight * UNIT
 
-    def within(x: Tensor, limit: Tensor | float) -> Tensor:  # what is finite stays finite
+    def within(x: Tensor, limit: Any) -> Tensor:  # what is finite stays finite; a limit is a number or a tensor
         return torch.where(x.isfinite(), x.clamp(-limit, limit), x)
 
     numbers = within(m_p, largest), z_p * weight, within(a, largest / unit) * unit, within(m_q, largest), z_q
