@@ -120,7 +120,16 @@ if cuda_home:
     # The static runtime, so that the extension also loads where no libcudart is installed.
     link["libraries"] += ["cudart_static" if cudart == "static" else "cudart", "rt", "dl", "pthread"]
     link["library_dirs"] += [str(path.parent) for path in cuda_home.glob("**/libcudart_static.a")]
-print(f"vtw_kernels: torch {torch.__version__}, CUDA {cuda_home or 'not built'}", file=sys.stderr)
+# pip shows it with -v.
+print(
+    f"vtw_kernels: building {len(sources)} files with torch {torch.__version__}, "
+    + (
+        f"CUDA {cuda_home} for {os.environ['TORCH_CUDA_ARCH_LIST']}: some three minutes of one core"
+        if cuda_home
+        else "without CUDA: some half a minute of one core"
+    ),
+    file=sys.stderr,
+)
 
 setup(
     # The benchmarks come along, for `vtw-kernels bench`.

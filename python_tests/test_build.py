@@ -185,9 +185,7 @@ def test_without_the_weights_of_the_demo(tmp_path):
     """A wheel has none."""
     ignored = shutil.ignore_patterns("__pycache__", "assets*")
     shutil.copytree(ROOT / "vtw_kernels", tmp_path / "vtw_kernels", ignore=ignored)
-    code = (
-        "import vtw_kernels; print(vtw_kernels.__file__); from vtw_kernels.cli import main; sys.exit(main(['demo']))"
-    )
+    code = "import vtw_kernels; print(vtw_kernels.__file__); from vtw_kernels.cli import main; sys.exit(main(['demo']))"
     result = run_python(f"import sys; {code}", cwd=tmp_path)
     assert result.stdout.strip() == str(tmp_path / "vtw_kernels/__init__.py") and result.returncode == 1
     assert "vtw-kernels: vtw_kernels.demo needs the weights of its models" in result.stderr
