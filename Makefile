@@ -17,7 +17,7 @@ INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_sear
 
 .PHONY: demo test test-cuda test-newest upgrade bench gpu-check gpu-rehearsal cuda-installed cuda-check cuda-build \
 	stable-abi clean
-.PHONY: lint format docs figures wheels
+.PHONY: lint format docs figures wheels test-lmms-eval
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 	$(PYTEST)
@@ -57,6 +57,19 @@ wheels: $(VENV)/installed
 	cd $(CLEAN) && bin/vtw-kernels info
 	$(CLEAN)/bin/pip install --quiet --constraint constraints.txt "$$(ls dist/vtw_kernels-*.whl)[search]" dist/vtw_kernels_demo-*.whl
 	cd $(CLEAN) && bin/vtw-kernels check && bin/vtw-kernels demo
+	rm -rf *.egg-info demo/build demo/*.egg-info
+
+# The model of lmms-eval, which wants older releases of some packages, on a task about local files. Downloads a few GB.
+LMMS := build/lmms-eval
+test-lmms-eval: $(LMMS)/installed
+	$(LMMS)/bin/python -m pytest python_tests/lmms_eval_digits.py
+
+$(LMMS)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/pip install --quiet --constraint constraints.txt torch setuptools pybind11 ninja
+	$(LMMS)/bin/pip install --quiet --no-build-isolation ".[test]"
+	$(LMMS)/bin/pip install --quiet lmms-eval "filelock<4"
+	touch $@
 
 # The integration with the newest transformers and torch, whatever constraints.txt says. Downloads a few GB.
 NEWEST := build/newest

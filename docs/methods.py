@@ -64,7 +64,7 @@ def measure(name: str) -> tuple[str, dict[str, str]]:
         plain = first if plain is None else plain
         kl = F.kl_div(plain, first, log_target=True, reduction="batchmean").item()
         left = kv_bytes(model, test[0], policy) / plain_bytes
-        cells[method] = f"{accuracy(answers, test)['all']:.1%}, {abs(kl):.2g}, {left:.0%}"
+        cells[method] = f"{accuracy(answers, test)['all']:.1%}<br>KL {abs(kl):.2g}<br>cache {left:.0%}"
         print(name, method, cells[method], sep=": ", flush=True)
     return f"{name}, K = {layer} of {layers}", cells
 
