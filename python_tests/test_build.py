@@ -195,6 +195,9 @@ def test_without_the_weights_of_the_demo(tmp_path):
 def test_version_and_names():
     assert vtw.__version__ == version("vtw_kernels")
     assert {"withdraw", "find_layer", "compact", "__version__"} <= set(dir(vtw))
+    assert all(callable(getattr(vtw, name)) for name in vtw.__all__)
+    used = set(re.findall(r"vtw\.(\w+)", (ROOT / "python_tests/typed_use.py").read_text()))
+    assert set(vtw.__all__) <= used, "a public name whose types are not looked at"
     result = subprocess.run([sys.executable, "-m", "vtw_kernels", "--version"], capture_output=True, text=True)
     assert result.stdout.strip() == f"vtw-kernels {vtw.__version__}"
 

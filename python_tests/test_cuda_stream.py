@@ -1,5 +1,5 @@
-"""Where the extension gets torch's current stream from (csrc/cuda/stream.h), with pretended CUDA libraries of torch in place of
-the true one. Needs nvcc, and no GPU."""
+"""Where the extension gets torch's current stream from (csrc/cuda/stream.h), with pretended CUDA libraries of torch in
+place of the true one. Needs nvcc, and no GPU."""
 
 import subprocess
 import sys

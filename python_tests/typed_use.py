@@ -42,6 +42,9 @@ def of_models(model: nn.Module, batch: dict[str, Tensor]) -> None:
     assert_type(search.choose(max_kl=0.1), int | None)
     assert_type(search.interval(), tuple[Tensor, Tensor])
     assert_type(vtw.LayerSearch.load("vtw.json").kl, Tensor)
+    comparison = vtw.compare(model, [batch], {"at 3": vtw.Withdraw(3), "fewer": vtw.parse_policy("random:2:0.5")})
+    assert_type(comparison, vtw.Comparison)
+    assert_type(comparison.choose(max_kl=0.1), str | None)
     assert_type(vtw.verify(model, batch, layer=16), vtw.Verification)
     vtw.find_layer(model, [batch], treshold=0.01)  # type: ignore[call-arg]
 

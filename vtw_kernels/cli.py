@@ -133,16 +133,17 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser(
         "compare",
         help="compare policies, who leaves when, on your own data",
-        description="Compares policies by how much they change the next tokens, and by what they save. A comparison that was "
-        "stopped goes on when the same command is run again. Under torchrun, or accelerate launch, ranks share the records.",
+        description="Compares policies by how much they change the next tokens, and by what they save. A comparison "
+        "that was stopped goes on when the same command is run again. Under torchrun, or accelerate launch, ranks "
+        "share the records.",
     )
     compare.add_argument(
         "--policy",
         action="append",
         required=True,
-        help="given several times: layer=16, top-attention:LAYER:KEEP or random:LAYER:KEEP[:SEED], where KEEP is a share "
-        "with a point, as 0.5, or a number of rows; several of them with + between, which act together; or a file that "
-        "withdraw takes, ending in .json or .safetensors",
+        help="given several times: layer=16, top-attention:LAYER:KEEP or random:LAYER:KEEP[:SEED], where KEEP is a "
+        "share with a point, as 0.5, or a number of rows; several of them with + between, which act together; or a "
+        "file that withdraw takes, ending in .json or .safetensors",
     )
     add_records(compare, Path("comparison.json"))
     add_criterion(compare.add_argument_group("what is compared"))
@@ -155,10 +156,10 @@ def add_records(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a video "
-        "as a list; answer, if you like; group, or task, by which tables and plots are split. In place of question and "
-        "answer, messages as OpenAI has them or conversations as LLaVA has them. Or the id of a data set with such columns, "
-        "which needs the package datasets",
+        help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a "
+        "video as a list; answer, if you like; group, or task, by which tables and plots are split. In place of "
+        "question and answer, messages as OpenAI has them or conversations as LLaVA has them. Or the id of a data set "
+        "with such columns, which needs the package datasets",
     )
     parser.add_argument("--images", type=Path, help="folder that images and videos are in (default: that of the data)")
     parser.add_argument("--subset", help="of a data set")

@@ -40,8 +40,8 @@ def prepare(
 
 
 def padded_left(inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The same inputs and visual tokens, bool ``[B, S]``, with padding on the left, as ``generate`` wants it. Those without
-    padding on the right are not touched.
+    """The same inputs and visual tokens, bool ``[B, S]``, with padding on the left, as ``generate`` wants it. Those
+    without padding on the right are not touched.
 
     Raises:
         ValueError: inputs in which tokens can't be moved.

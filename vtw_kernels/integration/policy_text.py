@@ -15,9 +15,9 @@ def parse_policy(text: str) -> Chosen | Path:
         policy = FILE | step {"+" step}
         step   = "layer=" LAYER | "top-attention:" LAYER ":" KEEP | "random:" LAYER ":" KEEP [":" SEED]
 
-    LAYER and SEED are numbers. KEEP is a share with a point, as ``0.5`` or ``1.0``, or a number of rows, as ``64``. Steps
-    with a plus between them are a list of policies, as ``top-attention:8:0.5+top-attention:16:0.5+layer=24``. FILE ends in
-    .json or .safetensors: what ``LayerSearch.save`` wrote, or another file that ``withdraw`` takes.
+    LAYER and SEED are numbers. KEEP is a share with a point, as ``0.5`` or ``1.0``, or a number of rows, as ``64``.
+    Steps with a plus between them are a list of policies, as ``top-attention:8:0.5+top-attention:16:0.5+layer=24``.
+    FILE ends in .json or .safetensors: what ``LayerSearch.save`` wrote, or another file that ``withdraw`` takes.
 
     Raises:
         ValueError: something else, or a file that is not there.

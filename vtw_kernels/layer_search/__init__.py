@@ -1,5 +1,5 @@
-"""The search for the withdrawal layer: the first at which withdrawing changes the next tokens' distribution by little; and
-the comparison of any policies, by that and by what they cost.
+"""The search for the withdrawal layer: the first at which withdrawing changes the next tokens' distribution by little;
+and the comparison of any policies, by that and by what they cost.
 
 The criterion is that of VTW (arXiv 2405.05803, section 3.3): the mean over samples of KL(withdrawn‖full) at the last
 position, and the first layer at or below a threshold. More positions, other divergences and statistics are for choice.
@@ -119,10 +119,11 @@ def compare(
 
     Args:
         model, batches, metric, statistic, positions, groups, decoder, progress: as for ``find_layer``. Where an answer
-            counts, each policy reads the prompt alone before it, as in ``generate``; it has to follow all visual tokens.
-        policies: what ``withdraw`` takes: a layer, a policy, a list of policies that act together, the path of a file; or a
-            text as ``parse_policy`` takes it. By name, or else the name is this text, or the policy's ``repr``. Several
-            layers are scored in one run, as ``find_layer`` scores them.
+            counts, each policy reads the prompt alone before it, as in ``generate``; it has to follow all visual
+            tokens.
+        policies: what ``withdraw`` takes: a layer, a policy, a list of policies that act together, the path of a file;
+            or a text as ``parse_policy`` takes it. By name, or else the name is this text, or the policy's ``repr``.
+            Several layers are scored in one run, as ``find_layer`` scores them.
         costed: on how many of the batches, the first, operations, bytes of the cache and seconds are measured
             (``measure_policies``); 0 for none.
 
@@ -130,7 +131,8 @@ def compare(
         A ``Comparison``, which draws the Pareto front and chooses.
 
     Raises:
-        TypeError, ValueError: what ``find_layer`` raises; no policies, two of one name, or what ``withdraw`` does not take.
+        TypeError, ValueError: what ``find_layer`` raises; no policies, two of one name, or what ``withdraw`` does not
+            take.
     """
     named = named_policies(policies)
     check_among("metric", metric, METRICS)

@@ -27,13 +27,13 @@ class Comparison(Scored):
     """What a comparison found, of ``N`` samples and ``C`` policies.
 
     policies: their names; those of this package's as ``parse_policy`` takes them. per_sample: fp32 ``[N, C]``,
-    KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn), both the mean over the positions of a sample;
-    disagreement: fp32 ``[N, C]``, the share of positions where the most likely token is another one. rows_saved: fp32
-    ``[N, C]``, of all rows of a prompt in all layers, the share that is not computed, which is that of the KV cache.
-    tokens, visual_tokens: int64 ``[N]``, of the prompts. num_layers: decoder layers of the model. positions: which
-    predictions count, as ``compare`` takes it. metric, statistic: what policies are chosen by. groups: of each sample the
-    kind of task that it is of, or None. costs: what was measured of some samples, if it was. settings: what else
-    reproduces the comparison.
+    KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn), both the mean over the positions of a
+    sample; disagreement: fp32 ``[N, C]``, the share of positions where the most likely token is another one.
+    rows_saved: fp32 ``[N, C]``, of all rows of a prompt in all layers, the share that is not computed, which is that of
+    the KV cache. tokens, visual_tokens: int64 ``[N]``, of the prompts. num_layers: decoder layers of the model.
+    positions: which predictions count, as ``compare`` takes it. metric, statistic: what policies are chosen by. groups:
+    of each sample the kind of task that it is of, or None. costs: what was measured of some samples, if it was.
+    settings: what else reproduces the comparison.
 
     A NaN is no value to choose by.
     """
@@ -101,7 +101,8 @@ class Comparison(Scored):
             cost: what is saved: "rows", "flops", "kv_bytes", "prefill" or "decode"; as ``saving``.
 
         Returns:
-            The name of a policy, which ``parse_policy`` takes if it is one of this package; or None where none qualifies.
+            The name of a policy, which ``parse_policy`` takes if it is one of this package; or None where none
+            qualifies.
 
         Raises:
             ValueError: neither limit is given, one is out of range, or the cost was not measured.
@@ -135,8 +136,8 @@ class Comparison(Scored):
         return list(SAVED) if self.costs is not None else ["rows"]
 
     def table(self) -> str:
-        """One line per policy, and which ones are on the Pareto front of value and rows saved; Markdown. With groups, the
-        same for each of them."""
+        """One line per policy, and which ones are on the Pareto front of value and rows saved; Markdown. With groups,
+        the same for each of them."""
         parts = [markdown(self.columns()), self.verdict()]
         for group, part in self.by_group().items():
             parts += [f"{group}:", markdown(part.columns()), part.verdict()]

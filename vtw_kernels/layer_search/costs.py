@@ -57,13 +57,13 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class PolicyCosts:
-    """Costs of a batch, the mean of so many ``batches``, under each of ``policies`` and, last in each list, of the model as
-    it is.
+    """Costs of a batch, the mean of so many ``batches``, under each of ``policies`` and, last in each list, of the
+    model as it is.
 
-    tokens, visual_tokens: of all these batches together, without padding. flops: floating point operations of the decoder
-    layers in a prefill. kv_bytes: of the cache after it. prefill_seconds: of a whole prefill, the median of some runs, as
-    measured on ``device``; decode_seconds: of one token more after it. prefill_iqr, decode_iqr: how far the runs spread:
-    their interquartile range.
+    tokens, visual_tokens: of all these batches together, without padding. flops: floating point operations of the
+    decoder layers in a prefill. kv_bytes: of the cache after it. prefill_seconds: of a whole prefill, the median of
+    some runs, as measured on ``device``; decode_seconds: of one token more after it. prefill_iqr, decode_iqr: how far
+    the runs spread: their interquartile range.
     """
 
     policies: list[str]
@@ -177,10 +177,10 @@ def measure_policies(
 ) -> PolicyCosts:
     """What batches cost under each policy, and with the model as it is.
 
-    Floating point operations and bytes of the cache are counted as ``measure_costs`` does; what a policy itself computes to
-    decide is not among the operations, but it is in the seconds. These are of ``repeats`` runs that take turns, after one to
-    warm up: of a forward, vision tower and logits included, and of the steps of ``generate``, greedy and eight tokens, a
-    step's median.
+    Floating point operations and bytes of the cache are counted as ``measure_costs`` does; what a policy itself
+    computes to decide is not among the operations, but it is in the seconds. These are of ``repeats`` runs that take
+    turns, after one to warm up: of a forward, vision tower and logits included, and of the steps of ``generate``,
+    greedy and eight tokens, a step's median.
 
     Args:
         model, decoder: as for ``withdraw``.

@@ -26,9 +26,9 @@ SHOWN = 8  # samples in a report, and those whose attention it shows
 class Job:
     """What is found out about records.
 
-    name: as messages have it. result: what is made of their scores. fields: the names of these, as a scorer returns them.
-    measured: fields of the result that are measured afterwards, on some records. write_report: writes the page about it.
-    """
+    name: as messages have it. result: what is made of their scores. fields: the names of these, as a scorer returns
+    them. measured: fields of the result that are measured afterwards, on some records. write_report: writes the page
+    about it."""
 
     name: ClassVar[str]
     result: ClassVar[type[Scored]]
@@ -99,8 +99,8 @@ class SearchJob(Job):
         return super().make(of_model, scores, threshold=self.options.threshold, **further)
 
     def choose_records(self, result: LayerSearch) -> dict[str, list[str]]:
-        """For costs one of median length; for attention some that are spread over all; the worst at the chosen layer, or at
-        the one with the lowest value."""
+        """For costs one of median length; for attention some that are spread over all; the worst at the chosen layer,
+        or at the one with the lowest value."""
         names = list(result.settings["records"])
         values = result.by_sample()[:, result.candidates.index(result.shown_layer)]
         typical = result.tokens.argsort(stable=True)[len(names) // 2]

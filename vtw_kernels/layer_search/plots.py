@@ -1,4 +1,5 @@
-"""The figures of a search and of a comparison, each drawn into axes of matplotlib. Colours are those of Okabe and Ito."""
+"""The figures of a search and of a comparison, each drawn into axes of matplotlib. Colours are those of Okabe and
+Ito."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -77,8 +78,8 @@ def draw_choices(
 ) -> None:
     """The chosen layer as a function of the threshold.
 
-    ``choices``: by threshold the chosen layer, and the first and the last one that other samples might choose; ``total``
-    stands for none. ``threshold``: the one that was set. ``groups``: the chosen layers of each.
+    ``choices``: by threshold the chosen layer, and the first and the last one that other samples might choose;
+    ``total`` stands for none. ``threshold``: the one that was set. ``groups``: the chosen layers of each.
     """
     chosen, first, last = zip(*choices)
     axes.fill_between(thresholds, first, last, step="mid", alpha=0.35, color=BLUE, lw=0, label="95 % interval")
@@ -95,8 +96,8 @@ def draw_choices(
 def draw_front(
     axes: Axes, policies: Sequence[str], scores: Scored, saved: Tensor, front: Sequence[str], what: str
 ) -> None:
-    """The value of each policy over the share that it saves of ``what``, fp32 ``[C]``; the Pareto front as a line, and the
-    names of those on it."""
+    """The value of each policy over the share that it saves of ``what``, fp32 ``[C]``; the Pareto front as a line, and
+    the names of those on it."""
     floor = _floor(scores)
     values, saved = scores.values().clamp(min=floor).tolist(), saved.tolist()
     place = dict(zip(policies, zip(saved, values)))

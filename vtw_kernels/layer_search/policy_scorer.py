@@ -1,8 +1,8 @@
 """What policies do to the model's next tokens: each runs as ``withdraw`` would run it, beside the model as it is.
 
-Layers alone are scored all in one run, as a search does. A policy decides when the prompt is read, before there is an answer:
-so where an answer counts, it is asked about the prompt alone, and what it said is done again with the answer behind.
-"""
+Layers alone are scored all in one run, as a search does. A policy decides when the prompt is read, before there is an
+answer: so where an answer counts, it is asked about the prompt alone, and what it said is done again with the answer
+behind."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,8 +32,8 @@ from vtw_kernels.layer_search.scorer import (
 class PolicyScores(NamedTuple):
     """Of ``B`` samples and ``C`` policies, on the CPU.
 
-    kl, reverse_kl, disagreement, tokens, visual_tokens: as ``Scores``, the latter two of the prompts alone. rows_saved: fp32
-    ``[B, C]``, the share of the prompt's rows in all layers that are not computed.
+    kl, reverse_kl, disagreement, tokens, visual_tokens: as ``Scores``, the latter two of the prompts alone. rows_saved:
+    fp32 ``[B, C]``, the share of the prompt's rows in all layers that are not computed.
     """
 
     kl: Tensor
@@ -158,9 +158,9 @@ class PolicyScorer:
 class Reading:
     """How questions are read: prompts that end in one column if answers come behind them.
 
-    inputs: keyword arguments of the model's forward. visual, predicting: bool ``[B, S]``, as of ``Questions``. columns: of
-    the prompts. has_answers: whether there is anything behind them. prompt, prompt_visual: inputs and visual tokens of the
-    prompts alone.
+    inputs: keyword arguments of the model's forward. visual, predicting: bool ``[B, S]``, as of ``Questions``. columns:
+    of the prompts. has_answers: whether there is anything behind them. prompt, prompt_visual: inputs and visual tokens
+    of the prompts alone.
     """
 
     def __init__(self, questions: Questions):
@@ -171,8 +171,8 @@ class Reading:
         self.has_answers = bool(answers.any())
         if (early := (answers & self.visual).any(1)).any():
             raise ValueError(
-                "labels: expected those of an answer behind all visual tokens, as policies decide before it, got some in "
-                f"front of one in row {early.nonzero()[0].item()}"
+                "labels: expected those of an answer behind all visual tokens, as policies decide before it, got some "
+                f"in front of one in row {early.nonzero()[0].item()}"
             )
         if self.has_answers and not first.eq(first[0]).all():
             tensors = self.inputs | {"visual_mask": self.visual, "predicting": self.predicting}

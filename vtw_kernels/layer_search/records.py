@@ -38,8 +38,8 @@ class BadRecord(ValueError):
 class Record(NamedTuple):
     """A question. name: where it is from, as "photos.jsonl:3". chat: what was said up to the question, with it, as chat
     templates take it: text, and places for images and videos. images: in the order of their places, files, what is in a
-    file, or PIL images of a data set. videos: likewise, files, or lists of the files of their frames. group: the kind of
-    task that it is of."""
+    file, or PIL images of a data set. videos: likewise, files, or lists of the files of their frames. group: the kind
+    of task that it is of."""
 
     name: str
     chat: list[dict[str, Any]]

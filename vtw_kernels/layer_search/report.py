@@ -1,4 +1,5 @@
-"""The reports of a layer search and of a comparison: one HTML file that needs nothing else, and its figures beside it."""
+"""The reports of a layer search and of a comparison: one HTML file that needs nothing else, and its figures beside
+it."""
 
 import base64
 import io
@@ -111,7 +112,8 @@ def write_report(
 def write_comparison(
     path: str | Path, comparison: Comparison, *, samples: Sequence[Sample] = (), command: str = ""
 ) -> None:
-    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside it.
+    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
+    it.
 
     It shows the value of each policy over what it saves, with the Pareto fronts, of all samples and of each group; all
     numbers; and of ``samples``, the dozen that are hurt most under any policy.
@@ -126,10 +128,11 @@ def write_comparison(
     _check_samples(comparison, samples)
     values, costs = comparison.by_sample().nan_to_num(nan=torch.inf), comparison.costs
     said = "" if costs is None else (
-        f"Time, operations and bytes are those of {costs.batches} samples, {costs.tokens} tokens with {costs.visual_tokens} "
-        f"visual ones among them, on {costs.device}. Of the model as it is, one takes {_flops(costs.flops[-1])}, "
-        f"{_bytes(costs.kv_bytes[-1])}, {_seconds(costs.prefill_seconds[-1])} of prefill (interquartile range "
-        f"{_seconds(costs.prefill_iqr[-1])}) and {_seconds(costs.decode_seconds[-1])} a token ({_seconds(costs.decode_iqr[-1])})."
+        f"Time, operations and bytes are those of {costs.batches} samples, {costs.tokens} tokens with "
+        f"{costs.visual_tokens} visual ones among them, on {costs.device}. Of the model as it is, one takes "
+        f"{_flops(costs.flops[-1])}, {_bytes(costs.kv_bytes[-1])}, {_seconds(costs.prefill_seconds[-1])} of prefill "
+        f"(interquartile range {_seconds(costs.prefill_iqr[-1])}) and {_seconds(costs.decode_seconds[-1])} a token "
+        f"({_seconds(costs.decode_iqr[-1])})."
     )  # fmt: skip
     _write(
         Path(path),
@@ -211,8 +214,8 @@ def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
         (
             "divergence",
             "How much the prediction changes",
-            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a layer. The "
-            "first layer at or below the threshold is chosen.",
+            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a layer. "
+            "The first layer at or below the threshold is chosen.",
             lambda axes: draw_values(axes, layers, search, search.threshold),
         ),
         (
@@ -224,8 +227,8 @@ def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
         (
             "choice",
             "Which layer another threshold chooses",
-            "The first layer whose value is at or below the threshold, and between which layers it lies if other samples of "
-            "the same kind are drawn (95 %).",
+            "The first layer whose value is at or below the threshold, and between which layers it lies if other "
+            "samples of the same kind are drawn (95 %).",
             lambda axes: draw_choices(
                 axes,
                 layers,
@@ -348,7 +351,8 @@ def _savings(search: LayerSearch) -> list[tuple[str, str, str]]:
 
 
 def _worst(values: Tensor, samples: Sequence[Sample]) -> list[tuple[int, float]]:
-    """Rows of the samples to show, or of any where none are given, and their values ``[N]``, of which the largest come first."""
+    """Rows of the samples to show, or of any where none are given, and their values ``[N]``, of which the largest come
+    first."""
     given = [sample.index for sample in samples] or range(len(values))
     # NaN is worse than anything.
     order = sorted(given, key=lambda row: values[row].nan_to_num(nan=torch.inf).item(), reverse=True)

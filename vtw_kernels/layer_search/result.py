@@ -18,12 +18,13 @@ class LayerSearch(Scored):
     """What a search found, of ``N`` samples and ``C`` candidates.
 
     candidates: the layers that were tried, ascending. num_layers: decoder layers of the model; withdrawing there is not
-    withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn),
-    both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most
-    likely token is another one. positions: which those are, as ``find_layer`` takes it. tokens, visual_tokens: int64
-    ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be chosen. costs: what was measured
-    of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it, likewise. groups: of each
-    sample the kind of task that it is of, or None. settings: what else reproduces the search.
+    withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse,
+    KL(full‖withdrawn), both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of
+    positions where the most likely token is another one. positions: which those are, as ``find_layer`` takes it.
+    tokens, visual_tokens: int64 ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be
+    chosen. costs: what was measured of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass``
+    returns it, likewise. groups: of each sample the kind of task that it is of, or None. settings: what else reproduces
+    the search.
 
     A NaN is never at or below a threshold, nor the lowest value.
     """
@@ -76,8 +77,8 @@ class LayerSearch(Scored):
 
     def plausible_layers(self, level: float = 0.95, threshold: float | None = None) -> tuple[int, int]:
         """The first and the last layer that this search would choose from other samples of the same kind, each side
-        at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none. Of
-        few samples, as in ``interval``, any. ``threshold``: another one than that of the search."""
+        at a level of confidence: the choice is made anew for every bootstrap resample. ``num_layers`` stands for none.
+        Of few samples, as in ``interval``, any. ``threshold``: another one than that of the search."""
         if len(self.per_sample) < fewest_samples(level):
             return self.candidates[0], self.num_layers
         below = self._resampled <= (self.threshold if threshold is None else threshold)
@@ -124,8 +125,8 @@ class LayerSearch(Scored):
         return self.table()
 
     def columns(self) -> dict[str, list[str]]:
-        """The numbers of all candidates for people to read, by headings; the first is that of the choice. Each group has a
-        column of its own with the same number of its samples."""
+        """The numbers of all candidates for people to read, by headings; the first is that of the choice. Each group
+        has a column of its own with the same number of its samples."""
         groups = {f"{group}: {len(part.tokens)} samples": part.shown() for group, part in self.by_group().items()}
         saved = {"rows saved": [f"{x:.0%}" for x in self.saving.tolist()]}
         return {"layer": [str(layer) for layer in self.candidates]} | self.value_columns() | groups | saved

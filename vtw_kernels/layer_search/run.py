@@ -1,5 +1,5 @@
-"""``vtw-kernels search`` and ``compare``: from records on disk to a result, in one process or many, stopped and resumed at
-will. What the two do with the records, each in its own way, is their ``Job``."""
+"""``vtw-kernels search`` and ``compare``: from records on disk to a result, in one process or many, stopped and resumed
+at will. What the two do with the records, each in its own way, is their ``Job``."""
 
 import dataclasses
 import hashlib
@@ -397,8 +397,8 @@ def load_model(options: Namespace, device: torch.device) -> nn.Module:
 def find_earlier(
     options: Namespace, job: Job, records: Records, settings: dict[str, Any], state: State
 ) -> tuple[Scored | None, dict[str, tuple[str, str | None]]]:
-    """What an earlier run has found, if there is a result; and if that or lines of state may have scores of the records,
-    their digests and groups by name.
+    """What an earlier run has found, if there is a result; and if that or lines of state may have scores of the
+    records, their digests and groups by name.
 
     Raises:
         ValueError: the result is of other settings, or complete and of records that are not asked for now.
@@ -412,8 +412,8 @@ def find_earlier(
             changed = "it does not say of which records it is"
         if changed:
             raise ValueError(
-                f"out: expected a new file or an earlier result of this {job.name}, got {options.out}, which is of another "
-                f"one: {changed} (--restart discards it)"
+                f"out: expected a new file or an earlier result of this {job.name}, got {options.out}, which is of "
+                f"another one: {changed} (--restart discards it)"
             )
     if earlier is None and not state.folder.is_dir():
         return None, {}
@@ -422,9 +422,9 @@ def find_earlier(
         asked = {digest for digest, _ in known.values()}
         if lost := [name for name, digest in earlier.settings["records"].items() if digest not in asked]:
             raise ValueError(
-                f"out: expected a new file or an earlier result of this {job.name}, got {options.out}, which is also of "
-                f"{len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart discards "
-                "it)"
+                f"out: expected a new file or an earlier result of this {job.name}, got {options.out}, which is also "
+                f"of {len(lost)} records that are no longer asked for, or have changed: {listed(lost)} (--restart "
+                "discards it)"
             )
     return earlier, known
 

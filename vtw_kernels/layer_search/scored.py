@@ -26,11 +26,11 @@ NO_GROUP = "none"  # what records are in that have none, where others have one
 class Scored:
     """Scores of ``N`` samples in ``C`` columns. What inherits from it is a dataclass with fields of these names:
 
-    per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn), both the mean over
-    the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most likely token is another
-    one. tokens, visual_tokens: int64 ``[N]``. metric, statistic: what is looked at first. groups: of each sample the kind of
-    task that it is of, or None. costs: what was measured beside. settings: what else reproduces the scores.
-    """
+    per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn), both the mean
+    over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most likely token is
+    another one. tokens, visual_tokens: int64 ``[N]``. metric, statistic: what is looked at first. groups: of each
+    sample the kind of task that it is of, or None. costs: what was measured beside. settings: what else reproduces the
+    scores."""
 
     # Of a class: which of its fields are tensors with a row for each sample, which are other tensors, and of what type
     # its costs are.
@@ -89,8 +89,8 @@ class Scored:
         return f"{STATISTICS[self.statistic]} of {METRICS[self.metric]}"
 
     def by_group(self) -> dict[str, Self]:
-        """The same of the samples of each group, in the order in which groups come; empty without groups. Costs, measured on
-        samples of any of them, are left out."""
+        """The same of the samples of each group, in the order in which groups come; empty without groups. Costs,
+        measured on samples of any of them, are left out."""
         parts = {}
         for group in dict.fromkeys(self.groups or ()):
             rows = torch.tensor([i for i, own in enumerate(self.groups) if own == group])

@@ -53,9 +53,9 @@ class Scores(NamedTuple):
 class Questions(NamedTuple):
     """A batch as it is scored.
 
-    inputs: keyword arguments of the model's forward, with the answers. attended, visual, predicting: bool ``[B, S]``, which
-    tokens are no padding, which of them are visual, and which rows predict what counts. prompt: tokens before the model's
-    own answers, which begin in one column.
+    inputs: keyword arguments of the model's forward, with the answers. attended, visual, predicting: bool ``[B, S]``,
+    which tokens are no padding, which of them are visual, and which rows predict what counts. prompt: tokens before the
+    model's own answers, which begin in one column.
     """
 
     inputs: dict[str, Any]
@@ -326,7 +326,8 @@ def _score_group(
 
 
 def compare_logits(withdrawn: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU, of ``[C, P, V]`` and ``[P, V]``."""
+    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU, of ``[C, P, V]`` and ``[P,
+    V]``."""
     differ = (withdrawn.argmax(-1) != full.argmax(-1)).float()
     return kl_divergence(withdrawn, full).cpu(), kl_divergence(full, withdrawn).cpu(), differ.cpu()
 
@@ -453,7 +454,8 @@ class _Continuations:
 
 
 def check_later_tokens(mask: Any, prompt: int, tokens: int) -> None:
-    """Raises ValueError where a mask of transformers lets an answer, after ``prompt`` of the ``tokens``, see what follows."""
+    """Raises ValueError where a mask of transformers lets an answer, after ``prompt`` of the ``tokens``, see what
+    follows."""
     if prompt < tokens and _visible(mask, slice(prompt - 1, tokens), slice(prompt, tokens)).triu(1).any():
         raise ValueError(
             "positions: expected a model whose answers see no later tokens, as with a prefix of them they do; "
