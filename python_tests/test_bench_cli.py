@@ -12,7 +12,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from vtw_kernels import bench, cli
+from vtw_kernels import bench, cli, extras
 
 QUICK = ["--", "--benchmark-max-time", "0.01", "--benchmark-min-rounds", "3"]
 
@@ -259,7 +259,7 @@ def test_bad_files(tmp_path, capsys):
 
 
 def test_without_pytest_benchmark(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "pytest_benchmark" else True)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "pytest_benchmark" else True)
     assert cli.main(["bench"]) == 1
     assert "bench needs pytest-benchmark, which is not installed; run: pip install 'vtw_kernels[bench]'" in (
         capsys.readouterr().err

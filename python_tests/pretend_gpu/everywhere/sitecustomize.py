@@ -1,4 +1,5 @@
-"""With this folder on PYTHONPATH, and PRETEND_ORDER set, each Python process is on the pretend GPU from its start on."""
+"""With this folder on PYTHONPATH, and PRETEND_ORDER set, each Python process is on the pretend GPU from its start
+on."""
 
 import sys
 from pathlib import Path
