@@ -4,6 +4,7 @@ rows and the others on the text alone, with nothing between them."""
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import pytest
@@ -106,37 +107,45 @@ def bytes_of(cache: DynamicCache) -> int:
 @pytest.mark.parametrize("part", ["quarter", "half", "three quarters"])
 @torch.inference_mode()
 def test_prefill(benchmark, decoder, embeds, part, peer, visual, device, model_shape, text_of, title):
-    """Rounds of vtw_kernels take turns with the ideal, as a machine's speed drifts by more than they differ."""
     layer = layer_of(decoder, part)
     tokens = f"{model_shape.visual} visual and {model_shape.text} text tokens"
     benchmark.group = f"prefill of {tokens}, withdrawn before layer {layer}{title}"
     arguments = (decoder, embeds, layer, text_of, *prepared(decoder, embeds, 0, text_of))
-    handles, caches, ideal = [], [], []
+    apply = partial(vtw.apply, decoder, layer, visual_mask=visual) if peer == "vtw_kernels" else None
+    measure_prefill(benchmark, partial(PEERS[peer], *arguments), partial(run_ideal, *arguments), apply, device)
+
+
+def measure_prefill(
+    benchmark, peer: Callable, ideal: Callable, apply: Callable | None, device: torch.device | str
+) -> None:
+    """Times ``peer``, which is given a cache, under what ``apply`` puts into effect, if anything: then its rounds take
+    turns with the ideal, as a machine's speed drifts by more than they differ."""
+    handles, caches, ideals, device = [], [], [], torch.device(device)
 
     def setup():
         caches[:] = [DynamicCache()]
-        if peer == "vtw_kernels":
+        if apply is not None:
             for handle in handles:
                 handle.remove()
-            ideal.append(timeit(lambda: run_ideal(*arguments, DynamicCache()), embeds.device))
-            handles[:] = [vtw.apply(decoder, layer, visual_mask=visual)]
-        return (*arguments, *caches), {}
+            ideals.append(timeit(lambda: ideal(DynamicCache()), device))
+            handles[:] = [apply()]
+        return tuple(caches), {}
 
-    def target(*args):
-        PEERS[peer](*args)
-        wait_for(embeds.device)
+    def target(cache):
+        peer(cache)
+        wait_for(device)
 
     try:
         benchmark.pedantic(target, setup=setup, rounds=ROUNDS, warmup_rounds=2)
         if benchmark.enabled:
-            benchmark.extra_info |= observe(PEERS[peer], (*arguments, DynamicCache()), device)
+            benchmark.extra_info |= observe(peer, (DynamicCache(),), str(device))
     finally:
         for handle in handles:
             handle.remove()
     benchmark.extra_info["kv_bytes"] = bytes_of(*caches)
-    if benchmark.enabled and ideal:
+    if benchmark.enabled and ideals:
         times = benchmark.stats.stats.data
-        benchmark.extra_info["of_ideal"] = median(x / y for x, y in zip(times, ideal[-len(times) :]))
+        benchmark.extra_info["of_ideal"] = median(x / y for x, y in zip(times, ideals[-len(times) :]))
 
 
 def timeit(function, device) -> float:

@@ -158,8 +158,8 @@ def add_records(parser: argparse.ArgumentParser, out: Path) -> None:
         required=True,
         help="JSON file, one object a line or an array of them: question; image or images, or video, or frames of a "
         "video as a list; answer, if you like; group, or task, by which tables and plots are split. In place of "
-        "question and answer, messages as OpenAI has them or conversations as LLaVA has them. Or the id of a data set "
-        "with such columns, which needs the package datasets",
+        "question and answer, messages as OpenAI has them or conversations as LLaVA has them. Or the id of a data "
+        "set with such columns, which needs the package datasets",
     )
     parser.add_argument("--images", type=Path, help="folder that images and videos are in (default: that of the data)")
     parser.add_argument("--subset", help="of a data set")

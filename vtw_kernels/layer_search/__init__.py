@@ -132,7 +132,7 @@ def compare(
 
     Raises:
         TypeError, ValueError: what ``find_layer`` raises; no policies, two of one name, or what ``withdraw`` does not
-            take.
+        take.
     """
     named = named_policies(policies)
     check_among("metric", metric, METRICS)

@@ -30,10 +30,11 @@ class Comparison(Scored):
     KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn), both the mean over the positions of a
     sample; disagreement: fp32 ``[N, C]``, the share of positions where the most likely token is another one.
     rows_saved: fp32 ``[N, C]``, of all rows of a prompt in all layers, the share that is not computed, which is that of
-    the KV cache. tokens, visual_tokens: int64 ``[N]``, of the prompts. num_layers: decoder layers of the model.
-    positions: which predictions count, as ``compare`` takes it. metric, statistic: what policies are chosen by. groups:
-    of each sample the kind of task that it is of, or None. costs: what was measured of some samples, if it was.
-    settings: what else reproduces the comparison.
+    the KV cache.
+    tokens, visual_tokens: int64 ``[N]``, of the prompts. num_layers: decoder layers of the model. positions: which
+    predictions count, as ``compare`` takes it. metric, statistic: what policies are chosen by. groups: of each sample
+    the kind of task that it is of, or None. costs: what was measured of some samples, if it was. settings: what else
+    reproduces the comparison.
 
     A NaN is no value to choose by.
     """

@@ -27,8 +27,8 @@ class Job:
     """What is found out about records.
 
     name: as messages have it. result: what is made of their scores. fields: the names of these, as a scorer returns
-    them. measured: fields of the result that are measured afterwards, on some records. write_report: writes the page
-    about it."""
+    them. measured: fields of the result that are measured afterwards, on some records. write_report: writes the page.
+    """
 
     name: ClassVar[str]
     result: ClassVar[type[Scored]]

@@ -1,5 +1,4 @@
-"""The figures of a search and of a comparison, each drawn into axes of matplotlib. Colours are those of Okabe and
-Ito."""
+"""The figures of a search and of a comparison, drawn into axes of matplotlib, in colours of Okabe and Ito."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from vtw_kernels.layer_search.scored import METRICS, STATISTICS, Scored
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#888888"
 GROUPS = (ORANGE, PINK, GREEN, "#56B4E9", RED, "#B2A429")  # of so many groups, the largest, there are lines
+NAME = 24  # characters of a policy's name
 FLOOR = 1e-7  # on a log axis, what is exactly 0 is drawn here
 
 
@@ -110,11 +110,15 @@ def draw_front(
     styles = zip((BLUE, *GROUPS), ("o", "s", "^", "D", "v", "P", "X"))
     for (kind, points), (colour, marker) in zip(kinds.items(), [*styles] * len(kinds)):
         axes.plot(*zip(*points), linestyle="none", color=colour, marker=marker, ms=5, label=kind)
+    middle = (min(saved) + max(saved)) / 2
     for policy in front:
-        axes.annotate(policy, place[policy], textcoords="offset points", xytext=(4, 4), fontsize=7)
+        name = policy if len(policy) <= NAME else policy[: NAME - 1] + "…"
+        side = {"ha": "right", "xytext": (-5, 3)} if place[policy][0] > middle else {"xytext": (5, 3)}
+        label = axes.annotate(name, place[policy], textcoords="offset points", fontsize=7, **side)
+        label.set_in_layout(False)  # a long name is not to squeeze the axes
     axes.set_xlabel(f"{what} saved")
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _value_axis(axes, scores)
     _legend(axes)
 

@@ -2,7 +2,8 @@
 
 Layers alone are scored all in one run, as a search does. A policy decides when the prompt is read, before there is an
 answer: so where an answer counts, it is asked about the prompt alone, and what it said is done again with the answer
-behind."""
+behind.
+"""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,8 +172,8 @@ class Reading:
         self.has_answers = bool(answers.any())
         if (early := (answers & self.visual).any(1)).any():
             raise ValueError(
-                "labels: expected those of an answer behind all visual tokens, as policies decide before it, got some "
-                f"in front of one in row {early.nonzero()[0].item()}"
+                "labels: expected those of an answer behind all visual tokens, as policies decide before it, got "
+                f"some in front of one in row {early.nonzero()[0].item()}"
             )
         if self.has_answers and not first.eq(first[0]).all():
             tensors = self.inputs | {"visual_mask": self.visual, "predicting": self.predicting}

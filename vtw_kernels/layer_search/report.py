@@ -1,5 +1,4 @@
-"""The reports of a layer search and of a comparison: one HTML file that needs nothing else, and its figures beside
-it."""
+"""The reports of a search and of a comparison: one HTML file that needs nothing else, and its figures beside it."""
 
 import base64
 import io
@@ -214,8 +213,8 @@ def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
         (
             "divergence",
             "How much the prediction changes",
-            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a layer. "
-            "The first layer at or below the threshold is chosen.",
+            f"{search.criterion[0].upper()}{search.criterion[1:]}, if the visual tokens are withdrawn before a "
+            "layer. The first layer at or below the threshold is chosen.",
             lambda axes: draw_values(axes, layers, search, search.threshold),
         ),
         (
@@ -351,8 +350,7 @@ def _savings(search: LayerSearch) -> list[tuple[str, str, str]]:
 
 
 def _worst(values: Tensor, samples: Sequence[Sample]) -> list[tuple[int, float]]:
-    """Rows of the samples to show, or of any where none are given, and their values ``[N]``, of which the largest come
-    first."""
+    """Rows of the samples to show, by default of any, and their values ``[N]``, of which the largest come first."""
     given = [sample.index for sample in samples] or range(len(values))
     # NaN is worse than anything.
     order = sorted(given, key=lambda row: values[row].nan_to_num(nan=torch.inf).item(), reverse=True)

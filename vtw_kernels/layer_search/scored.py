@@ -30,7 +30,8 @@ class Scored:
     over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most likely token is
     another one. tokens, visual_tokens: int64 ``[N]``. metric, statistic: what is looked at first. groups: of each
     sample the kind of task that it is of, or None. costs: what was measured beside. settings: what else reproduces the
-    scores."""
+    scores.
+    """
 
     # Of a class: which of its fields are tensors with a row for each sample, which are other tensors, and of what type
     # its costs are.

@@ -326,8 +326,8 @@ def _score_group(
 
 
 def compare_logits(withdrawn: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU, of ``[C, P, V]`` and ``[P,
-    V]``."""
+    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]`` on the CPU, of ``[C, P, V]`` and
+    ``[P, V]``."""
     differ = (withdrawn.argmax(-1) != full.argmax(-1)).float()
     return kl_divergence(withdrawn, full).cpu(), kl_divergence(full, withdrawn).cpu(), differ.cpu()
 
@@ -454,8 +454,7 @@ class _Continuations:
 
 
 def check_later_tokens(mask: Any, prompt: int, tokens: int) -> None:
-    """Raises ValueError where a mask of transformers lets an answer, after ``prompt`` of the ``tokens``, see what
-    follows."""
+    """Raises ValueError where a mask lets an answer, after ``prompt`` of the ``tokens``, see later tokens."""
     if prompt < tokens and _visible(mask, slice(prompt - 1, tokens), slice(prompt, tokens)).triu(1).any():
         raise ValueError(
             "positions: expected a model whose answers see no later tokens, as with a prefix of them they do; "
