@@ -1,6 +1,7 @@
 """Answers of a demo's model, and what withdrawal before every layer does to them."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,9 @@ from vtw_kernels.integration import withdraw
 
 @torch.inference_mode()
 def answer(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, batches: list[Batch], layer: int
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, batches: list[Batch], layer: Any
 ) -> tuple[list[str], Tensor]:
-    """Greedy answers with the visual tokens withdrawn before ``layer``, and the log-probabilities of their first
+    """Greedy answers with the visual tokens withdrawn before ``layer``, or as a policy says, and the log-probabilities of their first
     tokens, float32 [questions, vocabulary]."""
     answers, first = [], []
     with withdraw(model, layer):
