@@ -5,7 +5,7 @@ token per visual token; its ``get_decoder()`` has ``.layers``; and the config na
 config says itself, as types of layers, needs no row here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,26 +16,44 @@ from torch import Tensor, nn
 from vtw_kernels.integration import compat
 
 
+class CrossAttention(NamedTuple):
+    """``block``: a decoder layer, or what stands in front of one, that looks at images. ``looking``: the part of it that
+    does, and is left out under withdrawal: the layer itself, or attention."""
+
+    block: nn.Module
+    looking: nn.Module
+
+
 @dataclass(frozen=True)
 class Family:
     """One model type, by paths in its config, of which those count that exist.
 
     ``token_ids``: of visual placeholders. ``max_tokens``: from how many tokens on attention layers count positions
-    themselves, by rows. ``refused``: why withdrawal does not apply."""
+    themselves, by rows. ``refused``: why withdrawal does not apply. ``cross_attention``: of a decoder, by layer, where
+    images come in, if these are not tokens."""
 
     token_ids: tuple[str, ...] = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     max_tokens: str = ""
     refused: str = ""
+    cross_attention: Callable[[nn.Module], dict[int, CrossAttention]] | None = None
 
 
-CROSS_ATTENTION = "images reach its text through cross-attention layers, not as tokens"
+def _cross_attention_layers(decoder: nn.Module) -> dict[int, CrossAttention]:
+    return {i: CrossAttention(*[decoder.layers[i]] * 2) for i in sorted(decoder.cross_attention_layers)}
+
+
+def _cross_attention_blocks(decoder: nn.Module) -> dict[int, CrossAttention]:
+    every = decoder.cross_layer_interval
+    return {i * every: CrossAttention(x, x.cross_attn) for i, x in enumerate(decoder.gated_cross_attn_layers)}
+
+
 RETRIEVAL = "it compares the last states of all tokens, the visual ones too"
 FAMILIES = {
     "colmodernvbert": Family(refused=RETRIEVAL),
     "colpali": Family(refused=RETRIEVAL),
     "colqwen2": Family(refused=RETRIEVAL),
-    "idefics": Family(refused=CROSS_ATTENTION),
-    "mllama": Family(refused=CROSS_ATTENTION),
+    "idefics": Family(cross_attention=_cross_attention_blocks),
+    "mllama": Family(cross_attention=_cross_attention_layers),
     "minimax_m3_vl": Family(refused="its layers choose blocks of keys by their place, which withdrawal moves"),
     "llama4": Family(max_tokens="text_config.floor_scale"),
     "phi4_multimodal": Family(token_ids=("vision_config.image_token_id",)),
@@ -49,7 +67,8 @@ class Parts(NamedTuple):
     ``body`` is the module that sees ``input_ids``, ``decoder`` the one with ``layers``, ``config`` the decoder's own;
     ``token_ids`` are those of visual placeholders. ``min_layer..max_layer``: before which layers they may be withdrawn,
     and ``limits``, why no others. ``layer_types``: per layer. ``num_cached``: the first layers, those with keys of
-    their own. ``max_tokens``: that a sequence with visual tokens may have."""
+    their own. ``max_tokens``: that a sequence with visual tokens may have. ``cross_attention``: by layer, where images
+    come in, if these are not tokens (``cross_attention.py``); else empty."""
 
     body: nn.Module
     decoder: nn.Module
@@ -62,6 +81,7 @@ class Parts(NamedTuple):
     layer_types: list[str]
     num_cached: int
     max_tokens: float
+    cross_attention: dict[int, CrossAttention]
 
     @property
     def allowed(self) -> str:
@@ -81,6 +101,14 @@ class Parts(NamedTuple):
                 raise ValueError(
                     f"layer: expected an attention layer before {layer}, whose weights are looked at, got {kind}"
                 )
+
+    def check_visual_mask(self, visual_mask: Any) -> None:
+        """Raises ValueError for a mask of visual tokens where there are none."""
+        if self.cross_attention and visual_mask is not None:
+            raise ValueError(
+                f"visual_mask: expected None, as images come in by cross-attention in {type(self.decoder).__name__}, not as "
+                f"tokens, got a {type(visual_mask).__name__}"
+            )
 
     def check_tokens(self, tokens: int) -> None:
         """Raises ValueError for a sequence that is too long to withdraw visual tokens from."""
@@ -121,7 +149,13 @@ def find_parts(model: nn.Module, decoder: nn.Module | None = None) -> Parts:
     text = getattr(decoder, "config", None) or config.get_text_config(decoder=True)
     limits = _layer_limits(config, text, len(layers))
     max_tokens = float("inf") if max_tokens is None else max_tokens
-    return Parts(body, decoder, text, layers, sorted(ids), *limits, max_tokens=max_tokens)
+    parts = Parts(body, decoder, text, layers, sorted(ids), *limits, max_tokens=max_tokens, cross_attention={})
+    if family.cross_attention is None:
+        return parts
+    found = family.cross_attention(decoder)
+    last = max(found)
+    limits = (f"images come in by cross-attention, in none of the layers after {last}",)
+    return parts._replace(token_ids=[], max_layer=last, limits=limits, cross_attention=found)
 
 
 def describe(name: str) -> dict[str, str]:
@@ -146,11 +180,14 @@ def describe(name: str) -> dict[str, str]:
     parts = find_parts(model)
     path = next((path for path, module in model.named_modules() if module is parts.decoder), "")
     kinds = [f"{parts.layer_types.count(kind)} {kind}" for kind in dict.fromkeys(parts.layer_types)]
+    tokens = ", ".join(map(str, parts.token_ids)) or "none in the config: pass visual_mask="
+    if parts.cross_attention:
+        tokens = f"none: images come in by cross-attention, in layers {', '.join(map(str, parts.cross_attention))}"
     return {
         "family": f"{config.model_type} ({type(model).__name__})",
         "decoder": f"{path or 'the model itself'} ({type(parts.decoder).__name__})",
         "decoder layers": f"{len(parts.layers)}: {', '.join(kinds)}",
-        "visual token ids": ", ".join(map(str, parts.token_ids)) or "none in the config: pass visual_mask=",
+        "visual token ids": tokens,
         "layer": "; ".join([parts.allowed, *parts.limits]),
     }
 
@@ -211,7 +248,8 @@ NO_PLACEHOLDER = (
 
 
 def find_visual_tokens(parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
-    """The placeholders of visual tokens among a batch of inputs: bool ``[B, S]``.
+    """The placeholders of visual tokens among a batch of inputs: bool ``[B, S]``, none where images come in by
+    cross-attention.
 
     Args:
         parts: of the model.
@@ -220,7 +258,7 @@ def find_visual_tokens(parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: they cannot be told from the inputs, so ``visual_mask=`` is needed.
     """
-    if not parts.token_ids:
+    if not parts.token_ids and not parts.cross_attention:
         raise ValueError(
             f"visual_mask: expected bool [B, S], as the config of {type(parts.body).__name__} names no visual token, "
             "got None"
@@ -228,6 +266,9 @@ def find_visual_tokens(parts: Parts, inputs: Mapping[str, Any]) -> Tensor:
     input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if input_ids is None and embeds is None:
         raise ValueError("inputs: expected input_ids [B, S] or inputs_embeds [B, S, H], got neither")
+    if parts.cross_attention:
+        sequence = embeds if input_ids is None else input_ids
+        return torch.zeros(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
     device = embeds.device if input_ids is None else input_ids.device
     ids = torch.stack([torch.full((), x, device=device) for x in parts.token_ids])  # a copy would make the host wait
     if input_ids is not None:

@@ -6,7 +6,6 @@ and the layers take out again. So what belongs to a forward is kept nowhere but 
 each thread and each call, the same one in traced and in eager code, and gone whatever ends the call.
 """
 
-import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from vtw_kernels.integration.families import NO_PLACEHOLDER, Parts, find_visual_
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
 from vtw_kernels.integration.policies import Boundary, Policy
 from vtw_kernels.integration.stage import Stage, Window, compact_on_device, on_device
+from vtw_kernels.integration.stand_ins import StandIns
 from vtw_kernels.ops import CompactionPlan, expand, plan_compaction
 
 KEY = "vtw_forward"  # the keyword argument
@@ -43,7 +43,7 @@ class _PerThread(threading.local):
 _per_thread = _PerThread()
 
 
-class Hooks:
+class Hooks(StandIns):
     """What stands in for ``forward`` of a model's modules.
 
     Args:
@@ -63,6 +63,7 @@ class Hooks:
         first: int,
         visual_mask: Tensor | None,
     ):
+        super().__init__()
         self.parts, self.policies, self.first, self.visual_mask = parts, policies, first, visual_mask
         self.model = model
         self.makes_logits = model is not parts.body or model.get_output_embeddings() is not None
@@ -73,9 +74,6 @@ class Hooks:
         self.not_passing = next((x for x in _on_the_way(model, parts.decoder) if not Arguments(x).passes_on), None)
         if model.config.model_type in compat.NOT_PASSING:
             self.not_passing = model
-        self.stood_before: dict[nn.Module, Any] = {}  # what another library had put into a module's own ``forward``
-        self.placed: dict[nn.Module, Callable] = {}
-        self.active = False
 
     def place(self) -> None:
         self.active = True
@@ -83,28 +81,6 @@ class Hooks:
             self._stand_in(module, partial(self.enter, module))
         for i, layer in enumerate(self.parts.layers):
             self._stand_in(layer, partial(self.enter_layer, i, layer))
-
-    def _stand_in(self, module: nn.Module, function: partial) -> None:
-        function.__signature__ = inspect.signature(module.forward)  # which transformers and others look at
-        if "forward" in vars(module):
-            self.stood_before[module] = module.forward
-        module.forward = self.placed[module] = function
-
-    def remove(self) -> None:
-        """Where another library has wrapped a hook since, that goes on standing there, and does nothing."""
-        for module, function in self.placed.items():
-            if vars(module).get("forward") is not function:
-                continue
-            if module in self.stood_before:
-                module.forward = self.stood_before[module]
-            else:
-                del module.forward
-        self.active = False
-
-    def _call(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        if module in self.stood_before:
-            return self.stood_before[module](*args, **kwargs)
-        return type(module).forward(module, *args, **kwargs)
 
     # ------------------------------------------------------------------------------- the model, its body, its decoder
 

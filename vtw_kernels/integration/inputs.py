@@ -17,16 +17,17 @@ def prepare(
     model: nn.Module, parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None
 ) -> tuple[dict[str, Any], Tensor]:
     """Inputs as ``find_layer`` takes them, on the model's device and without what is not for its forward; and which of
-    their tokens are visual, bool ``[B, S]``."""
+    their tokens are visual, bool ``[B, S]``: none, where images come in by cross-attention."""
     inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     for name in ("labels", "use_cache", "logits_to_keep"):
         inputs.pop(name, None)
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
         inputs.pop("token_type_ids", None)  # tokenizers return them to models without, whose generate refuses them
     given = inputs.pop("visual_mask", None)
+    parts.check_visual_mask(given if visual_mask is None else visual_mask)
     if visual_mask is None and given is None:
         visual = find_visual_tokens(parts, inputs)
-        if inputs.get("input_ids") is None and not visual.any():
+        if not parts.cross_attention and inputs.get("input_ids") is None and not visual.any():
             raise ValueError(NO_PLACEHOLDER)
         return inputs, visual
     visual = (given if visual_mask is None else visual_mask).to(model.device)

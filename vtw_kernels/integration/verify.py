@@ -1,13 +1,14 @@
 """Proof of withdrawal where it is used: against the same model at full length, in which visual keys are hidden.
 
 What hides them is an attention function, registered with transformers for it, that puts one more mask on what the
-model's own computes. It knows nothing of the plans, masks and caches of withdrawal.
+model's own computes. It knows nothing of the plans, masks and caches of withdrawal. Where images come in by
+cross-attention, what looks at them runs, and what comes of it is thrown away.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,7 +40,8 @@ class Verification:
     noise: the largest one between hidden keys and the same with the results of modules rounded at random. effect: the
     largest one that hiding the keys makes. other_tokens: at how many positions withdrawal makes another token the most
     likely one. rounding: whether withdrawal differs from hidden keys by no more than rounding does. conclusive: whether
-    the keys matter by more than that, so that it would show if they were not hidden.
+    the keys matter by more than that, so that it would show if they were not hidden. cross_attention: whether images come
+    in by that; then it is all their keys that are hidden, and none of the tokens is visual.
     """
 
     layer: int
@@ -56,6 +58,7 @@ class Verification:
     other_tokens: int
     rounding: bool
     conclusive: bool
+    cross_attention: bool = False
 
     @property
     def difference(self) -> float:
@@ -68,11 +71,12 @@ class Verification:
             verdict = "no more than rounding, but neither is what the visual keys do here: this shows little"
         else:
             verdict = "the same but for rounding"
+        visual = "images by cross-attention" if self.cross_attention else f"{self.visual_tokens} of them visual"
         return "\n".join(
             [
                 f"Withdrawal before layer {self.layer} of {self.num_layers} against hidden keys, {self.dtype}: "
                 f"{verdict}.",
-                f"  {self.tokens} tokens, {self.visual_tokens} of them visual; compared at {self.prefill_rows} "
+                f"  {self.tokens} tokens, {visual}; compared at {self.prefill_rows} "
                 f"positions of the prompts and {self.decode_rows} decoded ones, {self.other_tokens} with another top "
                 "token",
                 f"  largest difference of logits: prefill {self.prefill_difference:.2g}, decoding "
@@ -92,7 +96,8 @@ def verify(
     decoder: nn.Module | None = None,
 ) -> Verification:
     """Compares withdrawal with its definition, on this model, these inputs and this machine: the same model at full
-    length, whose layers from ``layer`` on cannot see visual keys.
+    length, whose layers from ``layer`` on cannot see visual keys; or, where images come in by cross-attention, are run by it
+    in vain: their cross-attention (in Mllama, the whole layer) has no effect.
 
     The keys are hidden by an attention function registered for it, whatever implementation the model has: it calls
     sdpa where that is the model's own, and otherwise the model's eager attention, with one more condition in the mask
@@ -137,19 +142,24 @@ def verify(
         given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected [B, S], 0 for padding, got {given}")
     attended = torch.ones_like(visual) if mask is None else mask.to(visual.device) != 0
-    hidden = [visual if i >= layer else None for i in range(len(parts.layers))]
     answer = Answer(plain_model, parts.token_ids)
 
     def run(runner: nn.Module = plain_model, **cache: Cache | None) -> "Rows":
         return run_rows(runner, inputs, attended & ~visual, decode, answer, cache)
 
-    def run_hidden(hidden: Sequence[Tensor | None], precise: bool = True) -> "Rows":
-        with hide_keys(plain_model, hidden, decoder=decoder, precise=precise):
+    def hide(layer: int, precise: bool) -> AbstractContextManager:
+        if parts.cross_attention:
+            return without_effect([x.looking for i, x in parts.cross_attention.items() if i >= layer])
+        hidden = [visual if i >= layer else None for i in range(len(parts.layers))]
+        return hide_keys(plain_model, hidden, decoder=decoder, precise=precise)
+
+    def run_hidden(layer: int, precise: bool = True) -> "Rows":
+        with hide(layer, precise):
             # With a cache of one's own, no other one may be asked for, as the model's config may.
             return run(**{Arguments(parts.decoder).cache: full_cache(parts), "cache_implementation": None})
 
     with torch.inference_mode(), in_eval_mode(plain_model):
-        wanted = run_hidden(hidden)
+        wanted = run_hidden(layer)
         with withdraw(model, layer, **chosen):
             given = run(model)
         with torch.compiler.set_stance("force_eager"):
@@ -160,11 +170,11 @@ def verify(
             for runs in range(MOST_NOISE_RUNS):
                 if runs >= NOISE_RUNS and exceeds(difference.sizes, noise) != [torch.max]:
                     break
-                rounded = run_hidden(hidden, precise=False).minus(wanted)
+                rounded = run_hidden(layer, precise=False).minus(wanted)
                 noise, loudest = torch.cat([noise, rounded.sizes]), max(loudest, rounded.largest)
         rounding = not exceeds(difference.sizes, noise)
         if not rounding:
-            unlike, attention = run_hidden([None] * len(hidden)).minus(plain), parts.decoder.config._attn_implementation
+            unlike, attention = run_hidden(len(parts.layers)).minus(plain), parts.decoder.config._attn_implementation
         if not rounding and torch.median in exceeds(unlike.sizes, noise):
             raise ValueError(
                 f"model: expected attention {attention!r} that computes what {type(parts.decoder).__name__} does with "
@@ -186,6 +196,7 @@ def verify(
         other_tokens=int((given.all.argmax(-1) != wanted.all.argmax(-1)).sum()),
         rounding=rounding,
         conclusive=bool(exceeds(effect.sizes, noise)),
+        cross_attention=bool(parts.cross_attention),
     )
 
 
@@ -322,6 +333,25 @@ def _eager_attention(module: nn.Module) -> Callable:
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@contextmanager
+def without_effect(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Meanwhile, decoder layers among these return what they are given, and attention returns zeros. They run and cache
+    as ever, and what they make is thrown away."""
+
+    def undo(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if isinstance(output, Tensor):  # a layer
+            return args[0] if args else kwargs["hidden_states"]
+        return torch.zeros_like(output[0]), *output[1:]
+
+    hooks = [module.register_forward_hook(undo, with_kwargs=True) for module in modules]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

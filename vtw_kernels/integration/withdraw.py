@@ -1,7 +1,8 @@
 """Visual Tokens Withdrawal (VTW, arXiv 2405.05803) in transformers.
 
 Before decoder layer ``K``, the rows of the visual tokens are compacted away, or of those that a policy lets go, there
-or before several layers (``policies.py``); the other tokens keep their positions.
+or before several layers (``policies.py``); the other tokens keep their positions. Where images come in by
+cross-attention, that is left out from ``K`` on (``cross_attention.py``).
 Two rules make that independent of the model: masks are gathered, never rebuilt (kept rows, kept columns), and cache
 layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py``). The way of a forward is in
 ``hooks.py``."""
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtw_kernels.integration import compat
+from vtw_kernels.integration.cross_attention import CrossAttentionHooks, check_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
 from vtw_kernels.integration.hooks import Hooks, generating
 from vtw_kernels.integration.policies import Policy, boundaries_of, chosen_layer, policies_of, saved_in_config
@@ -35,6 +37,12 @@ class withdraw(ContextDecorator):  # a context manager, named as a function is
     ``vtw``; the files of a PEFT adapter hold no config. A static cache has its full length in all layers, so there only
     computation is saved. With gradient checkpointing, call ``backward`` inside the context, or use ``apply``: older
     releases of transformers recompute a layer with the hooks it has by then.
+
+    Where images come in by cross-attention, layers from ``layer`` on treat all text as the model itself treats text without
+    an image. In Mllama, whose cross-attention layers are counted with the others, these are not run at all; in steps of
+    decoding, the model then leaves them out of ``hidden_states`` as well. In Idefics, what stands in front of a decoder
+    layer attends to nothing, and its MLP runs. No image states are projected or cached for them. ``layer`` is an int, or
+    some for training, and no label is lost.
 
     Args:
         model: of transformers, with or without its language modelling head, also within PEFT, DDP or torch.compile.
@@ -135,6 +143,12 @@ class Withdrawal:
         layers = boundaries_of(self.layer)
         for candidate in layers:
             self.parts.check_layer(candidate)
+        policies = partial(policies_of, self.layer)
+        if self.parts.cross_attention:
+            check_layers(self.layer)
+            self.parts.check_visual_mask(visual_mask)
+            self._hooks = CrossAttentionHooks(self.parts, policies, min(layers))
+            return
         for policy in self.layer if isinstance(self.layer, list) else [self.layer]:
             if isinstance(policy, Policy) and policy.attention:
                 self.parts.check_attention_before(policy.boundaries)
@@ -151,7 +165,7 @@ class Withdrawal:
             )
         if visual_mask is None and not self.parts.token_ids:
             find_visual_tokens(self.parts, {})  # raises, and says why a mask is needed
-        self._hooks = Hooks(model, self.parts, partial(policies_of, self.layer), min(layers), visual_mask)
+        self._hooks = Hooks(model, self.parts, policies, min(layers), visual_mask)
 
     def place(self) -> "Withdrawal":
         """Puts it into effect.
