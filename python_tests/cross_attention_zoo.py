@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 from transformers import IdeficsConfig, IdeficsForVisionText2Text, MllamaConfig, MllamaForConditionalGeneration
-from vlm import rope_config
+from vlm import IMAGE, PAD, VOCABULARY, rope_config
 
-LAYERS, VOCABULARY, PAD, IMAGE = 6, 90, 0, 7
+LAYERS = 6
 LOOKING = {"mllama": [1, 3, 4], "idefics": [0, 2, 4]}  # the layers at which images come in
 FAMILIES = tuple(LOOKING)
 TEXT = dict(
@@ -57,8 +57,8 @@ def make_model(family: str, attention: str = "sdpa", seed: int = 0):
 
 
 def make_prompts(family: str, rows: list[tuple[int, int]], pad: str = "left", seed: int = 0) -> dict[str, Tensor]:
-    """``rows``: per sequence, how many tokens it has, and from which on they see its images, 1 for the first sequence and
-    2 for others; none for one that is as long. The last image has one tile, where there are tiles."""
+    """``rows``: per sequence, how many tokens it has, and from which on they see its images, 1 for the first sequence
+    and 2 for others; none for one that is as long. The last image has one tile, where there are tiles."""
     generator = torch.Generator().manual_seed(seed)
     batch, tokens, images = len(rows), max(length for length, _ in rows), min(2, len(rows))
     ids = torch.full((batch, tokens), PAD)

@@ -1,20 +1,20 @@
 """Withdrawal where images come in by cross-attention: Mllama (Llama 3.2 Vision) and Idefics, the first.
 
-There, images are no rows of the decoder, but states that all rows of text look at in some of its layers. Withdrawal before
-layer ``K`` is that from ``K`` on, every row is treated as the model itself treats text without an image:
+There, images are no rows of the decoder, but states that all rows of text look at in some of its layers. Withdrawal
+before layer ``K`` is that from ``K`` on, every row is treated as the model itself treats text without an image:
 
 * Mllama's cross-attention layers are decoder layers among the others, and are counted with them. For a prompt without
   images, the model runs none of them, neither their attention nor their MLP; so none from ``K`` on is run.
-* Idefics has blocks of cross-attention and an MLP in front of every ``cross_layer_interval``-th decoder layer, and the
-  latter alone are counted. For a row that sees no image, the attention's result is zeroed, and the MLP runs; so it is in
-  the blocks in front of layer ``K`` and later ones.
+* Idefics has a block of cross-attention and an MLP in front of every ``cross_layer_interval``-th decoder layer; the
+  layers alone are counted. For a row that sees no image, the result of attention is zeroed, and the MLP runs; so it is
+  in the blocks in front of layer ``K`` and later ones.
 
-What is left out projects no image states, and caches none. All rows, positions, masks and lengths are the model's own. The
-placeholder of an image, where there is one, is a token of text.
+What is left out projects no image states, and caches none. All rows, positions, masks and lengths are the model's own.
+The placeholder of an image, where there is one, is a token of text.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,15 +28,25 @@ from vtw_kernels.integration.policies import Chosen, Policy
 from vtw_kernels.integration.stand_ins import StandIns
 
 FIRST_WITHOUT = "vtw_first_without_images"  # the keyword argument by which a forward's layer reaches its modules
+MASKS = ("cross_attention_mask", "image_attention_mask")  # inputs [B, S, ...]: which images a token of text sees
+FEATURES = ("pixel_values", "cross_attention_states", "image_encoder_embeddings", "perceiver_embeddings")
 
 
 def check_layers(chosen: Chosen) -> None:
     """Raises ValueError for a policy, as these are about single tokens."""
     if not all(isinstance(x, int) for x in (chosen if isinstance(chosen, Sequence) else [chosen])):
         raise ValueError(
-            "layer: expected an int, or some to draw from in training, as images come in by cross-attention, not as tokens "
-            f"of which a policy could choose, got {chosen!r}"
+            "layer: expected an int, or some to draw from in training, as images come in by cross-attention, not as "
+            f"tokens of which a policy could choose, got {chosen!r}"
         )
+
+
+def sees_images(inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    """Of each sequence of a model's inputs, whether any of its tokens ``[B, S]`` sees an image: bool ``[B]``."""
+    if all(inputs.get(name) is None for name in FEATURES):
+        return torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+    mask = next((inputs[name] for name in MASKS if inputs.get(name) is not None), torch.ones_like(tokens))
+    return (mask != 0).flatten(1).any(1)
 
 
 class CrossAttentionHooks(StandIns):
@@ -87,8 +97,8 @@ class CrossAttentionHooks(StandIns):
         layer = kwargs.pop(FIRST_WITHOUT, None)
         if index is not None and self.active and layer is None and index >= self.first:
             raise RuntimeError(
-                f"withdraw: expected {type(module).__name__} of decoder layer {index} to run within a forward of its model, "
-                "got a call of its own"
+                f"withdraw: expected {type(module).__name__} of decoder layer {index} to run within a forward of its "
+                "model, got a call of its own"
             )
         if index is None or layer is None or index < layer:
             return self._call(module, args, kwargs)
@@ -107,8 +117,8 @@ class ClaimedCache:
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.withdrawn_before is not None and not self.open:
             raise ValueError(
-                f"past_key_values: this cache was filled under withdraw(layer={self.withdrawn_before}) and can only be used "
-                "there, but got a forward without withdrawal"
+                f"past_key_values: this cache was filled under withdraw(layer={self.withdrawn_before}) and can only be "
+                "used there, but got a forward without withdrawal"
             )
         return super().update(*args, **kwargs)
 
@@ -130,7 +140,8 @@ def check_empty(cache: Cache, layer: int) -> None:
     before = getattr(cache, "withdrawn_before", None)
     given = "without withdrawal" if before is None else f"under withdraw(layer={before})"
     raise ValueError(
-        f"past_key_values: expected a cache filled under withdraw(layer={layer}) or an empty one, got one filled {given}"
+        f"past_key_values: expected a cache filled under withdraw(layer={layer}) or an empty one, got one filled "
+        f"{given}"
     )
 
 

@@ -17,8 +17,8 @@ from vtw_kernels.integration import compat
 
 
 class CrossAttention(NamedTuple):
-    """``block``: a decoder layer, or what stands in front of one, that looks at images. ``looking``: the part of it that
-    does, and is left out under withdrawal: the layer itself, or attention."""
+    """``block``: a decoder layer, or what stands in front of one, that looks at images. ``looking``: the part of it
+    that does, and is left out under withdrawal: the layer itself, or attention."""
 
     block: nn.Module
     looking: nn.Module
@@ -39,12 +39,14 @@ class Family:
 
 
 def _cross_attention_layers(decoder: nn.Module) -> dict[int, CrossAttention]:
-    return {i: CrossAttention(*[decoder.layers[i]] * 2) for i in sorted(decoder.cross_attention_layers)}
+    layers = {i: decoder.layers[i] for i in sorted(decoder.cross_attention_layers)}
+    return {i: CrossAttention(block=layer, looking=layer) for i, layer in layers.items()}
 
 
 def _cross_attention_blocks(decoder: nn.Module) -> dict[int, CrossAttention]:
     every = decoder.cross_layer_interval
-    return {i * every: CrossAttention(x, x.cross_attn) for i, x in enumerate(decoder.gated_cross_attn_layers)}
+    blocks = enumerate(decoder.gated_cross_attn_layers)
+    return {i * every: CrossAttention(block=block, looking=block.cross_attn) for i, block in blocks}
 
 
 RETRIEVAL = "it compares the last states of all tokens, the visual ones too"
@@ -54,6 +56,7 @@ FAMILIES = {
     "colqwen2": Family(refused=RETRIEVAL),
     "idefics": Family(cross_attention=_cross_attention_blocks),
     "mllama": Family(cross_attention=_cross_attention_layers),
+    "mllama_text_model": Family(cross_attention=_cross_attention_layers),
     "minimax_m3_vl": Family(refused="its layers choose blocks of keys by their place, which withdrawal moves"),
     "llama4": Family(max_tokens="text_config.floor_scale"),
     "phi4_multimodal": Family(token_ids=("vision_config.image_token_id",)),
@@ -106,8 +109,8 @@ class Parts(NamedTuple):
         """Raises ValueError for a mask of visual tokens where there are none."""
         if self.cross_attention and visual_mask is not None:
             raise ValueError(
-                f"visual_mask: expected None, as images come in by cross-attention in {type(self.decoder).__name__}, not as "
-                f"tokens, got a {type(visual_mask).__name__}"
+                f"visual_mask: expected None, as images come in by cross-attention in {type(self.decoder).__name__}, "
+                f"not as tokens, got a {type(visual_mask).__name__}"
             )
 
     def check_tokens(self, tokens: int) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class StandIns:
-    """active: whether they are to do something; for one that another library has wrapped, and that thus outlives this."""
+    """active: whether they are to do something, for one that outlives this, as another library has wrapped it."""
 
     def __init__(self) -> None:
         self.stood_before: dict[nn.Module, Any] = {}  # what another library had put into a module's own ``forward``

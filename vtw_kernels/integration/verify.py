@@ -40,8 +40,8 @@ class Verification:
     noise: the largest one between hidden keys and the same with the results of modules rounded at random. effect: the
     largest one that hiding the keys makes. other_tokens: at how many positions withdrawal makes another token the most
     likely one. rounding: whether withdrawal differs from hidden keys by no more than rounding does. conclusive: whether
-    the keys matter by more than that, so that it would show if they were not hidden. cross_attention: whether images come
-    in by that; then it is all their keys that are hidden, and none of the tokens is visual.
+    the keys matter by more than that, so that it would show if they were not hidden. cross_attention: whether images
+    come in by that; then it is all their keys that are hidden, and none of the tokens is visual.
     """
 
     layer: int
@@ -96,8 +96,8 @@ def verify(
     decoder: nn.Module | None = None,
 ) -> Verification:
     """Compares withdrawal with its definition, on this model, these inputs and this machine: the same model at full
-    length, whose layers from ``layer`` on cannot see visual keys; or, where images come in by cross-attention, are run by it
-    in vain: their cross-attention (in Mllama, the whole layer) has no effect.
+    length, whose layers from ``layer`` on cannot see visual keys; or, where images come in by cross-attention, whose
+    cross-attention from there on (in Mllama, the whole layer with it) runs and has no effect.
 
     The keys are hidden by an attention function registered for it, whatever implementation the model has: it calls
     sdpa where that is the model's own, and otherwise the model's eager attention, with one more condition in the mask

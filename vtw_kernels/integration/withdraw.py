@@ -38,11 +38,11 @@ class withdraw(ContextDecorator):  # a context manager, named as a function is
     computation is saved. With gradient checkpointing, call ``backward`` inside the context, or use ``apply``: older
     releases of transformers recompute a layer with the hooks it has by then.
 
-    Where images come in by cross-attention, layers from ``layer`` on treat all text as the model itself treats text without
-    an image. In Mllama, whose cross-attention layers are counted with the others, these are not run at all; in steps of
-    decoding, the model then leaves them out of ``hidden_states`` as well. In Idefics, what stands in front of a decoder
-    layer attends to nothing, and its MLP runs. No image states are projected or cached for them. ``layer`` is an int, or
-    some for training, and no label is lost.
+    Where images come in by cross-attention, layers from ``layer`` on treat all text as the model itself treats text
+    without an image. In Mllama, whose cross-attention layers are counted with the others, these are not run at all; in
+    steps of decoding, the model then leaves them out of ``hidden_states`` as well. In Idefics, the block in front of a
+    decoder layer attends to nothing, and its MLP runs. No image states are projected or cached for them. ``layer`` is
+    an int, or some for training, and all rows keep their outputs and labels.
 
     Args:
         model: of transformers, with or without its language modelling head, also within PEFT, DDP or torch.compile.

@@ -49,8 +49,8 @@ def find_layer(
         model: as for ``withdraw``.
         batches: keyword arguments of the model's forward, as its processor makes them: ``input_ids`` ``[B, S]``,
             pixels, and ``attention_mask`` where there is padding, on either side; ``visual_mask``, bool ``[B, S]``, for
-            models whose config names no visual token. Every sample must have a visual token, and end in text. Take them
-            from data that you don't evaluate on.
+            models whose config names no visual token. Every sample must have a visual token, and end in text; or see an
+            image, where these come in by cross-attention. Take them from data that you don't evaluate on.
         threshold: the largest acceptable value, in nats, or a share for "disagreement".
         metric: "kl", that is KL(withdrawn‖full); "reverse_kl", KL(full‖withdrawn); or "disagreement", the share of
             positions whose most likely token is another one.
@@ -96,6 +96,7 @@ def find_layer(
         statistic=statistic,
         positions=positions,
         groups=check_groups(groups, len(scores.tokens)),
+        image_layers=scorer.image_layers,
     )
     if search.layer is None:
         warnings.warn(search.verdict(), stacklevel=2)

@@ -39,6 +39,11 @@ def attention_mass(
     """
     model = unwrapped(model)
     parts = find_parts(model, decoder)
+    if parts.cross_attention:
+        raise ValueError(
+            f"model: expected images as tokens, among which attention is shared out, got {type(model).__name__}, whose "
+            "images come in by cross-attention"
+        )
     inputs, visual = prepare(model, parts, inputs, visual_mask)
     attended = attended_tokens(inputs.get("attention_mask"), visual)
     visual = attended & visual

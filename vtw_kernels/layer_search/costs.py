@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, LogitsProcessor
 
 from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.attention import observed_attention
+from vtw_kernels.integration.cross_attention import sees_images
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, padded_left, prepare
 from vtw_kernels.integration.masks import attended_tokens
@@ -131,8 +132,9 @@ def measure_costs(
     attended = attended_tokens(inputs.get("attention_mask"), visual)
     if len(visual) != 1:
         raise ValueError(f"inputs: expected one sample, got {len(visual)}")
-    if not (attended & visual).any():
-        raise ValueError("inputs: expected a sample with visual tokens, got none")
+    if not (sees_images(inputs, visual) if parts.cross_attention else attended & visual).any():
+        what = "that sees an image" if parts.cross_attention else "with visual tokens"
+        raise ValueError(f"inputs: expected a sample {what}, got none")
 
     prefill = partial(_prefill, model, parts, inputs)
 
@@ -307,20 +309,29 @@ def _count(parts: Parts, prefill: Callable[[], Cache]) -> tuple[list[int], list[
         attention[layer] += 2 * query[..., 0].numel() * key.shape[2] * (query.shape[3] + options["value"].shape[3])
         return result
 
-    hooks = []
+    # A layer, and the block that looks at images in front of it, where there is one.
+    blocks = {i: nn.ModuleList(dict.fromkeys([x.block, parts.layers[i]])) for i, x in parts.cross_attention.items()}
+    counted = {i: blocks.get(i, [layer]) for i, layer in enumerate(parts.layers)}
+    hooks, learned = [], [x for x in parts.decoder.parameters() if x.requires_grad]
     try:
-        for i, layer in enumerate(parts.layers):
-            hooks.append(layer.register_forward_pre_hook(partial(enter, i)))
-            hooks.append(layer.register_forward_hook(partial(leave, i)))
-        with observed_attention(dict(enumerate(parts.layers)), observe), ExitStack() as counting:
+        for x in learned:  # of one that a module is called with, as in Idefics, the counter would look for the gradient
+            x.requires_grad_(False)
+        for i, modules in counted.items():
+            for module in modules:
+                hooks.append(module.register_forward_pre_hook(partial(enter, i)))
+                hooks.append(module.register_forward_hook(partial(leave, i)))
+        with observed_attention(dict(enumerate(parts.layers)) | blocks, observe), ExitStack() as counting:
             cache = prefill()
     finally:
+        for x in learned:
+            x.requires_grad_(True)
         for hook in hooks:
             hook.remove()
-    if 0 in flops:
+    none = [i for i, x in enumerate(flops) if not x and i not in parts.cross_attention]  # which may be left out
+    if none:
         warnings.warn(
             f"flops: expected matrix multiplications that torch's FlopCounterMode knows, got none in layer "
-            f"{flops.index(0)}: the numbers are too low",
+            f"{none[0]}: the numbers are too low",
             stacklevel=3,
         )
     states = [[x for x in vars(layer).values() if isinstance(x, Tensor) and x.ndim > 1] for layer in cache.layers]

@@ -49,8 +49,8 @@ class Job:
         """Options of its own that decide scores."""
         raise NotImplementedError
 
-    def wanted(self) -> list[str]:
-        """Which of ``measured`` were asked for."""
+    def wanted(self, earlier: Any) -> list[str]:
+        """Which of ``measured`` were asked for. ``earlier``: a result, or None."""
         return ["costs"] if self.options.costs else []
 
     def scorer(self, model: nn.Module) -> Any:
@@ -60,6 +60,10 @@ class Job:
     def columns(self, source: Any) -> tuple[Any, ...]:
         """What the columns of scores are, as the result's field, of a scorer or of an earlier result."""
         raise NotImplementedError
+
+    def further(self, source: Any) -> dict[str, Any]:
+        """Other fields of the result, of a scorer or of an earlier result."""
+        return {}
 
     def make(self, of_model: tuple[Any, ...], scores: list[Tensor], **further: Any) -> Scored:
         """The result."""
@@ -86,14 +90,19 @@ class SearchJob(Job):
     def settings(self) -> dict[str, Any]:
         return {"candidates": self.options.candidates}
 
-    def wanted(self) -> list[str]:
-        return super().wanted() + ([] if self.options.report is None else ["attention"])
+    def wanted(self, earlier: LayerSearch | None) -> list[str]:
+        by_cross_attention = earlier is not None and earlier.image_layers is not None
+        is_wanted = self.options.report is not None and not by_cross_attention
+        return super().wanted(earlier) + (["attention"] if is_wanted else [])
 
     def scorer(self, model: nn.Module) -> Scorer:
         return Scorer(model, positions=self.options.positions, candidates=self.options.candidates)
 
     def columns(self, source: Scorer | LayerSearch) -> tuple[list[int]]:
         return (source.candidates,)
+
+    def further(self, source: Scorer | LayerSearch) -> dict[str, Any]:
+        return {"image_layers": source.image_layers}
 
     def make(self, of_model: tuple[Any, ...], scores: list[Tensor], **further: Any) -> LayerSearch:
         return super().make(of_model, scores, threshold=self.options.threshold, **further)
@@ -111,6 +120,8 @@ class SearchJob(Job):
     def measure(self, name: str, scorer: Scorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
         if name == "costs":
             return measure_costs(scorer.model, next(iter(inputs)), scorer.candidates)
+        if scorer.image_layers is not None:
+            return None  # attention to images is not shared out among tokens
         return torch.stack([attention_mass(scorer.model, x) for x in inputs]).mean(dim=0)
 
 

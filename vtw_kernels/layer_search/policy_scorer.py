@@ -67,6 +67,11 @@ class PolicyScorer:
         self.parts = find_parts(self.model, decoder)
         if hasattr(self.parts.decoder, "_vtw_withdrawal"):
             raise ValueError("model: expected one without withdrawal, got one inside withdraw")
+        if self.parts.cross_attention:
+            raise ValueError(
+                f"model: expected images as tokens, of which policies choose, got {type(self.model).__name__}, whose "
+                "images come in by cross-attention; find_layer compares its layers"
+            )
         check_positions(positions)
         layers, no_mask = len(self.parts.layers), torch.zeros(1, 1, dtype=torch.bool)
         self.policies = {

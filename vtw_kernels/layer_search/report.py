@@ -202,10 +202,14 @@ def check_page(name: str, path: Path) -> None:
 def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
     layers, parts = Layers(search.candidates, search.num_layers, search.layer), search.by_group()
     costs = search.costs
+    saved = "The share of rows that the decoder layers need not compute, which is that of the KV cache."
+    visual = "" if costs is None else f", {costs.visual_tokens} of them visual"
+    if search.image_layers is not None:
+        saved, visual = "The share of layers that would look at images and do not, nor project or cache them.", ""
     measured = (
-        "The share of rows that the decoder layers need not compute, which is that of the KV cache."
+        saved
         if costs is None
-        else f"Of one prefill of {costs.tokens} tokens, {costs.visual_tokens} of them visual. Time was measured at the "
+        else f"Of one prefill of {costs.tokens} tokens{visual}. Time was measured at the "
         f"marked layers ({', '.join(map(str, costs.timed_layers))}; {search.num_layers} is no withdrawal), in turns, "
         "and is interpolated between them; the band is the interquartile range of the runs."
     )
@@ -246,7 +250,7 @@ def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
         plots.append(
             ("attention", "Where attention goes", caption, lambda axes: draw_attention(axes, attention, search.layer))
         )
-    rows = {"rows of all layers": search.saving} | {group: part.saving for group, part in parts.items()}
+    rows = {search.what_is_saved: search.saving} | {group: part.saving for group, part in parts.items()}
     plots.append(("savings", "What withdrawal saves", measured, lambda axes: draw_savings(axes, layers, costs, rows)))
     return plots
 
@@ -333,7 +337,10 @@ def _savings(search: LayerSearch) -> list[tuple[str, str, str]]:
     chosen, costs = search.candidates.index(search.layer), search.costs
     visual, tokens = (x.double().mean().item() for x in (search.visual_tokens, search.tokens))
     mean = "mean: " if len(search.tokens) > 1 else ""
-    shares = [("rows of all layers", search.saving[chosen].item(), f"{mean}{visual:.0f} of {tokens:.0f} tokens visual")]
+    change = f"{mean}{visual:.0f} of {tokens:.0f} tokens visual"
+    if search.image_layers is not None:
+        change = f"{len(search.image_layers)} → {sum(layer < search.layer for layer in search.image_layers)}"
+    shares = [(search.what_is_saved, search.saving[chosen].item(), change)]
     if costs is not None:
         for name, values, text in (
             ("FLOPs of the decoder", costs.flops, _flops),

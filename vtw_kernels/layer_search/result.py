@@ -18,6 +18,7 @@ class LayerSearch(Scored):
     """What a search found, of ``N`` samples and ``C`` candidates.
 
     candidates: the layers that were tried, ascending. num_layers: decoder layers of the model; withdrawing there is not
+<<<<<<< HEAD
     withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse,
     KL(full‖withdrawn), both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of
     positions where the most likely token is another one. positions: which those are, as ``find_layer`` takes it.
@@ -25,6 +26,15 @@ class LayerSearch(Scored):
     chosen. costs: what was measured of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass``
     returns it, likewise. groups: of each sample the kind of task that it is of, or None. settings: what else reproduces
     the search.
+=======
+    withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn),
+    both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most
+    likely token is another one. positions: which those are, as ``find_layer`` takes it. tokens, visual_tokens: int64
+    ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be chosen. costs: what was measured
+    of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it, likewise. groups: of each
+    sample the kind of task that it is of, or None. settings: what else reproduces the search. image_layers: those that
+    look at images, where these come in by cross-attention and no token is visual; else None.
+>>>>>>> c361cbf (find_layer, verify, search and check where images come in by cross-attention, in one pass; compare refuses them by name)
 
     A NaN is never at or below a threshold, nor the lowest value.
     """
@@ -45,6 +55,7 @@ class LayerSearch(Scored):
     attention: Tensor | None = None
     groups: list[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    image_layers: list[int] | None = None
 
     TENSORS = ("attention",)
     COSTS = LayerCosts
@@ -71,9 +82,17 @@ class LayerSearch(Scored):
     @property
     def saving(self) -> Tensor:
         """fp32 ``[C]``: the share of all rows of all layers that are not computed, which is that of the KV cache, if
-        visual tokens are withdrawn before each candidate; the mean over samples."""
+        visual tokens are withdrawn before each candidate; the mean over samples. Where images come in by
+        cross-attention, the share of ``image_layers`` that do not look at them."""
+        if self.image_layers is not None:
+            layers = torch.tensor(self.image_layers)
+            return (layers >= torch.tensor(self.candidates)[:, None]).float().mean(dim=1)
         layers_without = 1 - torch.tensor(self.candidates) / self.num_layers
         return (self.visual_tokens / self.tokens).mean() * layers_without
+
+    @property
+    def what_is_saved(self) -> str:
+        return "rows of all layers" if self.image_layers is None else "layers that look at images"
 
     def plausible_layers(self, level: float = 0.95, threshold: float | None = None) -> tuple[int, int]:
         """The first and the last layer that this search would choose from other samples of the same kind, each side
@@ -128,7 +147,8 @@ class LayerSearch(Scored):
         """The numbers of all candidates for people to read, by headings; the first is that of the choice. Each group
         has a column of its own with the same number of its samples."""
         groups = {f"{group}: {len(part.tokens)} samples": part.shown() for group, part in self.by_group().items()}
-        saved = {"rows saved": [f"{x:.0%}" for x in self.saving.tolist()]}
+        heading = "rows saved" if self.image_layers is None else "image layers saved"
+        saved = {heading: [f"{x:.0%}" for x in self.saving.tolist()]}
         return {"layer": [str(layer) for layer in self.candidates]} | self.value_columns() | groups | saved
 
     def table(self) -> str:
@@ -148,7 +168,8 @@ class LayerSearch(Scored):
                 f"{lowest:.3g}."
             )
             if not unknown:
-                said += " This model needs its visual tokens to the end; withdrawing would change its answers."
+                what = "visual tokens" if self.image_layers is None else "images"
+                said += f" This model needs its {what} to the end; withdrawing would change its answers."
         else:
             removed = self.num_layers - self.layer
             said = (

@@ -95,7 +95,7 @@ def run(options: Namespace, command: str, job: Job) -> int:
                 tell_of_earlier_runs(options.out, state, len(done), len(records))
             if earlier is not None and todo:
                 earlier = dataclasses.replace(earlier, **dict.fromkeys(job.measured))  # of other records
-            missing = [name for name in job.wanted() if getattr(earlier, name, None) is None]
+            missing = [name for name in job.wanted(earlier) if getattr(earlier, name, None) is None]
             run, shares = state.begin(todo, ranks.shares)
             planned = {"run": run, "shares": shares, "settings": settings, "missing": missing}
             return planned | {"needs_model": bool(todo or missing) or earlier is None}
@@ -538,6 +538,7 @@ def make_result(
         | {"data": options.data, "finished": len(lines) == total}
         | {"records": {line["name"]: line["record"] for line in good}, "bad": bad},
         **{name: getattr(earlier, name, None) for name in job.measured},
+        **job.further(earlier if scorer is None else scorer),
     )
 
 

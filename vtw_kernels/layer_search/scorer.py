@@ -3,7 +3,8 @@
 The paper's code (VTW, arXiv 2405.05803) runs the whole model anew for each candidate. Here the rows that enter layer
 ``k`` are taken from the one full run: candidate ``k`` joins, at layer ``k``, a growing batch of text-only continuations
 that each layer runs once, right after its full-length run. Rows in front of every visual token are the same in all
-runs, so that continuations only read their keys and values.
+runs, so that continuations only read their keys and values. Where images come in by cross-attention, continuations are
+the same text without it; candidates that leave out the same are one.
 """
 
 import os
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.integration.cross_attention import FIRST_WITHOUT, MASKS, CrossAttentionHooks, sees_images
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, prepare
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
+from vtw_kernels.integration.policies import Withdraw
 from vtw_kernels.integration.stage import Stage
 from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.ops import compact, kl_divergence, linear_kl_divergence, plan_compaction
@@ -85,14 +88,18 @@ def read_questions(model: nn.Module, parts: Parts, batch: Mapping[str, Any], pos
     inputs, visual = prepare(model, parts, batch, None)
     prompt = visual.shape[1]
     if isinstance(positions, int):
-        inputs, visual, predicting = _with_answers(model, inputs, visual, positions)
+        image_masks = MASKS if parts.cross_attention else ()  # elsewhere the same name may be of an image's patches
+        inputs, visual, predicting = _with_answers(model, inputs, visual, positions, image_masks)
         attended = attended_tokens(inputs.get("attention_mask"), visual)
     else:
         attended = attended_tokens(inputs.get("attention_mask"), visual)
         predicting = _predicting(batch.get("labels"), attended, positions)
     parts.check_tokens(visual.shape[1])
+    has_images, image = (attended & visual).any(1), "at least one visual token"
+    if parts.cross_attention:
+        has_images, image = sees_images(inputs, visual), "an image"
     for wrong, what in (
-        (~(attended & visual).any(1), "at least one visual token in each sample, got none"),
+        (~has_images, f"{image} in each sample, got none"),
         ((predicting & visual).any(1), "predictions from text tokens alone, got one from a visual token"),
     ):
         if wrong.any():
@@ -140,6 +147,9 @@ class Scorer:
             raise ValueError(f"max_candidates_in_flight: expected at least 1, got {max_candidates_in_flight}")
         self.positions, self.max_in_flight = positions, max_candidates_in_flight
         self.candidates = _check_candidates(candidates, self.parts)
+        self.image_layers = list(self.parts.cross_attention) or None
+        self.steps = list(_steps(self.parts))
+        self.joins = [_join(self.parts, self.steps, layer) for layer in self.candidates]
         head = self.model.get_output_embeddings()
         self.head = head if type(head) is nn.Linear else None  # not one that is quantised, say
 
@@ -152,19 +162,22 @@ class Scorer:
         return self.score_questions(read_questions(self.model, self.parts, batch, self.positions))
 
     def score_questions(self, questions: "Questions") -> Scores:
-        samples = _Samples(self.parts, questions)
+        samples = _Samples(self.parts, self.steps, questions)
         try:
             scores = self._score_groups(samples, self.head if self._logits_are_large(samples) else None)
         except _LogitsAreMore:
             self.head = None
             scores = self._score_groups(samples, None)
         means = [questions.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
+        if len(distinct := sorted(set(self.joins))) < len(self.joins):
+            means = [x[:, [distinct.index(join) for join in self.joins]] for x in means]
         check_numbers(*means[:2])
         return Scores(*means, *questions.counts())
 
     def _score_groups(self, samples: "_Samples", head: nn.Linear | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         in_flight = self.max_in_flight or self._that_fit(samples, with_logits=head is None)
-        groups = [self.candidates[i : i + in_flight] for i in range(0, len(self.candidates), in_flight)]
+        joins = sorted(set(self.joins))
+        groups = [joins[i : i + in_flight] for i in range(0, len(joins), in_flight)]
         return [_score_group(self.model, self.parts, samples, group, head) for group in groups]
 
     def _logits_are_large(self, samples: "_Samples") -> bool:
@@ -203,16 +216,18 @@ class Scorer:
 
 
 def _with_answers(
-    model: nn.Module, inputs: dict[str, Any], visual: Tensor, count: int
+    model: nn.Module, inputs: dict[str, Any], visual: Tensor, count: int, image_masks: Sequence[str]
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Inputs that the model's own greedy answer follows, without its last token, which predicts nothing more that is
-    looked at; which tokens are visual then, and which predict a token of the answer."""
+    looked at; which tokens are visual then, and which predict a token of the answer. ``image_masks``: names of inputs
+    that say which images each token sees."""
     if inputs.get("input_ids") is None:
         raise ValueError("positions: expected 'last' or 'answer' with inputs_embeds, got a number")
     ids, attended = inputs["input_ids"], attended_tokens(inputs.get("attention_mask"), visual)
     tokens = ids.shape[1]
     # Answers start in one column: padding goes to the left.
     sequences = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.shape == ids.shape}
+    sequences |= {name: inputs[name] for name in image_masks if inputs.get(name) is not None}
     sequences |= {"attention_mask": attended.long(), "visual_mask": visual}
     if "position_ids" in sequences:
         raise ValueError("positions: expected 'last' or 'answer' with position_ids, got a number")
@@ -232,6 +247,8 @@ def _with_answers(
     follows = said[:, 1:]
     zeros = torch.zeros_like(follows, dtype=torch.long)
     tails = {"input_ids": answers[:, :-1], "attention_mask": follows.long()}
+    for name in sequences.keys() & image_masks:  # an answer sees what the end of its question does
+        tails[name] = inputs[name][:, -1:].repeat_interleave(zeros.shape[1], dim=1)
     for name, x in sequences.items():
         inputs[name] = torch.cat((x, tails.get(name, zeros).to(x.dtype)), dim=1)
     predicting = F.pad(said, (tokens - 1, 0))
@@ -239,11 +256,25 @@ def _with_answers(
 
 
 def _check_candidates(candidates: Sequence[int] | None, parts: Parts) -> list[int]:
-    first, last = parts.min_layer, len(parts.layers) - 1
+    first, last = parts.min_layer, min(parts.max_layer, len(parts.layers) - 1)
     chosen = sorted(set(range(first, last + 1) if candidates is None else candidates))
     if not chosen or not first <= chosen[0] <= chosen[-1] <= last:
         raise ValueError("; ".join([f"candidates: expected layers in {first}..{last}, got {chosen}", *parts.limits]))
     return chosen
+
+
+def _steps(parts: Parts) -> Iterator[nn.Module]:
+    """Decoder layers, and blocks that look at images in front of them, as a forward runs them."""
+    for i, layer in enumerate(parts.layers):
+        if i in parts.cross_attention and parts.cross_attention[i].block is not layer:
+            yield parts.cross_attention[i].block
+        yield layer
+
+
+def _join(parts: Parts, steps: list[nn.Module], candidate: int) -> int:
+    """The first step that withdrawal before a candidate changes."""
+    looks = [steps.index(x.block) for i, x in parts.cross_attention.items() if i >= candidate]
+    return min(looks, default=candidate)
 
 
 def _predicting(labels: Tensor | None, attended: Tensor, positions: str) -> Tensor:
@@ -281,14 +312,15 @@ class _Samples:
     model's own answer.
     """
 
-    def __init__(self, parts: Parts, questions: Questions):
+    def __init__(self, parts: Parts, steps: list[nn.Module], questions: Questions):
         self.inputs, self.attended, self.visual, predicting, self.prompt = questions
         self.sequence, self.row = predicting.nonzero().unbind(1)
         differs = (self.attended & self.visual) | predicting  # from the first of these on
         masks = kind_of_masks(parts.config._attn_implementation)
-        self.arguments = [Arguments(layer) for layer in parts.layers]
-        takes_cache = all(x.cache is not None for x in self.arguments)
-        self.share(int(differs.int().argmax(1).min()) if masks == "dense" and takes_cache else 0)
+        self.arguments = [Arguments(step) for step in steps]
+        # Where images come in by cross-attention, they change the first rows as well.
+        may_share = masks == "dense" and all(x.cache is not None for x in self.arguments) and not parts.cross_attention
+        self.share(int(differs.int().argmax(1).min()) if may_share else 0)
 
     def share(self, rows: int) -> None:
         self.shared, batch, device = rows, len(self.visual), self.visual.device
@@ -352,9 +384,13 @@ def _run(
         return (args[0][:1], *args[1:])
 
     try:
-        for i, layer in enumerate(parts.layers):
-            hooks.append(layer.register_forward_pre_hook(partial(rows.before_layer, i), with_kwargs=True))
-            hooks.append(layer.register_forward_hook(partial(rows.after_layer, i)))
+        if parts.cross_attention:
+            end = len(parts.layers)  # the full run leaves out nothing
+            hooks.append(CrossAttentionHooks(parts, lambda training: {end: Withdraw(end)}, end))
+            hooks[0].place()
+        for i, step in enumerate(_steps(parts)):
+            hooks.append(step.register_forward_pre_hook(partial(rows.before_step, i), with_kwargs=True))
+            hooks.append(step.register_forward_hook(partial(rows.after_step, i)))
         hooks.append(parts.layers[-1].register_forward_hook(rows.after_last_layer))
         if head is not None:
             hooks.append(head.register_forward_pre_hook(keep_one_row))
@@ -403,7 +439,7 @@ class _Continuations:
         self.kwargs: dict[str, Any] = {}
         self.checked: list[Any] = []  # masks
 
-    def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before_step(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A candidate joins with the text rows that enter its layer in the full run."""
         arguments = self.samples.arguments[index]
         args, kwargs = args[:1], dict(zip(arguments.names[1:], args[1:])) | kwargs
@@ -422,7 +458,7 @@ class _Continuations:
         self.keys.copies = 0
         return args, kwargs | {arguments.cache: self.keys}
 
-    def after_layer(self, index: int, module: nn.Module, args: tuple, output: Any) -> None:
+    def after_step(self, index: int, module: nn.Module, args: tuple, output: Any) -> None:
         if self.hidden is None:
             return
         batch = len(self.samples.visual)
@@ -430,6 +466,8 @@ class _Continuations:
         kwargs = {name: _repeat(name, x, batch, copies) for name, x in self.kwargs.items()}
         if self.keys is not None:
             self.keys.copies, kwargs[self.samples.arguments[index].cache] = copies, self.keys
+        if FIRST_WITHOUT in kwargs:
+            kwargs[FIRST_WITHOUT] = 0
         with _whole(module):
             result = module.forward(self.hidden, **kwargs)  # not module(...), which would run these hooks again
         self.hidden = result[0] if isinstance(result, tuple) else result
