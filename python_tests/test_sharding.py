@@ -46,11 +46,17 @@ def rank_main(rank, folder):
 
     keep = torch.ones(4, 3, dtype=torch.bool)
     x, plan = distribute_tensor(p, mesh, [Shard(0)]), vtw.plan_compaction(keep)
+    state = distribute_tensor(vtw.kl_state(p, q), mesh, [Shard(0)])
+    pages = distribute_tensor(torch.zeros(8, 2, 1, 16), mesh, [Shard(0)])  # as many for each sequence as it may take
+    table, lengths = torch.arange(8, dtype=torch.int32).view(4, 2), torch.full((4,), 3, dtype=torch.int32)
     for name, call, instead in (
         ("plan_compaction", lambda: vtw.plan_compaction(distribute_tensor(keep, mesh, [Shard(0)])), "to_local"),
         ("compact", lambda: vtw.compact([x], plan, 1), "to_local"),
         ("compact_", lambda: vtw.compact_([x], plan, 1), "to_local"),
         ("expand", lambda: vtw.expand([x], plan, 3, 1), "to_local"),
+        ("compact_paged_", lambda: vtw.compact_paged_([pages], table, lengths, keep), "to_local"),
+        ("merge_kl_states", lambda: vtw.merge_kl_states([state, state]), "to_local"),
+        ("kl_from_state", lambda: vtw.kl_from_state(state), "to_local"),
         ("kl_divergence_loss", lambda: vtw.kl_divergence_loss(x, x), "kl_divergence"),
         ("linear_kl_divergence", lambda: vtw.linear_kl_divergence(x, x[0], x, x[0]), "kl_divergence"),
     ):

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from vtw_kernels.ops import reference
-from vtw_kernels.ops._registration import is_sharded, register, register_composite, register_gradient
+from vtw_kernels.ops._registration import (
+    is_sharded,
+    refuse_sharded,
+    register,
+    register_composite,
+    register_gradient,
+)
 from vtw_kernels.ops.checks import check_backward, check_logits, check_state, check_states, real_dtype
 
 _OPS = torch.ops.vtw_kernels
+OWN_ROWS = "call it on every rank with x.to_local(), which has the rows of that rank"
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -70,11 +77,14 @@ def merge_kl_states(states: Sequence[Tensor] | Tensor) -> Tensor:
     Returns:
         The state ``[..., 5]`` of the whole. Equal inputs in equal order give equal bits. Differentiable.
     """
-    return _OPS.merge_kl_states.default(list(states))
+    states = list(states)
+    refuse_sharded("merge_kl_states", OWN_ROWS, states)
+    return _OPS.merge_kl_states.default(states)
 
 
 def kl_from_state(state: Tensor) -> Tensor:
     """``KL(p‖q)`` ``[...]`` of a state ``[..., 5]``; computed in fp64, returned in the dtype of ``state``."""
+    refuse_sharded("kl_from_state", OWN_ROWS, state)
     return _OPS.kl_from_state.default(state)
 
 
