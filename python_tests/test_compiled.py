@@ -10,19 +10,17 @@ from vlm import FAMILIES, Batch, make_batch, make_model
 
 import vtw_kernels as vtw
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = 2
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few numbers are slower on several. And no test sees what another has compiled."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_compiled():
+    """No test sees what another has compiled."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-    torch.set_num_threads(before)
 
 
 def prompts(family: str, seed: int, count: int) -> list[Batch]:

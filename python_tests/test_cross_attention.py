@@ -29,17 +29,9 @@ from vtw_kernels.layer_search import scorer
 from vtw_kernels.layer_search.attention import attention_mass
 from vtw_kernels.layer_search.costs import measure_costs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE, STEPS = 1e-4, 9  # the prompt's last row, and eight tokens decoded
 ROWS = [(6, 2), (9, 3), (7, 7)]  # the last one sees no image
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)

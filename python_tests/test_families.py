@@ -32,6 +32,7 @@ from vtw_kernels.cli import main
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.layer_search import scorer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 STEPS = 6  # the prompt's last row, and five tokens decoded
 PROMPTS = {"one": [[3, 4, 5]], "ragged": [[2, 4, 3, 4, 4], [5, 4, 1]]}  # by turns text and images; padded on the left
@@ -41,15 +42,6 @@ past_recording = pytest.mark.skipif(
     reason="this transformers cannot crop a sliding window that has moved",
 )
 SHARED = dict(num_hidden_layers=6, layer_types=SLIDING + SLIDING[:2], num_kv_shared_layers=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(model, inputs: dict, **options) -> torch.Tensor:

@@ -19,17 +19,9 @@ from vlm import FAMILIES, LAYERS, ONE, Batch, make_batch, make_model
 import vtw_kernels as vtw
 from vtw_kernels.integration.families import find_parts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = 2
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -30,17 +30,9 @@ import vtw_kernels as vtw
 from vtw_kernels.integration.cache import WithdrawnLayer
 from vtw_kernels.integration.verify import hide_keys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 LAYOUTS = [ONE, RAGGED, [[1, 8, 1], [5, 4, 2, 4, 1], [3]], [[3, 4, 5], [1, 4, 7]]]  # the last one without padding
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -32,18 +32,10 @@ from vlm import FAMILIES, LAYERS, ONE, RAGGED, TRANSFORMERS_5, make_batch, make_
 import vtw_kernels as vtw
 from vtw_kernels import check, cli
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 module = import_module("vtw_kernels.integration.verify")
 withdraw, hide_keys = module.withdraw, module.hide_keys
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------ hidden keys, and an attention written out

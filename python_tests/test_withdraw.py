@@ -50,20 +50,12 @@ from vtw_kernels.integration.compat import CROPS_TO_LENGTH, RECOMPUTES_HOOKS, to
 from vtw_kernels.integration.hooks import Forward
 from vtw_kernels.integration.stage import Stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 DECODE_STEPS = 8
 IMAGES = torch.tensor([IMAGE])
 
 models = {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)
