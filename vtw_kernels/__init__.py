@@ -53,7 +53,7 @@ else:
 # Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
 ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
 ROOMS |= dict.fromkeys(
-    ("Boundary", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
+    ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
 )
 ROOMS |= dict.fromkeys(("Comparison", "LayerSearch", "compare", "find_layer"), "layer_search")
 
@@ -61,6 +61,7 @@ __all__ = [
     "Boundary",
     "CompactionPlan",
     "Comparison",
+    "ExitRouters",
     "LayerSearch",
     "Policy",
     "RandomVisual",

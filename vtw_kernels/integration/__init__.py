@@ -4,6 +4,7 @@ from vtw_kernels.extras import require
 
 require("vtw_kernels.integration", "transformers")
 
+from vtw_kernels.integration.exit_routers import ExitRouters
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.policy_text import parse_policy
 from vtw_kernels.integration.verify import Verification, verify
@@ -11,6 +12,7 @@ from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
 
 __all__ = [
     "Boundary",
+    "ExitRouters",
     "Policy",
     "RandomVisual",
     "TopAttention",

@@ -215,6 +215,7 @@ class Forward:
         self.keep: Tensor | None = None  # bool [B, S], which rows go on at the first boundary
         self.there: Boundary | None = None  # the rows still there, as long as a policy may be asked about some
         self.attention: Tensor | None = None  # that the next policy looks at
+        self.prompt: int | None = None  # as ``Boundary`` says
         self.withdraws = False  # whether there are visual tokens
         self.plan: CompactionPlan | None = None  # which rows of the forward are left; None for all
         self.padded = False  # whether a row of the plan may be padding
@@ -261,7 +262,8 @@ class Forward:
         text = attended & ~visual
         image = (visual & ~F.pad(visual, (1, -1))).cumsum(1) - 1
         token = torch.arange(past, self.end, device=visual.device).expand_as(visual)
-        self.there = Boundary(self.boundaries[0], visual & attended, text, image, token)
+        self.prompt = _per_thread.prompt if _per_thread.prompt > past else None
+        self.there = Boundary(self.boundaries[0], visual & attended, text, image, token, prompt=self.prompt)
         first = self.policies[self.boundaries[0]]
         stays = _stays(first, self.there) if first.from_inputs else self.there.visual
         self.keep = text | stays  # padding is of no more use than a visual token is
@@ -358,9 +360,9 @@ class Forward:
 
     @torch.compiler.disable
     def look_at_attention(self, index: int, cache: Cache | None, layer: Callable[[], Any]) -> Any:
-        """Runs a layer, and keeps how much the last text row attends to each row."""
+        """Runs a layer, and keeps how much the last row of the prompt attends to each row."""
         self.attention = None
-        last, rows = self.there.text.long().cumsum(1).argmax(1), self.there.text.shape[1]
+        last, rows = self.there.asking.long().cumsum(1).argmax(1), self.there.text.shape[1]
         before = None  # how many slots of a static cache are filled
         cached = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         if isinstance(cached, StaticLayer):
@@ -458,7 +460,8 @@ class Forward:
         policy, device = self.policies[layer], hidden.device
         rows = {name: getattr(self.there, name).to(device) for name in ROWS}
         attention = self.attention.to(device) if policy.attention else None
-        stays = _stays(policy, Boundary(layer, **rows, hidden_states=hidden.detach(), attention=attention))
+        seen = {"hidden_states": hidden.detach(), "attention": attention, "prompt": self.prompt}
+        stays = _stays(policy, Boundary(layer, **rows, **seen))
         stays = stays.to(self.there.visual.device)
         keep, leaving = self.there.text | stays, self.there.visual & ~stays
         self._leave(layer, keep, *torch.stack([keep.sum(1), leaving.any(1), stays.any(1)]).tolist())
@@ -482,7 +485,7 @@ class Forward:
         elif moves is not None:
             index, padding = moves.source.clamp(min=0).long(), moves.source < 0
             rows = {name: getattr(self.there, name).gather(1, index).masked_fill(padding, 0) for name in ROWS}
-            self.there = Boundary(layer, **rows)
+            self.there = Boundary(layer, **rows, prompt=self.prompt)
 
     def put_back(self, output: Any) -> Any:
         """The output of the decoder, or of the body, with the rows that have left as zeros."""

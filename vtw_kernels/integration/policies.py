@@ -23,8 +23,10 @@ class Boundary:
         token: int64 ``[B, rows]``, counted from the start of the sequence (of the cache, not of the forward), padding
             included.
         hidden_states: ``[..., B, rows, H]``, what the layer is given. None for a policy with ``from_inputs``.
-        attention: fp32 ``[B, rows]``, the weights with which the last text row attends to each row in the layer before,
-            means over its heads. None for a policy without ``attention``.
+        attention: fp32 ``[B, rows]``, the weights with which the last row of ``asking`` attends to each row in the
+            layer before, means over its heads. None for a policy without ``attention``.
+        prompt: how many tokens of the sequence ``generate`` was given. What comes after was generated, or is guessed
+            by assisted decoding. None outside of ``generate``.
     """
 
     layer: int
@@ -34,6 +36,13 @@ class Boundary:
     token: Tensor
     hidden_states: Tensor | None = None
     attention: Tensor | None = None
+    prompt: int | None = None
+
+    @property
+    def asking(self) -> Tensor:
+        """bool ``[B, rows]``: the text rows of the prompt. A decision by these alone is the same one in each step that
+        is made without a cache, and in assisted decoding."""
+        return self.text if self.prompt is None else self.text & (self.token < self.prompt)
 
 
 class Policy:
@@ -42,9 +51,9 @@ class Policy:
 
     In each forward with visual tokens, ``keep`` is asked at each of the boundaries in turn, until no visual row is
     left. It decides about the visual tokens of this forward alone: those of earlier forwards on the same cache, as of
-    earlier turns or chunks, stay what they have become; but without a cache, every step decides anew. A batch is asked
-    about as a whole, and rows of each of its sequences leave when they are told to. Gradients do not go through a
-    decision.
+    earlier turns or chunks, stay what they have become; but without a cache, every step decides anew (see
+    ``Boundary.asking``). A batch is asked about as a whole, and rows of each of its sequences leave when they are told
+    to. Gradients do not go through a decision.
 
     Attributes:
         boundaries: the layers before which rows may leave, in ascending order, each within what ``withdraw`` allows as
@@ -64,6 +73,16 @@ class Policy:
     def keep(self, boundary: Boundary) -> Tensor:
         """Which rows go on: bool ``[B, rows]``. Only visual ones are looked at; text goes on whatever this says."""
         raise NotImplementedError
+
+    def check_model(self, model: nn.Module, config: Any, num_layers: int) -> None:
+        """Raises ValueError, before anything is changed, for a model that the policy is not made for. By default any
+        will do.
+
+        Args:
+            model: of transformers, without wrappers.
+            config: of its decoder.
+            num_layers: of its decoder.
+        """
 
 
 @dataclass(frozen=True)
@@ -116,8 +135,8 @@ class TopAttention(_SomeOfEach):
     multiplies query and keys anew at each of its layers, where here those of the layer before are looked at, and it
     numbers positions anew, where here what is left keeps them.
 
-    A prompt in chunks, further turns, and steps without a cache are forwards of their own, each with a last text row of
-    its own: see ``Policy``.
+    A prompt in chunks and further turns are forwards of their own, each with a last text row of its own: see
+    ``Policy``. In ``generate``, that is the prompt's last row in all steps without a cache, too.
 
     Args:
         layer: 1..number of decoder layers, as for ``withdraw``.
@@ -214,6 +233,10 @@ def chosen_layer(layer: Any, model: nn.Module, num_layers: int) -> Chosen:
     """
     if layer is None:
         layer = _from_config(model.config)
+    elif isinstance(layer, str | Path) and Path(layer).suffix == ".safetensors":
+        from vtw_kernels.integration.exit_routers import ExitRouters  # which is made of what is here
+
+        layer = ExitRouters.load(layer)
     elif isinstance(layer, str | Path):
         layer = _from_search(Path(layer), model, num_layers)
     several = isinstance(layer, Sequence) and len(layer) > 0

@@ -50,10 +50,10 @@ class withdraw(ContextDecorator):  # a context manager, named as a function is
             a mask function.
         layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says
             why. A sequence of them, as ``range(8, 24)``, is for training: each forward draws one, with torch's
-            generator of the CPU. Or the path of what ``LayerSearch.save`` wrote; or None for what the model's config
-            says. Or a ``Policy``, or several at layers of their own: then those visual tokens leave, and at those
-            layers, that it says; ``Withdraw(layer)`` is the same as ``layer``. A config has no room for policies but
-            their names.
+            generator of the CPU. Or the path of what ``LayerSearch.save`` or, with the ending .safetensors,
+            ``ExitRouters.save`` wrote; or None for what the model's config says. Or a ``Policy``, or several at layers
+            of their own: then those visual tokens leave, and at those layers, that it says; ``Withdraw(layer)`` is the
+            same as ``layer``. A config has no room for policies but their names.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
             ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
@@ -140,16 +140,19 @@ class Withdrawal:
         self.model = model = unwrapped(model)
         self.parts = find_parts(model, decoder)
         self.layer = chosen_layer(layer, model, len(self.parts.layers))
+        policies = self.layer if isinstance(self.layer, list) else [self.layer]
+        for policy in policies:
+            if isinstance(policy, Policy):
+                policy.check_model(model, self.parts.config, len(self.parts.layers))
         layers = boundaries_of(self.layer)
         for candidate in layers:
             self.parts.check_layer(candidate)
-        policies = partial(policies_of, self.layer)
         if self.parts.cross_attention:
             check_layers(self.layer)
             self.parts.check_visual_mask(visual_mask)
-            self._hooks = CrossAttentionHooks(self.parts, policies, min(layers))
+            self._hooks = CrossAttentionHooks(self.parts, partial(policies_of, self.layer), min(layers))
             return
-        for policy in self.layer if isinstance(self.layer, list) else [self.layer]:
+        for policy in policies:
             if isinstance(policy, Policy) and policy.attention:
                 self.parts.check_attention_before(policy.boundaries)
                 if (getattr(model, "_tp_size", None) or 1) > 1:

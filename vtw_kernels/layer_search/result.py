@@ -18,23 +18,14 @@ class LayerSearch(Scored):
     """What a search found, of ``N`` samples and ``C`` candidates.
 
     candidates: the layers that were tried, ascending. num_layers: decoder layers of the model; withdrawing there is not
-<<<<<<< HEAD
     withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse,
     KL(full‖withdrawn), both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of
     positions where the most likely token is another one. positions: which those are, as ``find_layer`` takes it.
     tokens, visual_tokens: int64 ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be
     chosen. costs: what was measured of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass``
     returns it, likewise. groups: of each sample the kind of task that it is of, or None. settings: what else reproduces
-    the search.
-=======
-    withdrawing at all. per_sample: fp32 ``[N, C]``, KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn),
-    both the mean over the positions of a sample; disagreement: fp32 ``[N, C]``, the share of positions where the most
-    likely token is another one. positions: which those are, as ``find_layer`` takes it. tokens, visual_tokens: int64
-    ``[N]``. metric, statistic, threshold: what a layer has to stay at or below to be chosen. costs: what was measured
-    of one prefill, if it was. attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it, likewise. groups: of each
-    sample the kind of task that it is of, or None. settings: what else reproduces the search. image_layers: those that
-    look at images, where these come in by cross-attention and no token is visual; else None.
->>>>>>> c361cbf (find_layer, verify, search and check where images come in by cross-attention, in one pass; compare refuses them by name)
+    the search. image_layers: those that look at images, where these come in by cross-attention and no token is visual;
+    else None.
 
     A NaN is never at or below a threshold, nor the lowest value.
     """
