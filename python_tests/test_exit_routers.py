@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm import FAMILIES, LAYERS, RAGGED, append, make_batch, make_model, older_than
 
 import vtw_kernels as vtw
-from vtw_kernels.integration.exit_routers import exit_features
+from vtw_kernels.integration.exit_routers import exit_features, write_safetensors
 from vtw_kernels.integration.verify import hide_keys
 
 TOLERANCE = 1e-4
@@ -214,8 +214,7 @@ def test_what_is_no_file_of_routers(tmp_path):
     routers = make_routers()
     routers.save(path)
     state = routers.state()
-    metadata = {"format": "vtw_kernels exit routers, 1", "layers": "[1, 2, 3]", "hidden_size": "32", "num_layers": "4"}
-    metadata |= {"width": "8", "threshold": "0.5", "model": '""', "settings": "{}"}
+    made_for = routers.made_for()
 
     def refused(match: str) -> None:
         with pytest.raises(ValueError, match=rf"exit.safetensors: expected what ExitRouters.save wrote, got .*{match}"):
@@ -226,17 +225,21 @@ def test_what_is_no_file_of_routers(tmp_path):
     save_file(state, path)
     refused("the format None")
     for changes, match in (
-        ({"layers": "[1, 2]"}, "weights that are not those of its gates"),
-        ({"width": "9"}, "weights that are not those of its gates"),
-        ({"layers": "[1, 2, 5]"}, r"layers: expected 1\.\.3, got \[1, 2, 5\]"),
-        ({"threshold": "2"}, "threshold: expected a probability from 0 to 1, got 2"),
-        ({"layers": "["}, "Expecting"),
+        ({"layers": [1, 2]}, "weights that are not those of its gates"),
+        ({"width": 9}, "weights that are not those of its gates"),
+        ({"layers": [1, 2, 5]}, r"layers: expected 1\.\.3, got \[1, 2, 5\]"),
+        ({"threshold": 2}, "threshold: expected a probability from 0 to 1, got 2"),
+        ({"more": 2}, "unexpected keyword argument 'more'"),
     ):
-        save_file(state, path, metadata | changes)
+        write_safetensors(path, state, routers=made_for | changes)
         refused(match)
-    save_file({name: x.half() for name, x in state.items()}, path, metadata)
+    save_file(state, path, {"vtw_kernels": "["})
+    refused("Expecting")
+    write_safetensors(path, state)
+    refused("'routers'")
+    write_safetensors(path, {name: x.half() for name, x in state.items()}, routers=made_for)
     refused("weights that are not those of its gates")
-    save_file(state, path, metadata)
+    write_safetensors(path, state, routers=made_for)
     vtw.apply(model, path).remove()
     with pytest.raises(FileNotFoundError):
         vtw.withdraw(model, tmp_path / "none.safetensors")

@@ -55,13 +55,16 @@ ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"),
 ROOMS |= dict.fromkeys(
     ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
 )
-ROOMS |= dict.fromkeys(("Comparison", "LayerSearch", "compare", "find_layer"), "layer_search")
+ROOMS |= dict.fromkeys(
+    ("Comparison", "ExitTraining", "LayerSearch", "compare", "find_layer", "train_exit"), "layer_search"
+)
 
 __all__ = [
     "Boundary",
     "CompactionPlan",
     "Comparison",
     "ExitRouters",
+    "ExitTraining",
     "LayerSearch",
     "Policy",
     "RandomVisual",
@@ -86,6 +89,7 @@ __all__ = [
     "parse_policy",
     "plan_compaction",
     "remove",
+    "train_exit",
     "verify",
     "withdraw",
 ]

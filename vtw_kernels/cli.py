@@ -39,18 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
     add_check(commands)
     add_search(commands)
     add_compare(commands)
-    report = commands.add_parser("report", help="a page of HTML about what a search or a comparison found")
-    report.add_argument("result", type=Path, help="what search or compare, or save, wrote, such as vtw.json")
+    add_train_exit(commands)
+    report = commands.add_parser("report", help="a page of HTML about what search, compare or train-exit found")
+    report.add_argument("result", type=Path, help="what one of these, or save, wrote, such as vtw.json")
     report.add_argument("--out", type=Path, help="the page (default: the result's name with .html)")
     add_bench(commands)
 
     options = parser.parse_args(arguments)
     try:
-        if options.command in ("search", "compare"):
-            from vtw_kernels.layer_search.jobs import CompareJob, SearchJob
+        if options.command in ("search", "compare", "train-exit"):
+            from vtw_kernels.layer_search.jobs import CompareJob, ExitJob, SearchJob
             from vtw_kernels.layer_search.run import run as run_job
 
-            job = (SearchJob if options.command == "search" else CompareJob)(options)
+            job = {"search": SearchJob, "compare": CompareJob, "train-exit": ExitJob}[options.command](options)
             command = shlex.join(["vtw-kernels", *(sys.argv[1:] if arguments is None else arguments)])
             return run_job(options, command, job)
         if options.command == "info" and options.model is not None:
@@ -150,6 +151,43 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     add_model(compare, "don't measure operations, memory and time under each policy")
 
 
+def add_train_exit(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train-exit",
+        help="train gates that say, prompt by prompt, before which layer the visual tokens leave",
+        description="Trains the gates of dynamic exit (DyVTE) for a model, which stays as it is. What was found out about "
+        "the records is kept with the gates: the same command with another threshold, width or number of epochs trains "
+        "anew without the model. One that was stopped goes on when it is run again. Under torchrun, or accelerate launch, "
+        "ranks share the records.",
+    )
+    add_records(train, Path("exit.safetensors"))
+    gates = train.add_argument_group("gates")
+    gates.add_argument(
+        "--every", type=int, default=1, metavar="LAYERS", help="a gate before every so many (default: 1)"
+    )
+    gates.add_argument("--first", type=int, metavar="LAYER", help="with a gate (default: the first that is allowed)")
+    gates.add_argument("--last", type=int, metavar="LAYER", help="with a gate (default: the last that is allowed)")
+    gates.add_argument(
+        "--threshold", type=float, default=0.5, help="a gate fires above this probability (default: 0.5)"
+    )
+    gates.add_argument(
+        "--width", type=int, default=2048, help="of a gate, which has 2 (H + 1) times as many weights (default: 2048)"
+    )
+    training = train.add_argument_group("training")
+    add_positions(training, "answer")
+    training.add_argument("--epochs", type=int, default=30, help="(default: 30)")
+    training.add_argument("--learning-rate", type=float, default=6e-5, help="of AdamW, at its highest (default: 6e-5)")
+    training.add_argument("--warm-up", type=float, default=0.03, help="share of the steps (default: 0.03)")
+    training.add_argument(
+        "--held-out", type=float, default=0.2, help="share of the records that gates are measured on (default: 0.2)"
+    )
+    training.add_argument(
+        "--training-seed", type=int, default=0, help="of weights, of what is held out, and of the order (default: 0)"
+    )
+    add_model(train)
+    train.set_defaults(metric="kl", statistic="mean", costs=False)
+
+
 def add_records(parser: argparse.ArgumentParser, out: Path) -> None:
     """The model, the records, and where results go: by default to ``out``."""
     parser.add_argument("--model", required=True, help="name or folder of a model of transformers, with its processor")
@@ -184,21 +222,26 @@ def add_criterion(parser: argparse._ActionsContainer) -> None:
     """What is looked at, of which tokens."""
     parser.add_argument("--metric", default="kl", help="kl (default), reverse_kl or disagreement")
     parser.add_argument("--statistic", default="mean", help="mean (default), worst_decile or max, over records")
+    add_positions(parser, "last")
+
+
+def add_positions(parser: argparse._ActionsContainer, default: str) -> None:
     parser.add_argument(
         "--positions",
         type=lambda text: int(text) if text.isdecimal() else text,
-        default="last",
-        help="last (default): the next token; a number: so many tokens of the model's own answer; answer: the tokens "
-        "of the record's",
+        default=default,
+        help="last: the next token; a number: so many tokens of the model's own answer; answer: the tokens of the "
+        f"record's (default: {default})",
     )
 
 
-def add_model(parser: argparse.ArgumentParser, no_costs: str) -> None:
-    """How the model is loaded, and whether it is measured."""
+def add_model(parser: argparse.ArgumentParser, no_costs: str = "") -> None:
+    """How the model is loaded; and what is said of the option that it is not measured, if that is one."""
     model = parser.add_argument_group("model")
     add_loading(model)
     model.add_argument("--tp", action="store_true", help="under torchrun: one tensor-parallel model over all ranks")
-    model.add_argument("--no-costs", dest="costs", action="store_false", help=no_costs)
+    if no_costs:
+        model.add_argument("--no-costs", dest="costs", action="store_false", help=no_costs)
 
 
 def add_bench(commands) -> None:
@@ -281,10 +324,14 @@ def print_model_info(name: str) -> None:
 def report_on(result: Path, page: Path) -> None:
     """Raises OSError or ValueError for a result that is none, or a page that would take the place of something else."""
     from vtw_kernels.layer_search.comparison import Comparison
+    from vtw_kernels.layer_search.exit_training import ExitTraining
     from vtw_kernels.layer_search.report import check_page
     from vtw_kernels.layer_search.result import LayerSearch
 
-    kind = Comparison if Comparison.wrote(result) else LayerSearch
+    if result.suffix == ".safetensors":
+        kind = ExitTraining
+    else:
+        kind = Comparison if Comparison.wrote(result) else LayerSearch
     found = kind.load(result)
     check_page("out", page)
     found.report(page)

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vtw_kernels.integration.policies import Boundary, Policy
 
 WIDTH = 2048  # of the paper's routers
-FORMAT = "vtw_kernels exit routers, 1"
+FORMAT = "exit routers, 1"
+RECORDS = "records."  # so begin names, in a file of routers, of what these were trained with
 
 
 class ExitRouters(Policy):
@@ -112,12 +113,11 @@ class ExitRouters(Policy):
 
     def save(self, path: str | Path) -> None:
         """Writes weights, in fp32, and what they were made for, as safetensors. Readers see the old file or the new."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        made_for = {name: getattr(self, name) for name in _METADATA} | {"layers": self.boundaries}
-        metadata = {"format": FORMAT} | {name: json.dumps(value) for name, value in made_for.items()}
-        save_file(self.state(), part, metadata)
-        os.replace(part, path)
+        write_safetensors(path, self.state(), routers=self.made_for())
+
+    def made_for(self) -> dict[str, Any]:
+        """The arguments that make gates of these sizes."""
+        return {"layers": self.boundaries} | {name: getattr(self, name) for name in _ARGUMENTS}
 
     def state(self) -> dict[str, Tensor]:
         """The weights by name, "LAYER.0.weight" ``[width, 2H]`` and "LAYER.2.weight" ``[2, width]``, on the CPU."""
@@ -139,11 +139,9 @@ class ExitRouters(Policy):
         path.open("rb").close()  # safetensors names no file that it can't read
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if (given := metadata.get("format")) != FORMAT:
-                    raise ValueError(f"the format {given!r}")
-                made_for = {name: json.loads(metadata[name]) for name in ("layers", *_METADATA)}
-                state = {name: file.get_tensor(name) for name in file.keys()}
+                made_for = read_metadata(file)["routers"]
+                names = [name for name in file.keys() if not name.startswith(RECORDS)]
+                state = {name: file.get_tensor(name) for name in names}
             routers = cls(**made_for)
             wanted = {name: (x.dtype, x.shape) for name, x in routers.state().items()}
             if {name: (x.dtype, x.shape) for name, x in state.items()} != wanted:
@@ -157,7 +155,7 @@ class ExitRouters(Policy):
         return routers
 
 
-_METADATA = ("hidden_size", "num_layers", "width", "threshold", "model", "settings")
+_ARGUMENTS = ("hidden_size", "num_layers", "width", "threshold", "model", "settings")
 
 
 def _gate(hidden_size: int, width: int, generator: torch.Generator) -> nn.Sequential:
@@ -165,6 +163,23 @@ def _gate(hidden_size: int, width: int, generator: torch.Generator) -> nn.Sequen
     for weight in gate.parameters():
         nn.init.xavier_uniform_(weight, generator=generator)
     return gate.requires_grad_(False)
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
+    """Tensors, and JSON as metadata. Readers see the old file or the new one."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    # Several entries of metadata would come in another order each time, and save_file's files nobody else may read.
+    part.write_bytes(save(tensors, {"vtw_kernels": json.dumps({"format": FORMAT} | metadata)}))
+    os.replace(part, path)
+
+
+def read_metadata(file: Any) -> dict[str, Any]:
+    """That of an open file. Raises ValueError for one that ``write_safetensors`` did not write."""
+    metadata = json.loads((file.metadata() or {}).get("vtw_kernels", "{}"))
+    if (given := metadata.get("format")) != FORMAT:
+        raise ValueError(f"the format {given!r}")
+    return metadata
 
 
 def check_threshold(threshold: Any) -> float:

@@ -168,7 +168,7 @@ class Withdrawal:
             )
         if visual_mask is None and not self.parts.token_ids:
             find_visual_tokens(self.parts, {})  # raises, and says why a mask is needed
-        self._hooks = Hooks(model, self.parts, policies, min(layers), visual_mask)
+        self._hooks = Hooks(model, self.parts, partial(policies_of, self.layer), min(layers), visual_mask)
 
     def place(self) -> "Withdrawal":
         """Puts it into effect.

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vtw_kernels.extras import require
@@ -17,10 +18,15 @@ require("vtw_kernels.layer_search", "search")
 
 from tqdm import tqdm
 
+from vtw_kernels.integration.exit_routers import check_threshold
+from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.policies import Policy
 from vtw_kernels.integration.policy_text import parse_policy, policy_text
+from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.layer_search.comparison import Comparison
 from vtw_kernels.layer_search.costs import measure_policies
+from vtw_kernels.layer_search.exit_scorer import ExitScorer, ExitScores
+from vtw_kernels.layer_search.exit_training import ExitTraining, Training, train_gates
 from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
 from vtw_kernels.layer_search.result import PAPER_THRESHOLD, LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, check_among, check_groups
@@ -156,6 +162,75 @@ def compare(
         costs=costs,
         groups=groups,
     )
+
+
+def train_exit(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    every: int = 1,
+    first: int | None = None,
+    last: int | None = None,
+    threshold: float = 0.5,
+    positions: int | str = "answer",
+    width: int = Training().width,
+    epochs: int = Training().epochs,
+    learning_rate: float = Training().learning_rate,
+    warm_up: float = Training().warm_up,
+    held_out: float = Training().held_out,
+    seed: int = Training().seed,
+    groups: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    decoder: nn.Module | None = None,
+    progress: bool = True,
+) -> ExitTraining:
+    """Trains the gates of ``ExitRouters`` for a model, which itself stays as it is (DyVTE, arXiv 2411.19628).
+
+    A gate is to fire where, if the visual tokens leave there, all tokens of the answer stay the most likely ones and
+    their cross entropy grows by less than 3 %. The paper's code finds that out for one layer a step; here one run of
+    the model tells it for all gates, and what they read is kept, ``[G, 2H]`` a sample.
+
+    Args:
+        model, batches, groups, decoder, progress: as for ``find_layer``; all visual tokens come before the answer.
+        every: a gate before every so many layers;
+        first, last: of these; by default all that the model allows.
+        threshold: of the routers.
+        positions: which tokens are the answer: as for ``find_layer``.
+        width, epochs, learning_rate, warm_up, held_out, seed: see ``Training``.
+        device: where gates are trained; by default the model's.
+
+    Returns:
+        An ``ExitTraining``, with ``routers`` to withdraw with, and what they do to held-out samples.
+
+    Raises:
+        TypeError, ValueError: what ``find_layer`` raises, or an argument is out of range.
+    """
+    training = Training(width, epochs, learning_rate, warm_up, held_out, seed)
+    training.check()
+    check_threshold(threshold)
+    gates = gate_layers(find_parts(unwrapped(model), decoder), every, first, last)
+    scorer = ExitScorer(model, positions=positions, candidates=gates, decoder=decoder)
+    scores = ExitScores.join(_score_all(scorer, batches, "train-exit", progress))
+    return train_gates(
+        (type(scorer.model).__name__, len(scorer.parts.layers), scorer.candidates),
+        scores,
+        training,
+        threshold,
+        scorer.model.device if device is None else device,
+        positions=positions,
+        groups=check_groups(groups, len(scores.tokens)),
+    )
+
+
+def gate_layers(parts: Parts, every: int, first: int | None, last: int | None) -> list[int]:
+    """The layers before which there is a gate. Raises ValueError where there is none."""
+    allowed = range(parts.min_layer, min(parts.max_layer, len(parts.layers) - 1) + 1)
+    if every < 1:
+        raise ValueError(f"every: expected at least 1, got {every}")
+    layers = range(allowed[0] if first is None else first, (allowed[-1] if last is None else last) + 1, every)
+    if not layers or layers[0] not in allowed or layers[-1] not in allowed:
+        raise ValueError(f"first, last: expected layers in {allowed[0]}..{allowed[-1]}, got {first} and {last}")
+    return list(layers)
 
 
 def named_policies(policies: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any]:

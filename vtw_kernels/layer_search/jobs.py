@@ -1,4 +1,4 @@
-"""What ``vtw-kernels search`` and ``compare`` do with records, each in its own way."""
+"""What ``vtw-kernels search``, ``compare`` and ``train-exit`` do with records, each in its own way."""
 
 import hashlib
 from argparse import Namespace
@@ -9,13 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtw_kernels.integration.exit_routers import check_threshold
+from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.policy_text import parse_policy
-from vtw_kernels.layer_search import COSTED, named_policies
+from vtw_kernels.layer_search import COSTED, gate_layers, named_policies
 from vtw_kernels.layer_search.attention import attention_mass
 from vtw_kernels.layer_search.comparison import Comparison
 from vtw_kernels.layer_search.costs import measure_costs, measure_policies
+from vtw_kernels.layer_search.exit_scorer import ExitScorer, ExitScores
+from vtw_kernels.layer_search.exit_training import ExitTraining, Training, train_gates
 from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
-from vtw_kernels.layer_search.report import write_comparison, write_report
+from vtw_kernels.layer_search.report import write_comparison, write_exit_report, write_report
 from vtw_kernels.layer_search.result import LayerSearch
 from vtw_kernels.layer_search.scored import Scored
 from vtw_kernels.layer_search.scorer import Scorer, Scores
@@ -27,13 +31,15 @@ class Job:
     """What is found out about records.
 
     name: as messages have it. result: what is made of their scores. fields: the names of these, as a scorer returns
-    them. measured: fields of the result that are measured afterwards, on some records. write_report: writes the page.
+    them. measured: fields of the result that are measured afterwards, on some records. of_some: whether there is a
+    result of some of the records, where it is stopped. write_report: writes the page.
     """
 
     name: ClassVar[str]
     result: ClassVar[type[Scored]]
     fields: ClassVar[tuple[str, ...]]
     measured: ClassVar[tuple[str, ...]]
+    of_some: ClassVar[bool] = True
 
     def __init__(self, options: Namespace):
         self.options = options
@@ -65,8 +71,8 @@ class Job:
         """Other fields of the result, of a scorer or of an earlier result."""
         return {}
 
-    def make(self, of_model: tuple[Any, ...], scores: list[Tensor], **further: Any) -> Scored:
-        """The result."""
+    def make(self, of_model: tuple[Any, ...], scores: list[Tensor], device: torch.device, **further: Any) -> Scored:
+        """The result. ``device``: where what is left may be computed."""
         chosen = {name: getattr(self.options, name) for name in ("metric", "statistic", "positions")}
         return self.result(*of_model, *scores, **chosen, **further)
 
@@ -104,8 +110,10 @@ class SearchJob(Job):
     def further(self, source: Scorer | LayerSearch) -> dict[str, Any]:
         return {"image_layers": source.image_layers}
 
-    def make(self, of_model: tuple[Any, ...], scores: list[Tensor], **further: Any) -> LayerSearch:
-        return super().make(of_model, scores, threshold=self.options.threshold, **further)
+    def make(
+        self, of_model: tuple[Any, ...], scores: list[Tensor], device: torch.device, **further: Any
+    ) -> LayerSearch:
+        return super().make(of_model, scores, device, threshold=self.options.threshold, **further)
 
     def choose_records(self, result: LayerSearch) -> dict[str, list[str]]:
         """For costs one of median length; for attention some that are spread over all; the worst at the chosen layer,
@@ -156,3 +164,44 @@ class CompareJob(Job):
 
     def measure(self, name: str, scorer: PolicyScorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
         return measure_policies(scorer.model, inputs, scorer.policies)
+
+
+class ExitJob(Job):
+    """Another threshold, or gates of another width, are made of what was found out about the records before."""
+
+    name, result, fields, measured = "training", ExitTraining, ExitScores._fields, ()
+    of_some = False
+    write_report = staticmethod(write_exit_report)
+
+    def __init__(self, options: Namespace):
+        super().__init__(options)
+        of_training = {name: getattr(options, name) for name in Training._fields if name != "seed"}
+        self.training = Training(**of_training, seed=options.training_seed)  # the other seed draws records
+
+    def check(self) -> None:
+        self.training.check()
+        check_threshold(self.options.threshold)
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self.options, name) for name in ("every", "first", "last")}
+
+    def scorer(self, model: nn.Module) -> ExitScorer:
+        gates = gate_layers(find_parts(model), **self.settings())
+        return ExitScorer(model, positions=self.options.positions, candidates=gates)
+
+    def columns(self, source: ExitScorer | ExitTraining) -> tuple[list[int]]:
+        return (source.candidates,)
+
+    def make(
+        self, of_model: tuple[Any, ...], scores: list[Tensor], device: torch.device, **further: Any
+    ) -> ExitTraining:
+        options = self.options
+        return train_gates(
+            of_model, scores, self.training, options.threshold, device, positions=options.positions, **further
+        )
+
+    def choose_records(self, result: ExitTraining) -> dict[str, list[str]]:
+        """Of those held out, the worst at the layer where they leave."""
+        names, rows = list(result.settings["records"]), result.held_out()
+        worst = rows[result.at_exit().argsort(descending=True, stable=True)[:SHOWN]]
+        return {"worst": [names[row] for row in worst.tolist()]}

@@ -1,5 +1,6 @@
 """The figures of a search and of a comparison, drawn into axes of matplotlib, in colours of Okabe and Ito."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -176,6 +177,38 @@ def _value_axis(axes: Axes, scores: Scored) -> None:
     axes.set(ylabel=METRICS[scores.metric], yscale="linear" if is_share else "log")
     if is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def draw_exits(axes: Axes, layers: Sequence[int], total: int) -> None:
+    """How many samples leave before which layer; those that never do stand at ``total``."""
+    counts = Counter(layers)
+    for leaves, colour, label in ((True, BLUE, "leaves"), (False, GREY, "never")):
+        shown = [layer for layer in sorted(counts) if (layer < total) == leaves]
+        if shown:
+            axes.bar(shown, [counts[layer] for layer in shown], width=0.85, color=colour, lw=0, label=label)
+    axes.set(xlabel="visual tokens leave before layer", ylabel="held-out samples", xlim=(0, total + 0.8))
+    _legend(axes)
+
+
+def draw_exit_curve(
+    axes: Axes,
+    gates: Sequence[tuple[float, float]],
+    fixed: Sequence[tuple[float, float]],
+    chosen: float,
+    name: str,
+    log: bool = False,
+) -> None:
+    """Points of mean exit layer and value, of gates by their threshold and of fixed layers; and the chosen threshold's
+    mean layer."""
+    floor = FLOOR if log else 0
+    for points, colour, marker, label in ((fixed, GREY, "o", "one layer for all"), (gates, BLUE, ".", "gates")):
+        layers, values = zip(*points)
+        axes.plot(layers, [max(x, floor) for x in values], color=colour, marker=marker, ms=4, label=label)
+    axes.axvline(chosen, color=GREEN, linestyle=":", lw=2, label="the threshold of the gates")
+    axes.set(xlabel="mean exit layer", ylabel=name, yscale="log" if log else "linear")
+    if not log:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _legend(axes)
 
 
 def _finish(axes: Axes, layers: Layers) -> None:

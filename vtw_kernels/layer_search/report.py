@@ -1,4 +1,4 @@
-"""The reports of a search and of a comparison: one HTML file that needs nothing else, and its figures beside it."""
+"""The reports of a search, a comparison, a training: one HTML file that needs nothing else, and its figures beside it."""
 
 import base64
 import io
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vtw_kernels.layer_search.comparison import SAVED, Comparison
+from vtw_kernels.layer_search.exit_training import ExitTraining
 from vtw_kernels.layer_search.plots import (
     BLUE,
     GREY,
@@ -30,6 +31,8 @@ from vtw_kernels.layer_search.plots import (
     draw_agreement,
     draw_attention,
     draw_choices,
+    draw_exit_curve,
+    draw_exits,
     draw_front,
     draw_savings,
     draw_values,
@@ -144,10 +147,46 @@ def write_comparison(
             (row, f"{value:.3g} under {comparison.policies[int(values[row].argmax())]}")
             for row, value in _worst(values.amax(dim=1), samples)
         ],
-        table=_front_table(comparison),
-        groups=[(group, part.verdict(), _front_table(part)) for group, part in comparison.by_group().items()],
+        table=_marked_table(comparison.columns()),
+        groups=[
+            (group, part.verdict(), _marked_table(part.columns())) for group, part in comparison.by_group().items()
+        ],
         settings=_comparison_settings(comparison),
         costs=said,
+    )
+
+
+def write_exit_report(
+    path: str | Path, training: ExitTraining, *, samples: Sequence[Sample] = (), command: str = ""
+) -> None:
+    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
+    it.
+
+    It shows where held-out samples leave, and what that changes, over the mean layer where they do, against one layer
+    for all of them; and of ``samples``, the dozen that are hurt most.
+
+    Args:
+        samples, command: as for ``write_report``.
+
+    Raises:
+        ValueError: a sample's index is out of range or not the only one. Nothing is written then.
+        OSError: it can't be written.
+    """
+    _check_samples(training, samples)
+    values = torch.full((len(training.tokens),), -torch.inf).index_copy(0, training.held_out(), training.at_exit())
+    layers = torch.zeros(len(values), dtype=torch.int64).index_copy(0, training.held_out(), training.outcome().layers)
+    worst = [(row, value) for row, value in _worst(values, samples) if value > -torch.inf]
+    _write(
+        Path(path),
+        "exit.html",
+        training,
+        _exit_plots(training),
+        samples,
+        command,
+        worst=[(row, f"{value:.3g} at layer {layers[row]}") for row, value in worst],
+        table=_marked_table(training.columns()),
+        groups=[(group, "", _marked_table(training.columns(group))) for group in training.held_out_groups],
+        settings=_exit_settings(training),
     )
 
 
@@ -281,6 +320,36 @@ def _front_plots(comparison: Comparison) -> list[Plot]:
     return plots
 
 
+def _exit_plots(training: ExitTraining) -> list[Plot]:
+    outcome = training.outcome()
+
+    def curve(name: str, title: str, caption: str, label: str, log: bool) -> Plot:
+        return (
+            name,
+            title,
+            caption,
+            lambda axes: draw_exit_curve(axes, *training.curve(name), outcome.mean_layer, label, log),
+        )
+
+    never = f"Layer {training.num_layers} stands for never. By the threshold of {outcome.threshold:g}."
+    return [
+        (
+            "exits",
+            "Where the visual tokens leave",
+            never,
+            lambda axes: draw_exits(axes, outcome.layers.tolist(), training.num_layers),
+        ),
+        curve(
+            "agreement",
+            "How often the most likely token stays",
+            "Of the held-out samples, by gates at ever higher thresholds and, at equal cost, by one layer for all.",
+            "same most likely token",
+            False,
+        ),
+        curve("kl", "How much the prediction changes", "The same of the divergence.", METRICS["kl"], True),
+    ]
+
+
 def _draw(plots: list[Plot]) -> list[tuple[str, str, str, Figure]]:
     """Name, title, caption and figure."""
     result = []
@@ -321,8 +390,8 @@ def _table(search: LayerSearch) -> Table:
     return list(columns), [(row[0] == str(search.layer), row) for row in rows]
 
 
-def _front_table(comparison: Comparison) -> Table:
-    columns = comparison.columns()
+def _marked_table(columns: dict[str, list[str]]) -> Table:
+    """Rows that have something in the column without a heading are marked."""
     marks = columns.pop("")
     return list(columns), [(bool(mark), list(row)) for mark, row in zip(marks, zip(*columns.values()))]
 
@@ -437,7 +506,21 @@ def _comparison_settings(comparison: Comparison) -> dict[str, str]:
     return _with_versions(comparison, settings)
 
 
-def _positions(found: LayerSearch | Comparison) -> str:
+def _exit_settings(training: ExitTraining) -> dict[str, str]:
+    trained, held_out = map(len, training.split)
+    settings = {
+        "model": training.model,
+        "decoder layers": training.num_layers,
+        "gates": training.candidates,
+        "samples": f"{trained} trained with, {held_out} held out, drawn by the seed",
+        "positions": _positions(training),
+        "threshold": f"{training.routers.threshold:g}",
+        "weights": f"{training.routers.nbytes} bytes",
+    }
+    return _with_versions(training, settings | training.training._asdict())
+
+
+def _positions(found: LayerSearch | Comparison | ExitTraining) -> str:
     positions = {
         "last": "the last of the prompt",
         "answer": "those of the given answer",

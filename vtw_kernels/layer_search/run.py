@@ -32,7 +32,7 @@ from vtw_kernels.layer_search.jobs import Job
 from vtw_kernels.layer_search.records import BadRecord, DataSet, Encoder, JsonFile, brief, load_records
 from vtw_kernels.layer_search.report import Sample, check_page
 from vtw_kernels.layer_search.scored import METRICS, NO_GROUP, STATISTICS, Scored, check_among
-from vtw_kernels.layer_search.state import State, append_line, differences, read_lines
+from vtw_kernels.layer_search.state import State, append_line, differences, packed, read_lines, unpacked
 from vtw_kernels.ops import backend_info
 
 REASON_CHARACTERS = 500
@@ -137,13 +137,19 @@ def run(options: Namespace, command: str, job: Job) -> int:
         if stopped_by and all("bad" in line for line in lines):
             print("stopped before the first record was scored", file=sys.stderr)
             return 128 + stopped_by
+        if stopped_by and not job.of_some:
+            print(
+                f"stopped: {len(lines)} of {len(records)} records are done; the same command goes on from there",
+                file=sys.stderr,
+            )
+            return 128 + stopped_by
         result: Scored | None = None
 
         def conclude() -> dict[str, list[str]]:
             nonlocal result
             if len(lines) < len(records) and not stopped_by:
                 raise ValueError(f"{state.folder}: expected {len(records)} records, got {len(lines)}: run it again")
-            result = make_result(options, job, scorer, earlier, planned["settings"], lines, len(records))
+            result = make_result(options, job, device, scorer, earlier, planned["settings"], lines, len(records))
             save(result, options.out)
             return job.choose_records(result)
 
@@ -434,7 +440,8 @@ def lines_of(result: Scored | None, job: Job) -> dict[str, dict]:
     if result is None:
         return {}
     scores = {
-        field: getattr(result, name).tolist() for field, name in zip(job.fields, (*result.SCORES, *result.COUNTS))
+        field: list(map(packed, getattr(result, name)))
+        for field, name in zip(job.fields, (*result.SCORES, *result.COUNTS))
     }
     return {
         digest: {"name": name, "record": digest} | {field: x[row] for field, x in scores.items()}
@@ -479,7 +486,7 @@ def score(
         record = records[index]
         scores = scorer.score(encoder(record, with_answer=scorer.positions == "answer"))
         return {"name": name, "record": record.digest(), "group": record.group} | {
-            field: values[0].tolist() for field, values in scores._asdict().items()
+            field: packed(values[0]) for field, values in scores._asdict().items()
         }
     except Exception as error:
         said = " ".join(str(error).split()).removeprefix(f"{name}: ")
@@ -514,6 +521,7 @@ def tell_of_bad(bad: dict[str, str]) -> None:
 def make_result(
     options: Namespace,
     job: Job,
+    device: torch.device,
     scorer: Any,
     earlier: Scored | None,
     settings: dict[str, Any],
@@ -532,7 +540,8 @@ def make_result(
         (earlier.model, earlier.num_layers, *job.columns(earlier))
         if scorer is None
         else (type(scorer.model).__name__, len(scorer.parts.layers), *job.columns(scorer)),
-        [torch.tensor([line[field] for line in good]) for field in job.fields],
+        [torch.stack([unpacked(line[field]) for line in good]) for field in job.fields],
+        device,
         groups=[group or NO_GROUP for group in groups] if any(groups) else None,
         settings=settings
         | {"data": options.data, "finished": len(lines) == total}

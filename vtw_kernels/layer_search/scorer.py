@@ -8,7 +8,7 @@ the same text without it; candidates that leave out the same are one.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -162,23 +162,29 @@ class Scorer:
         return self.score_questions(read_questions(self.model, self.parts, batch, self.positions))
 
     def score_questions(self, questions: "Questions") -> Scores:
+        return Scores(*self._means(questions, compare_runs), *questions.counts())
+
+    def _means(self, questions: "Questions", compare: "Compare") -> list[Tensor]:
+        """``[B, C]`` each, on the CPU: means over positions of what is compared, both divergences first."""
         samples = _Samples(self.parts, self.steps, questions)
         try:
-            scores = self._score_groups(samples, self.head if self._logits_are_large(samples) else None)
+            scores = self._compare_groups(samples, self.head if self._logits_are_large(samples) else None, compare)
         except _LogitsAreMore:
             self.head = None
-            scores = self._score_groups(samples, None)
+            scores = self._compare_groups(samples, None, compare)
         means = [questions.mean_over_positions(torch.cat(x)) for x in zip(*scores)]
         if len(distinct := sorted(set(self.joins))) < len(self.joins):
             means = [x[:, [distinct.index(join) for join in self.joins]] for x in means]
         check_numbers(*means[:2])
-        return Scores(*means, *questions.counts())
+        return means
 
-    def _score_groups(self, samples: "_Samples", head: nn.Linear | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _compare_groups(
+        self, samples: "_Samples", head: nn.Linear | None, compare: "Compare"
+    ) -> list[tuple[Tensor, ...]]:
         in_flight = self.max_in_flight or self._that_fit(samples, with_logits=head is None)
         joins = sorted(set(self.joins))
         groups = [joins[i : i + in_flight] for i in range(0, len(joins), in_flight)]
-        return [_score_group(self.model, self.parts, samples, group, head) for group in groups]
+        return [compare(*_run_group(self.model, self.parts, samples, group, head), head) for group in groups]
 
     def _logits_are_large(self, samples: "_Samples") -> bool:
         """Whether logits of one candidate alone are too large, or those of all make so many groups that running the
@@ -335,25 +341,34 @@ class _Samples:
         self.kept_row = (keep.cumsum(1) + (length - 1 - counts[:, None]))[self.sequence, self.row]
 
 
-def _score_group(
+def _run_group(
     model: nn.Module, parts: Parts, samples: _Samples, candidates: list[int], head: nn.Linear | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU.
-
-    ``head``: given where logits are large. They are then never made all at once, at the cost of three products with the
-    head's weights instead of one.
-    """
+) -> tuple[Tensor, Tensor]:
+    """``[C, P, V]`` of the continuations and ``[P, V]`` of the full run; see ``_run``."""
     try:
         full, withdrawn = _run(model, parts, samples, candidates, head)
     except _SharedRowsSeeMore:
         samples.share(0)
         full, withdrawn = _run(model, parts, samples, candidates, head)
+    return withdrawn, full
+
+
+# Of what ``_run_group`` returns, and the head, numbers on the CPU: fp32 [C, P].
+Compare = Callable[[Tensor, Tensor, nn.Linear | None], tuple[Tensor, ...]]
+
+
+def compare_runs(withdrawn: Tensor, full: Tensor, head: nn.Linear | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Both divergences and whether the top tokens differ, each fp32 ``[C, P]``, on the CPU.
+
+    ``head``: given where logits are large. They are then never made all at once, at the cost of three products with the
+    head's weights instead of one.
+    """
     if head is None:
         return compare_logits(withdrawn, full)
     weight, biases = head.weight, {"p_bias": head.bias, "q_bias": head.bias}
     kl = linear_kl_divergence(withdrawn, weight, full, weight, **biases)
     reverse_kl = linear_kl_divergence(full, weight, withdrawn, weight, **biases)
-    differ = torch.ne(_top_tokens(withdrawn, head), _top_tokens(full, head)).float()
+    differ = torch.ne(top_tokens(withdrawn, head), top_tokens(full, head)).float()
     return kl.cpu(), reverse_kl.cpu(), differ.cpu()
 
 
@@ -364,7 +379,7 @@ def compare_logits(withdrawn: Tensor, full: Tensor) -> tuple[Tensor, Tensor, Ten
     return kl_divergence(withdrawn, full).cpu(), kl_divergence(full, withdrawn).cpu(), differ.cpu()
 
 
-def _top_tokens(hidden: Tensor, head: nn.Linear) -> Tensor:
+def top_tokens(hidden: Tensor, head: nn.Linear) -> Tensor:
     """int64 ``[..., P]`` from ``[..., P, H]``."""
     rows = max(1, LOGITS_BYTES // (head.out_features * hidden.itemsize))
     tops = [head(x).argmax(-1) for x in hidden.flatten(0, -2).split(rows)]

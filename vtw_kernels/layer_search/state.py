@@ -6,6 +6,7 @@ each file has one writer and is only ever appended to: so nothing but its last l
 to a line, its checksum tells, and its record is scored anew.
 """
 
+import base64
 import fcntl
 import json
 import os
@@ -16,6 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 OURS = re.compile(r"(settings|run-(?P<run>\d+)(-rank-\d+)?)\.jsonl?(\.part)?")
 
@@ -113,6 +117,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         else:
             print(f"{path}:{number}: damaged, and so not believed", file=sys.stderr)
     return lines
+
+
+def packed(x: Tensor) -> Any:
+    """A tensor for a line: numbers or, of several rows of them, their bytes."""
+    if x.ndim < 2:
+        return x.tolist()
+    content = base64.b64encode(x.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+    return {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "base64": content}
+
+
+def unpacked(value: Any) -> Tensor:
+    """The inverse of ``packed``."""
+    if not isinstance(value, dict):
+        return torch.tensor(value)
+    content = bytearray(base64.b64decode(value["base64"]))
+    return torch.frombuffer(content, dtype=getattr(torch, value["dtype"])).view(value["shape"])
 
 
 def _with_checksum(line: dict[str, Any]) -> str:
