@@ -235,6 +235,8 @@ def test_what_is_no_file_of_routers(tmp_path):
         refused(match)
     save_file(state, path, {"vtw_kernels": "["})
     refused("Expecting")
+    save_file(state, path, {"vtw_kernels": "[]"})
+    refused("attribute 'get'")
     write_safetensors(path, state)
     refused("'routers'")
     write_safetensors(path, {name: x.half() for name, x in state.items()}, routers=made_for)
@@ -253,8 +255,9 @@ def test_other_models():
     ):
         with pytest.raises(ValueError, match=rf"model: expected {given}"):
             vtw.withdraw(model, [routers, vtw.Withdraw(3)])
-    with pytest.warns(UserWarning, match="made for Another, and this model is LlavaForConditionalGeneration"):
+    with pytest.warns(UserWarning, match="made for Another, and this model is LlavaForConditionalGeneration") as warned:
         vtw.apply(model, vtw.ExitRouters((1,), HIDDEN, 4, width=8, model="Another")).remove()
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vtw.apply(model, vtw.ExitRouters((1,), HIDDEN, 4, width=8, model=type(model).__name__)).remove()

@@ -313,6 +313,17 @@ def test_command(place, capsys):  # noqa: F811
     vtw.apply(make_model("llava"), "exit.safetensors").remove()
 
 
+def test_what_lines_hold():
+    """To the bit, whatever a model's numbers are."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        features = torch.randn(3, 2, 5).to(dtype)[:, 1]  # of a stride of its own
+        read = state.unpacked(json.loads(json.dumps(state.packed(features))))
+        assert read.dtype == dtype and torch.equal(read, features)
+    for numbers in (torch.tensor(7), torch.tensor([0.1, float("nan"), float("inf")])):
+        read = state.unpacked(json.loads(json.dumps(state.packed(numbers))))
+        torch.testing.assert_close(read, numbers, rtol=0, atol=0, equal_nan=True)
+
+
 def test_killed_resumed_and_shared(place, monkeypatch, capsys):  # noqa: F811
     """To the bit what one process gives in one go; and another training of the same records needs no model."""
     assert train(out="whole.safetensors") == 0

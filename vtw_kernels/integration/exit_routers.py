@@ -99,7 +99,7 @@ class ExitRouters(Policy):
                 f"{config.hidden_size}"
             )
         if self.model and self.model != type(model).__name__:
-            warnings.warn(f"{self!r} was made for {self.model}, and this model is {type(model).__name__}", stacklevel=5)
+            warnings.warn(f"{self!r} was made for {self.model}, and this model is {type(model).__name__}", stacklevel=4)
 
     def probabilities(self, layer: int, features: Tensor) -> Tensor:
         """fp32 ``[B]``: how sure the gate before a layer is that the visual rows may leave there, by ``[B, 2H]``."""
@@ -146,7 +146,7 @@ class ExitRouters(Policy):
             wanted = {name: (x.dtype, x.shape) for name, x in routers.state().items()}
             if {name: (x.dtype, x.shape) for name, x in state.items()} != wanted:
                 raise ValueError("weights that are not those of its gates")
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected what ExitRouters.save wrote, got {error}") from error
         for layer, gate in routers.gates.items():
             gate.load_state_dict({name: state[f"{layer}.{name}"] for name in ("0.weight", "2.weight")})

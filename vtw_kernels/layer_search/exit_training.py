@@ -277,7 +277,7 @@ class ExitTraining(Scored):
             further["training"] = Training(**further["training"])
             found = cls(model=routers.model, num_layers=routers.num_layers, routers=routers, **further | scores)
             found._check()
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected what ExitTraining.save wrote, got {error}") from error
         return found
 
