@@ -2,9 +2,9 @@
 
     python examples/compare_policies.py --model digits --output compared
 
-writes ``MODEL.json`` (a ``Comparison``), ``MODEL.html``, its report, ``MODEL-accuracy.json`` and ``.png``, and prints for
-each policy how many rows of the prompt it saves, KL(withdrawn‖full) of the first token of the answer, and how many answers
-are right, by kind of question. Accuracy is that of whole greedy answers.
+writes ``MODEL.json`` (a ``Comparison``), ``MODEL.html``, its report, ``MODEL-accuracy.json`` and ``.png``, and prints
+for each policy how many rows of the prompt it saves, KL(withdrawn‖full) of the first token of the answer, and how many
+answers are right, by kind of question. Accuracy is that of whole greedy answers.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The figures of a search and of a comparison, drawn into axes of matplotlib, in colours of Okabe and Ito."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ def draw_values(axes: Axes, layers: Layers, scores: Scored, threshold: float) ->
         axes.fill_between(layers.tried, *interval, alpha=0.35, color=BLUE, lw=0, label="95 % interval")
     values = scores.values().clamp(min=floor)
     axes.plot(layers.tried, values, color=BLUE, marker="o", ms=4, label=STATISTICS[scores.statistic])
-    for group, colour, part in _groups(scores):
+    for group, colour, part in shown_groups(scores):
         axes.plot(layers.tried, part.values().clamp(min=floor), color=colour, lw=1, label=group)
     axes.axhline(max(threshold, floor), color=RED, linestyle="--", label=f"threshold {threshold:g}")
     _value_axis(axes, scores)
@@ -61,7 +61,7 @@ def draw_agreement(axes: Axes, layers: Layers, scores: Scored) -> None:
         low, high = shares.interval()
         axes.fill_between(layers.tried, 1 - high, 1 - low, alpha=0.35, color=BLUE, lw=0, label="95 % interval")
     axes.plot(layers.tried, 1 - shares.values(), color=BLUE, marker="o", ms=4, label="mean")
-    for group, colour, part in _groups(shares):
+    for group, colour, part in shown_groups(shares):
         axes.plot(layers.tried, 1 - part.values(), color=colour, lw=1, label=group)
     axes.set_ylabel("same most likely token")
     axes.set_ylim(top=1.02)
@@ -75,17 +75,17 @@ def draw_choices(
     thresholds: Sequence[float],
     choices: Sequence[tuple[int, int, int]],
     threshold: float,
-    groups: Mapping[str, Sequence[int]],
+    groups: Sequence[tuple[str, str, Sequence[int]]],
 ) -> None:
     """The chosen layer as a function of the threshold.
 
     ``choices``: by threshold the chosen layer, and the first and the last one that other samples might choose;
-    ``total`` stands for none. ``threshold``: the one that was set. ``groups``: the chosen layers of each.
+    ``total`` stands for none. ``threshold``: the one that was set. ``groups``: of each its colour and layers.
     """
     chosen, first, last = zip(*choices)
     axes.fill_between(thresholds, first, last, step="mid", alpha=0.35, color=BLUE, lw=0, label="95 % interval")
     axes.step(thresholds, chosen, where="mid", color=BLUE, label="chosen layer")
-    for (group, own), colour in zip(groups.items(), GROUPS):
+    for group, colour, own in groups:
         axes.step(thresholds, own, where="mid", color=colour, lw=1, label=group)
     axes.axvline(threshold, color=RED, linestyle="--", label=f"threshold {threshold:g}")
     axes.set(xlabel="threshold", ylabel=f"layer ({layers.total}: none)", xscale="log", ylim=(0, layers.total + 0.5))
@@ -138,16 +138,24 @@ def draw_attention(axes: Axes, mass: Tensor, chosen: int | None) -> None:
     _legend(axes)
 
 
-def draw_savings(axes: Axes, layers: Layers, costs: LayerCosts | None, rows: Mapping[str, Tensor]) -> None:
-    """Of one prefill, if costs were measured; else of ``rows``, shares fp32 ``[C]`` by what they are of."""
+def draw_savings(
+    axes: Axes,
+    layers: Layers,
+    costs: LayerCosts | None,
+    what: str,
+    saved: Tensor,
+    groups: Sequence[tuple[str, str, Tensor]],
+) -> None:
+    """Of one prefill, if costs were measured; else of ``what``, shares fp32 ``[C]``. ``groups``: of each its colour and
+    what is saved."""
+    for group, colour, own in groups:
+        axes.plot(layers.tried, own, color=colour, lw=1, label=f"{what.split()[0]}, {group}")
     if costs is None:
-        for (name, saved), colour in zip(rows.items(), (BLUE, *GROUPS)):
-            axes.plot(layers.tried, saved, color=colour, label=name)
+        axes.plot(layers.tried, saved, color=BLUE, label=what)
     else:
-        saved = (
+        flops, kv_bytes, seconds = (
             [1 - x / values[-1] for x in values] for values in (costs.flops, costs.kv_bytes, costs.prefill_seconds)
         )
-        flops, kv_bytes, seconds = saved
         axes.plot(costs.layers, flops, color=BLUE, label="FLOPs")
         axes.plot(costs.layers, kv_bytes, color=ORANGE, linestyle="--", label="KV cache")
         timed = [costs.layers.index(layer) for layer in costs.timed_layers]
@@ -161,7 +169,7 @@ def draw_savings(axes: Axes, layers: Layers, costs: LayerCosts | None, rows: Map
     _finish(axes, layers)
 
 
-def _groups(scores: Scored) -> list[tuple[str, str, Scored]]:
+def shown_groups(scores: Scored) -> list[tuple[str, str, Scored]]:
     """The largest groups, in their order, each with a colour."""
     parts = scores.by_group()
     shown = sorted(parts, key=lambda group: len(parts[group].tokens), reverse=True)[: len(GROUPS)]

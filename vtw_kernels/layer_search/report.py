@@ -26,7 +26,6 @@ from vtw_kernels.layer_search.exit_training import ExitTraining
 from vtw_kernels.layer_search.plots import (
     BLUE,
     GREY,
-    GROUPS,
     Layers,
     draw_agreement,
     draw_attention,
@@ -37,6 +36,7 @@ from vtw_kernels.layer_search.plots import (
     draw_savings,
     draw_values,
     new_figure,
+    shown_groups,
 )
 from vtw_kernels.layer_search.result import LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, Scored
@@ -239,7 +239,7 @@ def check_page(name: str, path: Path) -> None:
 
 
 def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
-    layers, parts = Layers(search.candidates, search.num_layers, search.layer), search.by_group()
+    layers, groups = Layers(search.candidates, search.num_layers, search.layer), shown_groups(search)
     costs = search.costs
     saved = "The share of rows that the decoder layers need not compute, which is that of the KV cache."
     visual = "" if costs is None else f", {costs.visual_tokens} of them visual"
@@ -277,7 +277,7 @@ def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
                 THRESHOLDS,
                 [(_layer_at(search, x), *search.plausible_layers(threshold=x)) for x in THRESHOLDS],
                 search.threshold,
-                {group: [_layer_at(parts[group], x) for x in THRESHOLDS] for group in list(parts)[: len(GROUPS)]},
+                [(group, colour, [_layer_at(part, x) for x in THRESHOLDS]) for group, colour, part in groups],
             ),
         ),
     ]
@@ -289,8 +289,15 @@ def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
         plots.append(
             ("attention", "Where attention goes", caption, lambda axes: draw_attention(axes, attention, search.layer))
         )
-    rows = {search.what_is_saved: search.saving} | {group: part.saving for group, part in parts.items()}
-    plots.append(("savings", "What withdrawal saves", measured, lambda axes: draw_savings(axes, layers, costs, rows)))
+    rows = [(group, colour, part.saving) for group, colour, part in groups]
+    plots.append(
+        (
+            "savings",
+            "What withdrawal saves",
+            measured,
+            lambda axes: draw_savings(axes, layers, costs, search.what_is_saved, search.saving, rows),
+        )
+    )
     return plots
 
 
@@ -315,7 +322,7 @@ def _front_plots(comparison: Comparison) -> list[Plot]:
     for cost in comparison.measured[1:]:
         caption = f"The same over what is saved of the {SAVED[cost]}, as measured."
         plots.append(front(cost, SAVED[cost], caption, comparison, cost))
-    for number, (group, part) in enumerate(list(comparison.by_group().items())[: len(GROUPS)]):
+    for number, (group, _, part) in enumerate(shown_groups(comparison)):
         plots.append(front(f"group-{number}", group, f"The same for {len(part.tokens)} samples of this kind.", part))
     return plots
 
