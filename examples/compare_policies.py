@@ -51,7 +51,7 @@ def main() -> None:
     by_method = policies_of(layers)
     names = [name for policies in by_method.values() for name in policies]
 
-    found = vtw.compare(model, [batch.inputs for batch in batches], names, groups=kinds, costed=1)
+    found = vtw.compare(model, [batch.inputs for batch in batches], names, groups=kinds, costed=0)
     options.output.mkdir(parents=True, exist_ok=True)
     found.save(options.output / f"{options.model}.json")
     found.report(options.output / f"{options.model}.html")

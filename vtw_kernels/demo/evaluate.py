@@ -17,8 +17,8 @@ from vtw_kernels.integration import withdraw
 def answer(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, batches: list[Batch], layer: Any
 ) -> tuple[list[str], Tensor]:
-    """Greedy answers with the visual tokens withdrawn before ``layer``, or as a policy says, and the log-probabilities of
-    their first tokens, float32 [questions, vocabulary]."""
+    """Greedy answers with the visual tokens withdrawn before ``layer``, or as a policy says, and the log-probabilities
+    of their first tokens, float32 [questions, vocabulary]."""
     answers, first = [], []
     with withdraw(model, layer):
         for batch in batches:
