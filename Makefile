@@ -17,7 +17,7 @@ INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_sear
 
 .PHONY: demo test test-cuda test-newest upgrade bench gpu-check gpu-rehearsal cuda-installed cuda-check cuda-build \
 	stable-abi clean
-.PHONY: lint format docs figures wheels test-lmms-eval
+.PHONY: lint format docs figures wheels test-lmms-eval hub
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 	$(PYTEST)
@@ -59,6 +59,16 @@ wheels: $(VENV)/installed
 		dist/vtw_kernels_demo-*.whl
 	cd $(CLEAN) && bin/vtw-kernels check
 	rm -rf *.egg-info demo/build demo/*.egg-info
+
+# The layout of a kernel on the Hub, in build/hub, loaded by the package `kernels` in an environment of its own. Downloads
+# a torch.
+HUB := build/hub-environment
+hub: $(VENV)/installed
+	$(BIN)/python python_tests/hub_layout.py
+	$(PYTHON) -m venv $(HUB)
+	$(HUB)/bin/pip install --quiet --constraint constraints.txt torch pytest
+	$(HUB)/bin/pip install --quiet kernels
+	$(HUB)/bin/python -m pytest --noconftest python_tests/hub_kernel.py
 
 # The model of lmms-eval, which wants older releases of some packages, on a task about local files. Downloads a few GB.
 LMMS := build/lmms-eval
