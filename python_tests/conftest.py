@@ -184,3 +184,27 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Kernels that need a GPU, or minutes to compile, in plain torch; all that transformers does around them is
+    real."""
+    import transformers
+    from torch.nn.attention.flex_attention import flex_attention
+    from vlm import flash, flash_varlen
+
+    lib = transformers.modeling_flash_attention_utils
+    functions = {"_flash_fn": flash, "_flash_varlen_fn": flash_varlen, "_flash_with_kvcache_fn": None}
+    functions |= {
+        "_pad_fn": lib._pad_input,
+        "_unpad_fn": lib._unpad_input,
+        "_loaded_implementation": "flash_attention_2",
+    }
+    functions |= {"_process_flash_kwargs_fn": lib._lazy_define_process_function(flash_varlen)}
+    for name, function in functions.items():
+        if hasattr(lib, name):
+            monkeypatch.setattr(lib, name, function)
+    monkeypatch.setattr(
+        transformers.integrations.flex_attention.WrappedFlexAttention, "__call__", lambda _: flex_attention
+    )

@@ -3,7 +3,6 @@
 import families_zoo
 import pytest
 import torch
-from test_withdraw import on_the_cpu  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -43,7 +42,7 @@ ATTENTION = [(x, y) for x in ("eager", "sdpa", "flash_attention_2") for y in PRO
 @pytest.mark.parametrize("attention, prompts", ATTENTION)
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_eager_weights(family, prompts, pad, attention, on_the_cpu):  # noqa: F811
+def test_equals_eager_weights(family, prompts, pad, attention, on_the_cpu):
     model, inputs = make_model(family, "eager"), make_batch(family, PROMPTS[prompts], pad).inputs()
     expected = mass_of_weights(weights_of(model, inputs), inputs, inputs["input_ids"] == IMAGE)
     model.model.language_model.config._attn_implementation = attention

@@ -4,7 +4,6 @@ import pytest
 import torch
 import vlm
 from families_zoo import IMAGE, LAYERS, make_model, make_prompts
-from test_withdraw import on_the_cpu  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -47,7 +46,7 @@ def test_layers_add_up(family):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
-def test_attention_does_not_matter(attention, on_the_cpu):  # noqa: F811
+def test_attention_does_not_matter(attention, on_the_cpu):
     model, inputs = vlm.make_model("llava", "eager"), vlm.make_batch("llava", PROMPT).inputs()
     model.model.language_model.config._attn_implementation = attention
     costs = measure_costs(model, inputs, [2], repeats=1)

@@ -10,21 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compiled import answer, compiled, prompts
 from test_families import full_cache, logits
-from test_withdraw import (  # noqa: F401
-    BEAMS,
-    LOOKUP,
-    CountOps,
-    generated,
-    make_cache,
-    model_of,
-    on_the_cpu,
-    run,
-    with_decode_steps,
-)
+from test_withdraw import BEAMS, LOOKUP, CountOps
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
-from vlm import FAMILIES, IMAGE, LAYERS, ONE, RAGGED, append, make_batch, make_model, older_than
+from vlm import (
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    ONE,
+    RAGGED,
+    append,
+    generated,
+    make_batch,
+    make_cache,
+    make_model,
+    model_of,
+    older_than,
+    run,
+    with_decode_steps,
+)
 
 import vtw_kernels as vtw
 from vtw_kernels.integration.cache import WithdrawnLayer
@@ -372,7 +377,7 @@ def most_attended(model, batch, ends: list[int], policies: list, share: float) -
 @pytest.mark.parametrize("rows", LAYOUTS[:2], ids=["one", "ragged"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
-def test_top_attention(family, attention, cache, rows, on_the_cpu):  # noqa: F811
+def test_top_attention(family, attention, cache, rows, on_the_cpu):
     """At three layers, in two turns with an image each."""
     if cache == "static" and attention not in ("eager", "sdpa"):
         pytest.skip("refused")

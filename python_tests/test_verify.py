@@ -13,7 +13,6 @@ from families_zoo import make_model as make_family
 from PIL import Image
 from test_families import PROMPTS
 from test_search_cli import make_processor
-from test_withdraw import on_the_cpu, run, with_decode_steps  # noqa: F401  a fixture
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import (
@@ -27,7 +26,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
-from vlm import FAMILIES, LAYERS, ONE, RAGGED, TRANSFORMERS_5, make_batch, make_model
+from vlm import FAMILIES, LAYERS, ONE, RAGGED, TRANSFORMERS_5, make_batch, make_model, run, with_decode_steps
 
 import vtw_kernels as vtw
 from vtw_kernels import check, cli
@@ -219,7 +218,7 @@ def test_families(family, dtype, monkeypatch):
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention(family, dtype, attention, monkeypatch, on_the_cpu):  # noqa: F811
+def test_attention(family, dtype, attention, monkeypatch, on_the_cpu):
     """In bf16 too, if the prompts need their images."""
     model = make_family_of(family, attention).to(dtype)
     inputs = cast(make_batch(family, RAGGED).inputs(), dtype)

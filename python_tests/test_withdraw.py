@@ -16,7 +16,6 @@ from accelerate import dispatch_model
 from oracle import visual_keys_hidden
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForSequenceClassification,
@@ -38,9 +37,14 @@ from vlm import (
     TRANSFORMERS_5,
     Batch,
     append,
+    generated,
     make_batch,
+    make_cache,
     make_model,
+    model_of,
     older_than,
+    run,
+    with_decode_steps,
 )
 
 import vtw_kernels as vtw
@@ -52,21 +56,12 @@ from vtw_kernels.integration.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
-DECODE_STEPS = 8
 IMAGES = torch.tensor([IMAGE])
-
-models = {}
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
-
-
-def model_of(family: str, attention: str = "sdpa"):
-    if (family, attention) not in models:
-        models[family, attention] = make_model(family, attention)
-    return models[family, attention]
 
 
 @pytest.fixture
@@ -77,32 +72,6 @@ def model(family):
 @pytest.fixture
 def llava():
     return model_of("llava")
-
-
-def make_cache(model, kind: str, length: int):
-    if kind == "static":
-        return StaticCache(config=model.config, max_cache_len=length)
-    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
-
-
-@torch.no_grad()
-def run(model, batch: Batch, ends: list[int], cache=None, begin: int = 0) -> torch.Tensor:
-    """Logits [B, S, V] of the forwards that end at ``ends``, one after the other on one cache."""
-    positions = batch.positions(model)
-    cache = DynamicCache() if cache is None else cache
-    logits = []
-    for end in ends:
-        inputs = batch.inputs(begin, end)
-        logits.append(model(**inputs, position_ids=positions[..., begin:end], past_key_values=cache).logits)
-        begin = end
-    return torch.cat(logits, dim=1)
-
-
-def with_decode_steps(batch: Batch, steps: int = DECODE_STEPS) -> tuple[Batch, list[int]]:
-    """The batch followed by tokens to feed one by one, and the ends of the forwards."""
-    length = batch.ids.shape[1]
-    longer = append(batch, make_batch(batch.family, [[steps]] * len(batch.ids), seed=1))
-    return longer, list(range(length, length + steps + 1))
 
 
 def assert_equal_to_oracle(model, layer: int, batch: Batch, ends: list[int], cache: str = "dynamic") -> None:
@@ -121,17 +90,6 @@ def assert_equal_to_oracle(model, layer: int, batch: Batch, ends: list[int], cac
         assert (plain - wanted)[after_image].abs().max() > 1000 * TOLERANCE  # so the comparison can fail
     else:
         assert torch.equal(given, plain)
-
-
-def generated(model, inputs: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    output = model.generate(
-        **inputs,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **{"max_new_tokens": 10, "do_sample": False} | options,
-    )
-    return output.sequences, torch.stack(output.logits)
 
 
 # ------------------------------------------------------------------------------------------------------ equivalence
@@ -623,45 +581,6 @@ def test_outputs_keep_their_length(family, model):
 
 
 # ------------------------------------------------------------------------------------------- flex and flash attention
-
-
-def flash(q, k, v, softmax_scale=None, causal=False, **_):
-    """What flash attention computes: ``[B, q, heads, D]``, causal from the last row up."""
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * (softmax_scale or q.shape[-1] ** -0.5)
-    if causal:
-        ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
-        scores = scores.masked_fill(~ones.tril(k.shape[1] - q.shape[1]), -torch.inf)
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double()).to(q.dtype)
-
-
-def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, **options):
-    sequences = zip(
-        q.tensor_split(cu_seqlens_q[1:-1].long()),
-        k.tensor_split(cu_seqlens_k[1:-1].long()),
-        v.tensor_split(cu_seqlens_k[1:-1].long()),
-    )
-    return torch.cat([flash(*(x[None] for x in sequence), **options)[0] for sequence in sequences])
-
-
-@pytest.fixture
-def on_the_cpu(monkeypatch):
-    """Kernels that need a GPU, or minutes to compile, in plain torch; all that transformers does around them is
-    real."""
-    lib = transformers.modeling_flash_attention_utils
-    functions = {"_flash_fn": flash, "_flash_varlen_fn": flash_varlen, "_flash_with_kvcache_fn": None}
-    functions |= {
-        "_pad_fn": lib._pad_input,
-        "_unpad_fn": lib._unpad_input,
-        "_loaded_implementation": "flash_attention_2",
-    }
-    functions |= {"_process_flash_kwargs_fn": lib._lazy_define_process_function(flash_varlen)}
-    for name, function in functions.items():
-        if hasattr(lib, name):
-            monkeypatch.setattr(lib, name, function)
-    monkeypatch.setattr(
-        transformers.integrations.flex_attention.WrappedFlexAttention, "__call__", lambda _: flex_attention
-    )
 
 
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])
@@ -1172,8 +1091,8 @@ def test_export_is_refused(llava):
 
 def test_models_that_do_not_apply(llava):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(llava.config), "model_type", "mllama")
-        with pytest.raises(ValueError, match="not supported: images reach its text through cross-attention"):
+        patch.setattr(type(llava.config), "model_type", "colpali")
+        with pytest.raises(ValueError, match="not supported: it compares the last states of all tokens"):
             vtw.apply(llava, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llava.config.text_config, "layer_types", ["linear_attention"] * 4, raising=False)

@@ -1,5 +1,6 @@
 """Tiny random vision-language models and batches for them, with real images all the way through the vision towers."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -8,11 +9,13 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    StaticCache,
 )
 
 from vtw_kernels.integration.compat import HAS_CACHE_POSITION
@@ -158,3 +161,64 @@ def append(first: Batch, second: Batch) -> Batch:
     images = first.images + [image | {"end": image["end"] + length} for image in second.images]
     images.sort(key=lambda image: image["row"])  # the order of placeholders within a forward and within the sequence
     return Batch(first.family, torch.cat([first.ids, second.ids], 1), torch.cat([first.mask, second.mask], 1), images)
+
+
+@functools.cache
+def model_of(family: str, attention: str = "sdpa"):
+    return make_model(family, attention)
+
+
+def make_cache(model, kind: str, length: int):
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=length)
+    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
+
+
+@torch.no_grad()
+def run(model, batch: Batch, ends: list[int], cache=None, begin: int = 0) -> torch.Tensor:
+    """Logits [B, S, V] of the forwards that end at ``ends``, one after the other on one cache."""
+    positions = batch.positions(model)
+    cache = DynamicCache() if cache is None else cache
+    logits = []
+    for end in ends:
+        inputs = batch.inputs(begin, end)
+        logits.append(model(**inputs, position_ids=positions[..., begin:end], past_key_values=cache).logits)
+        begin = end
+    return torch.cat(logits, dim=1)
+
+
+def with_decode_steps(batch: Batch, steps: int = 8) -> tuple[Batch, list[int]]:
+    """The batch followed by tokens to feed one by one, and the ends of the forwards."""
+    length = batch.ids.shape[1]
+    longer = append(batch, make_batch(batch.family, [[steps]] * len(batch.ids), seed=1))
+    return longer, list(range(length, length + steps + 1))
+
+
+def generated(model, inputs: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    output = model.generate(
+        **inputs,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{"max_new_tokens": 10, "do_sample": False} | options,
+    )
+    return output.sequences, torch.stack(output.logits)
+
+
+def flash(q, k, v, softmax_scale=None, causal=False, **_):
+    """What flash attention computes: ``[B, q, heads, D]``, causal from the last row up."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * (softmax_scale or q.shape[-1] ** -0.5)
+    if causal:
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        scores = scores.masked_fill(~ones.tril(k.shape[1] - q.shape[1]), -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double()).to(q.dtype)
+
+
+def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, **options):
+    sequences = zip(
+        q.tensor_split(cu_seqlens_q[1:-1].long()),
+        k.tensor_split(cu_seqlens_k[1:-1].long()),
+        v.tensor_split(cu_seqlens_k[1:-1].long()),
+    )
+    return torch.cat([flash(*(x[None] for x in sequence), **options)[0] for sequence in sequences])
