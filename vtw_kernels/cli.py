@@ -155,10 +155,10 @@ def add_train_exit(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train-exit",
         help="train gates that say, prompt by prompt, before which layer the visual tokens leave",
-        description="Trains the gates of dynamic exit (DyVTE) for a model, which stays as it is. What was found out about "
-        "the records is kept with the gates: the same command with another threshold, width or number of epochs trains "
-        "anew without the model. One that was stopped goes on when it is run again. Under torchrun, or accelerate launch, "
-        "ranks share the records.",
+        description="Trains the gates of dynamic exit (DyVTE) for a model, which stays as it is. What was found out "
+        "about the records is kept with the gates: the same command with another threshold, width or number of epochs "
+        "trains anew without the model. One that was stopped goes on when it is run again. Under torchrun, or "
+        "accelerate launch, ranks share the records.",
     )
     add_records(train, Path("exit.safetensors"))
     gates = train.add_argument_group("gates")

@@ -1,4 +1,5 @@
-"""The reports of a search, a comparison, a training: one HTML file that needs nothing else, and its figures beside it."""
+"""The reports of a search, a comparison and a training: HTML files that need nothing else, and their figures beside
+them."""
 
 import base64
 import io
