@@ -21,7 +21,7 @@ INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_sear
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 	$(PYTEST)
-	for old in $(OLD_TRANSFORMERS); do PYTHONPATH=$(CURDIR)/$$old $(PYTEST) $(INTEGRATION) -k "not compiled" || exit; done
+	for old in $(OLD_TRANSFORMERS); do PYTHONPATH=$(CURDIR)/$$old $(PYTEST) $(INTEGRATION) -k "not compiled and not unusable_records" || exit; done
 
 # What CI looks at before it runs anything: format, imports, names, line lengths, and the types of the public functions.
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
