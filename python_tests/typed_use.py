@@ -45,6 +45,10 @@ def of_models(model: nn.Module, batch: dict[str, Tensor]) -> None:
     comparison = vtw.compare(model, [batch], {"at 3": vtw.Withdraw(3), "fewer": vtw.parse_policy("random:2:0.5")})
     assert_type(comparison, vtw.Comparison)
     assert_type(comparison.choose(max_kl=0.1), str | None)
+    training = vtw.train_exit(model, [batch], positions=4)
+    assert_type(training, vtw.ExitTraining)
+    assert_type(training.routers, vtw.ExitRouters)
+    assert_type(vtw.ExitRouters.load("exit.safetensors"), vtw.ExitRouters)
     assert_type(vtw.verify(model, batch, layer=16), vtw.Verification)
     vtw.find_layer(model, [batch], treshold=0.01)  # type: ignore[call-arg]
 

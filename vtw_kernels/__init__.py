@@ -96,12 +96,14 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from vtw_kernels.integration.exit_routers import ExitRouters
     from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
     from vtw_kernels.integration.policy_text import parse_policy
     from vtw_kernels.integration.verify import Verification, verify
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
-    from vtw_kernels.layer_search import compare, find_layer
+    from vtw_kernels.layer_search import compare, find_layer, train_exit
     from vtw_kernels.layer_search.comparison import Comparison
+    from vtw_kernels.layer_search.exit_training import ExitTraining
     from vtw_kernels.layer_search.result import LayerSearch
 else:
 
