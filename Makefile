@@ -119,7 +119,7 @@ EVERYWHERE := $(CURDIR)/python_tests/pretend_gpu/everywhere
 gpu-rehearsal: cuda-installed
 	cd python_tests && ../$(CUDA)/bin/python -c "from pretend_gpu.build import build; build()"
 	PATH=$(EVERYWHERE):$$PATH PYTHONPATH=$(EVERYWHERE) PRETEND_ORDER=lazy PRETEND_DEVICE=cuda:0 OMP_NUM_THREADS=1 \
-		VTW_KERNELS_CUDART=shared ROWS=32 LIMIT=4800 PYTHON=$(CUDA)/bin/python benchmarks/gpu_check.sh build/gpu-rehearsal
+		VTW_KERNELS_CUDART=shared ROWS=32 LIMIT=9600 PYTHON=$(CUDA)/bin/python benchmarks/gpu_check.sh build/gpu-rehearsal
 
 # A torch that this Python already has is used as it is.
 $(VENV)/bin/python:

@@ -36,10 +36,14 @@ finish() {
 trap finish EXIT
 trap 'kill "$running"; printf "rest\tfailed\t\t\tstopped from outside\n" >>steps.tsv; finish' TERM INT
 
+# scaled SECONDS: what a step has of LIMIT.
+scaled() { echo $((LIMIT > 480 ? $1 * LIMIT / 480 : $1)); }
+
 # step NAME SECONDS COMMAND...: runs it under a time limit, SECONDS of 480, with its output in NAME.log, and notes how it
 # ended.
 step() {
-    local name=$1 seconds=$((LIMIT > 480 ? $2 * LIMIT / 480 : $2)) left=$((LIMIT - REPORT - SECONDS)) start=$SECONDS status
+    local name=$1 left=$((LIMIT - REPORT - SECONDS)) start=$SECONDS seconds status
+    seconds=$(scaled "$2")
     shift 2
     if [ "$left" -lt 10 ]; then skip "$name" "no time left"; return 1; fi
     [ "$seconds" -gt "$left" ] && seconds=$left
@@ -111,7 +115,7 @@ workers=()
 step tests 120 "$PYTHON" -m pytest "$ROOT/python_tests" -p no:cacheprovider -q -m gpu "${workers[@]}" \
     -k "not triton or cuda_graph or other_stream or test_sizes or plan-images or NHD-prefix" --junitxml "$WORK/tests.xml"
 
-step bench 110 "$PYTHON" "$ROOT/benchmarks/gpu_headline.py" "$WORK/bench.json" 80
+step bench 110 "$PYTHON" "$ROOT/benchmarks/gpu_headline.py" "$WORK/bench.json" "$(scaled 80)"
 
 # What predictions are made of (roofline.md), of six kernels. The clocks are left as they are found, as by the
 # benchmarks.
