@@ -123,6 +123,9 @@ def affordable(item) -> bool:
     if of_triton and item.path.stem == "test_kl_divergence" and values.get("dtype") == torch.float16:
         if not item.name.startswith("test_sizes"):  # all that is special about it is how it is loaded and stored
             return False
+    # A special value at each place of rows of several blocks takes the interpreter minutes; one dtype will do.
+    if item.name.startswith("test_special_values[triton-5001") and values.get("dtype") != torch.float32:
+        return False
     logits = values.get("rows", 4) * values.get("vocabulary", 0)
     return logits <= EMULATED_LOGITS and len(values.get("sizes", ())) <= EMULATED_SHARDS
 
