@@ -165,6 +165,39 @@ inline void check_paged(const std::vector<Tensor>& caches, const Tensor& block_t
   }
 }
 
+// Packed rows: what goes in, and the four tensors that are written, in the order of the schema.
+inline void check_packed(const std::vector<Tensor>& plan, const Tensor& query_start, const Tensor& seq_lens,
+                         const Tensor& visual, const Tensor& visual_start, const Tensor& block_table,
+                         int64_t block_size) {
+  const char* op = "plan_packed_";
+  VTW_REQUIRE(plan.size() == 4, op, "plan", "4 tensors: source, query_start, seq_lens and slots", text(plan.size()));
+  const auto integers = [&](const std::string& name, const Tensor& x, ScalarType dtype, bool fits,
+                            const std::string& wanted) {
+    VTW_REQUIRE(x.scalar_type() == dtype, op, name, text("dtype ", dtype_name(dtype)), dtype_name(x.scalar_type()));
+    VTW_REQUIRE(fits, op, name, wanted, shape_text(x));
+    VTW_REQUIRE(x.device() == query_start.device(), op, name, "the device of query_start", "another one");
+  };
+  const auto list = [&](const std::string& name, const Tensor& x, ScalarType dtype, int64_t size) {
+    integers(name, x, dtype, x.dim() == 1 && (size < 0 || x.size(0) == size),
+             size < 0 ? std::string("1 dimension") : text("shape [", size, "]"));
+    VTW_REQUIRE(x.is_contiguous(), op, name, "contiguous memory", text("strides ", list_text(x.strides())));
+  };
+  list("query_start", query_start, ScalarType::Int, -1);
+  VTW_REQUIRE(query_start.size(0) > 0, op, "query_start", "shape [B + 1]", shape_text(query_start));
+  const int64_t batch = query_start.size(0) - 1;
+  list("seq_lens", seq_lens, ScalarType::Int, batch);
+  integers("visual", visual, ScalarType::Int, visual.dim() == 2 && visual.size(1) == 2, "shape [R, 2]");
+  VTW_REQUIRE(visual.is_contiguous(), op, "visual", "contiguous memory", text("strides ", list_text(visual.strides())));
+  list("visual_start", visual_start, ScalarType::Int, batch + 1);
+  integers("block_table", block_table, ScalarType::Int, block_table.dim() == 2 && block_table.size(0) == batch,
+           text("shape [", batch, ", blocks]"));
+  VTW_REQUIRE(0 < block_size && block_size <= INT32_MAX, op, "block_size", "at least 1", text(block_size));
+  list("plan[0]", plan[0], ScalarType::Int, -1);
+  list("plan[1]", plan[1], ScalarType::Int, batch + 1);
+  list("plan[2]", plan[2], ScalarType::Int, batch);
+  list("plan[3]", plan[3], ScalarType::Long, plan[0].size(0));
+}
+
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
          dtype == ScalarType::Double;

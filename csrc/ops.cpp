@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(vtw_kernels, m) {
   m.def(
       "compact_paged_(Tensor(a!)[] caches, Tensor block_table, Tensor seq_lens, Tensor keep, str layout=\"NHD\") "
       "-> Tensor");
+  m.def(
+      "plan_packed_(Tensor(a!)[] plan, Tensor query_start, Tensor seq_lens, Tensor visual, Tensor visual_start, "
+      "Tensor block_table, int block_size) -> ()");
 
   // KL divergence. kl_divergence and kl_state are the two halves of kl_divergence_with_state, which alone has kernels
   // and a gradient.

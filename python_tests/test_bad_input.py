@@ -32,6 +32,13 @@ def paged_call() -> dict[str, Any]:
     return dict(caches=caches, block_table=table, seq_lens=lens, keep=keep, layout="NHD")
 
 
+def packed_call() -> dict[str, Any]:
+    plan = [x.fill_(9) for x in vtw.PackedPlan.empty(6, 2)]
+    images = dict(visual=rows([0, 2], [3, 5], [1, 2]), visual_start=rows(0, 2, 3))
+    table = rows([3, 1], [0, 2])
+    return dict(plan=plan, query_start=rows(0, 2, 5), seq_lens=rows(6, 3), **images, block_table=table, block_size=2)
+
+
 def valid_calls() -> dict[str, dict[str, Any]]:
     tensors = [torch.randn(2, 5, 3), torch.randn(4, 2, 5), torch.randn(2, 3, 6, 2)]
     dims = dict(token_dims=[1, 2, -2], batch_dims=[0, 1, 0])
@@ -57,6 +64,7 @@ def valid_calls() -> dict[str, dict[str, Any]]:
         "compact_": dict(tensors=tensors, **dims, source=SOURCE),
         "expand": dict(tensors=narrow, **dims, source=SOURCE, length=6),
         "compact_paged_": paged_call(),
+        "plan_packed_": packed_call(),
         "kl_divergence": logits,
         "kl_state": logits,
         "kl_divergence_with_state": logits,
@@ -98,6 +106,7 @@ BACKWARD = ("kl_divergence_backward",)
 LINEAR = ("linear_kl_divergence",)
 PLAN = ("plan_compaction",)
 PAGED = ("compact_paged_",)
+PACKED = ("plan_packed_",)
 OVERLAPPING = torch.randn(60)
 SHARED = torch.randn(2, 5, 6)
 PAGES = torch.randn(5, 2, 3, 4)
@@ -202,6 +211,60 @@ BAD = {
     ),
     "sliding_windows": Bad(
         ("compact_",), {"tensors[0]": zeros(30).as_strided((2, 5, 3), (8, 1, 1))}, "tensors[0]", "memory", ""
+    ),
+    # packed rows
+    "packed_few": Bad(PACKED, {"plan": [zeros(3, dtype=torch.int32)]}, "plan", "4 tensors", "1"),
+    "packed_source": Bad(PACKED, {"plan[0]": zeros(6, dtype=torch.int64)}, "plan[0]", "int32", "int64"),
+    "packed_starts": Bad(PACKED, {"plan[1]": rows(0, 0)}, "plan[1]", "shape [3]", "[2]"),
+    "packed_lens": Bad(PACKED, {"plan[2]": rows([0, 0])}, "plan[2]", "shape [2]", "[1, 2]"),
+    "packed_slots": Bad(PACKED, {"plan[3]": rows(*[0] * 6)}, "plan[3]", "int64", "int32"),
+    "packed_room": Bad(PACKED, {"plan[3]": zeros(5, dtype=torch.int64)}, "plan[3]", "shape [6]", "[5]"),
+    "packed_steps": Bad(PACKED, {"plan[0]": rows(*[0] * 12)[::2]}, "plan[0]", "contiguous", "strides [2]"),
+    "packed_query_int64": Bad(PACKED, {"query_start": zeros(3, dtype=torch.int64)}, "query_start", "int32", "int64"),
+    "packed_query_none": Bad(PACKED, {"query_start": rows()}, "query_start", "[B + 1]", "[0]"),
+    "packed_query_steps": Bad(PACKED, {"query_start": rows(0, 9, 2, 9, 5, 9)[::2]}, "query_start", "contiguous", "[2]"),
+    "packed_lengths": Bad(PACKED, {"seq_lens": rows(6)}, "seq_lens", "shape [2]", "[1]"),
+    "packed_lengths_device": Bad(PACKED, {"seq_lens": rows(6, 3).to("meta")}, "seq_lens", "device", ""),
+    "packed_visual": Bad(PACKED, {"visual": rows([0, 2, 3])}, "visual", "shape [R, 2]", "[1, 3]"),
+    "packed_visual_steps": Bad(PACKED, {"visual": rows([0, 3, 1], [2, 5, 2]).t()}, "visual", "contiguous", "[1, 3]"),
+    "packed_images": Bad(PACKED, {"visual_start": rows(0, 3)}, "visual_start", "shape [3]", "[2]"),
+    "packed_table": Bad(PACKED, {"block_table": rows([0, 1])}, "block_table", "[2, blocks]", "[1, 2]"),
+    "packed_block_size": Bad(PACKED, {"block_size": 0}, "block_size", "at least 1", "0"),
+    # and what their lists say
+    "packed_first": Bad(PACKED, {"query_start": rows(1, 2, 5)}, "query_start", "0 first", "1", device_values=True),
+    "packed_back": Bad(
+        PACKED, {"query_start": rows(0, 5, 2)}, "query_start", "ascending", "2 behind 5", device_values=True
+    ),
+    "packed_beyond": Bad(
+        PACKED, {"query_start": rows(0, 2, 7)}, "query_start", "at most the 6 rows", "7", device_values=True
+    ),
+    "packed_short": Bad(PACKED, {"seq_lens": rows(6, 2)}, "seq_lens", "at least the 3 rows", "2", device_values=True),
+    "packed_no_range": Bad(
+        PACKED, {"visual_start": rows(0, 2, 4)}, "visual_start", "at most the 3", "4", device_values=True
+    ),
+    "packed_overlap": Bad(
+        PACKED,
+        {"visual": rows([0, 4], [3, 5], [1, 2])},
+        "visual",
+        "ascending ranges apart",
+        "[3, 5]",
+        device_values=True,
+    ),
+    "packed_backwards": Bad(
+        PACKED,
+        {"visual": rows([0, 2], [5, 3], [1, 2])},
+        "visual",
+        "ascending ranges apart",
+        "[5, 3]",
+        device_values=True,
+    ),
+    "packed_blocks": Bad(
+        PACKED,
+        {"block_table": rows([3], [0])[:, :0]},
+        "block_table",
+        "1 blocks for the 2 text tokens",
+        "0",
+        device_values=True,
     ),
     # pages
     "paged_layout": Bad(PAGED, {"layout": "nhd"}, "layout", "NHD or HND", "nhd"),
@@ -341,7 +404,8 @@ def test_bad_input(backend, case, op):
     if case.device_values and not backend.checks_values:
         call(backend, op, arguments)  # any result, but within bounds: the sanitizers watch
         return
-    written = [x for x in arguments.get("tensors", arguments.get("caches", [])) if x.device.type != "meta"]
+    lists = (arguments[name] for name in ("tensors", "caches", "plan") if name in arguments)
+    written = [x for some in lists for x in some if x.device.type != "meta"]
     before = [bytes_of(x) for x in written]
     # kl_divergence, kl_state and the backward are one op to those who read a message.
     named = "kl_divergence" if op in KL else op
@@ -394,6 +458,12 @@ def test_what_is_read_lies_in_what_is_written(backend):
         with pytest.raises(RuntimeError, match=rf"compact_paged_: caches\[0\]: expected memory apart from {name}"):
             backend.compact_paged_([memory.view(8, 2, 1, 4)], **given, layout="NHD")
         assert torch.equal(memory, before)
+
+    call = on_device(packed_call(), backend.device)
+    before = bytes_of(call["query_start"])
+    with pytest.raises(RuntimeError, match=r"plan_packed_: plan\[1\]: expected memory apart from query_start"):
+        backend.plan_packed_(*(call | {"plan": [call["plan"][0], call["query_start"], *call["plan"][2:]]}).values())
+    assert bytes_of(call["query_start"]) == before
 
 
 @pytest.mark.parametrize("length", [2**52, 2**61])

@@ -202,6 +202,14 @@ def test_the_whole_extension_builds_and_loads(tmp_path, folder):
     assert loaded.returncode == 0, loaded.stderr
     archs, ops = loaded.stdout.splitlines()
     assert archs == "['9.0']"
-    for op in ("plan_compaction", "compact", "compact_", "expand", "compact_paged_", "kl_divergence_with_state"):
+    for op in (
+        "plan_compaction",
+        "compact",
+        "compact_",
+        "expand",
+        "compact_paged_",
+        "plan_packed_",
+        "kl_divergence_with_state",
+    ):
         assert f"'vtw_kernels::{op}'" in ops
     assert seconds < BUILD_SECONDS

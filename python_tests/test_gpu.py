@@ -76,6 +76,18 @@ def compact_paged_(ops, *args: Tensor) -> list[Tensor]:
     return [*caches, ops.compact_paged_(caches, table, lengths, keep, "NHD")]
 
 
+def step(g: torch.Generator) -> list[Tensor]:
+    """Of three sequences: a prompt with two images, one that is decoded, and one that has just ended."""
+    lists = ([0, 300, 301, 301], [320, 90, 0], [[5, 205], [210, 330], [0, 80]], [0, 2, 3, 3])
+    return [*(torch.tensor(x, dtype=torch.int32) for x in lists), torch.randperm(63, generator=g).int().view(3, 21)]
+
+
+def plan_packed_(ops, *args: Tensor) -> list[Tensor]:
+    plan = list(vtw.PackedPlan.empty(320, 3, args[0].device))
+    ops.plan_packed_(plan, *args, 16)
+    return plan
+
+
 def backward(ops, p: Tensor, q: Tensor, slope: Tensor) -> list[Tensor]:
     _, state = ops.kl_divergence_with_state(p, q, 1.0)
     return list(ops.kl_divergence_backward(slope, p, q, state, 1.0, True, True))
@@ -100,6 +112,7 @@ CALLS = {
     "compact_": Call(lambda g: [keys(g), keys(g), source(g)], compact_),
     "expand": Call(lambda g: [hidden(g), source(g)], lambda ops, x, source: ops.expand([x], [1], [0], source, S)),
     "compact_paged_": Call(pages, compact_paged_),
+    "plan_packed_": Call(step, plan_packed_),
     "kl_divergence": Call(pair, lambda ops, p, q: [ops.kl_divergence_with_state(p, q, 0.7)[0]], exact=False),
     "kl_divergence of one row": Call(
         lambda g: [logits(g, 27), logits(g, 1)],

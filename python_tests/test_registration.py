@@ -25,7 +25,7 @@ from vtw_kernels import _C
 
 OPS = torch.ops.vtw_kernels
 NAMES = [
-    *("plan_compaction", "compact", "compact_", "expand", "compact_paged_"),
+    *("plan_compaction", "compact", "compact_", "expand", "compact_paged_", "plan_packed_"),
     *(
         "kl_divergence",
         "kl_state",
@@ -70,6 +70,12 @@ def paged():
     return caches, table, lens, KEEP
 
 
+def packed():
+    plan = list(vtw.PackedPlan.empty(7, 2))
+    lists = ([0, 2, 5], [6, 3], [[0, 2], [3, 5], [1, 2]], [0, 2, 3])
+    return plan, *(torch.tensor(x, dtype=torch.int32) for x in lists), torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+
+
 def state(*shape, grad=False):
     x = vtw.kl_state(normal(*shape, 7), normal(*shape, 7, seed=1))
     return x.detach().requires_grad_(grad)
@@ -112,6 +118,7 @@ def samples() -> dict[str, list[tuple]]:
         "compact_": [(*in_place(*wide), SOURCE), ([], [], [], SOURCE)],
         "expand": [(*narrow, SOURCE, 9), (*decoder(grad=True, tokens=4), SOURCE, 12), ([], [], [], SOURCE, 9)],
         "compact_paged_": [(*paged(), "NHD"), (*paged(), "HND"), ([], *paged()[1:], "NHD")],
+        "plan_packed_": [(*packed(), 2)],
         "kl_divergence": pairs,
         "kl_state": [*pairs, (normal(2, 0), normal(2, 0), 1.0)],
         "kl_divergence_with_state": pairs,
@@ -187,8 +194,15 @@ def test_schemas():
 def test_docs_show_the_schemas():
     page = Path(__file__).parents[1] / "docs/ops.md"
     shown = [line for line in page.read_text().splitlines() if line.startswith("vtw_kernels::")]
-    public = ("plan_compaction", "compact", "compact_", "expand", "compact_paged_", "kl_divergence", "kl_state")
-    public += ("merge_kl_states", "kl_from_state", "kl_divergence_loss", "linear_kl_divergence")
+    public = ("plan_compaction", "compact", "compact_", "expand", "compact_paged_", "plan_packed_")
+    public += (
+        "kl_divergence",
+        "kl_state",
+        "merge_kl_states",
+        "kl_from_state",
+        "kl_divergence_loss",
+        "linear_kl_divergence",
+    )
     assert shown == [str(getattr(OPS, name).default._schema) for name in public]
 
 

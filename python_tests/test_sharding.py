@@ -55,6 +55,7 @@ def rank_main(rank, folder):
         ("compact_", lambda: vtw.compact_([x], plan, 1), "to_local"),
         ("expand", lambda: vtw.expand([x], plan, 3, 1), "to_local"),
         ("compact_paged_", lambda: vtw.compact_paged_([pages], table, lengths, keep), "to_local"),
+        ("plan_packed_", lambda: vtw.plan_packed_(vtw.PackedPlan.empty(4, 2), x, x, x, x, x, 2), "to_local"),
         ("merge_kl_states", lambda: vtw.merge_kl_states([state, state]), "to_local"),
         ("kl_from_state", lambda: vtw.kl_from_state(state), "to_local"),
         ("kl_divergence_loss", lambda: vtw.kl_divergence_loss(x, x), "kl_divergence"),

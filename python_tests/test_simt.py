@@ -45,6 +45,7 @@ LONG_ROWS = "and (sizes or broadcast or special or temperature or zero or backwa
         ("test_kl_divergence.py", True),
         ("test_compaction.py", False),
         ("test_compaction_paged.py", False),
+        ("test_packed.py", False),
         ("test_bad_input.py", False),
     ],
 )

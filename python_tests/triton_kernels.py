@@ -14,7 +14,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vtw_kernels.triton import compaction, kl_divergence
+from vtw_kernels.triton import compaction, kl_divergence, packed
 
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)] + [GPUTarget("hip", "gfx942", 64)]
 ADDRESSES = ("i64",) * compaction.GROUP
@@ -53,6 +53,14 @@ KERNELS = {
         compaction.invert_kernel,
         PLAN | {"length": "i32", "inverse": "*i32", "tiles": "i32"},
         {"plan_row": 1, "TILE": compaction.PLAN_TILE},
+    ),
+    "pack": (
+        packed.pack_kernel,
+        dict.fromkeys(("query_start", "seq_lens", "visual", "visual_start", "table"), "*i32")
+        | dict.fromkeys(packed.OF_STEP, "i32")
+        | dict.fromkeys(("source", "text_start", "text_lens"), "*i32")
+        | {"slots": "*i64"},
+        {"TILE": packed.TILE, "SEQUENCES": packed.SEQUENCES},
     ),
     "gather": (
         compaction.gather_kernel,

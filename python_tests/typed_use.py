@@ -61,6 +61,7 @@ def of_tensors(x: Tensor, keep: Tensor) -> None:
     assert_type(vtw.expand([x], plan, 5, token_dims=1), list[Tensor])
     assert_type(vtw.compact_paged_([x], x, x, keep, layout="HND"), Tensor)
     vtw.compact_([x], plan, token_dims=2)
+    assert_type(vtw.plan_packed_(vtw.PackedPlan.empty(8, 2), x, x, x, x, x, block_size=16), None)
     vtw.plan_compaction(keep, pad="middle")  # type: ignore[arg-type]
 
     assert_type(vtw.kl_divergence(x, x, temperature=2.0), Tensor)

@@ -35,6 +35,7 @@ if (_installed := _installed_elsewhere()) is not None:
 else:
     from vtw_kernels.ops import (
         CompactionPlan,
+        PackedPlan,
         backend_info,
         compact,
         compact_,
@@ -48,6 +49,7 @@ else:
         linear_kl_divergence,
         merge_kl_states,
         plan_compaction,
+        plan_packed_,
     )
 
 # Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
@@ -66,6 +68,7 @@ __all__ = [
     "ExitRouters",
     "ExitTraining",
     "LayerSearch",
+    "PackedPlan",
     "Policy",
     "RandomVisual",
     "TopAttention",
@@ -88,6 +91,7 @@ __all__ = [
     "merge_kl_states",
     "parse_policy",
     "plan_compaction",
+    "plan_packed_",
     "remove",
     "train_exit",
     "verify",

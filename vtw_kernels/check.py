@@ -22,7 +22,7 @@ from vtw_kernels.integration import Verification, verify
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.layer_search.records import Encoder, make_record
 from vtw_kernels.layer_search.run import find_device, load_model
-from vtw_kernels.ops import backend_info, reference
+from vtw_kernels.ops import PackedPlan, backend_info, reference
 
 OPS = torch.ops.vtw_kernels
 DEMO_LAYER = 4  # where the search of the demo lets go of the image
@@ -113,6 +113,9 @@ def cases() -> Iterator[Case]:
     for layout, shape in (("NHD", (70, 16, 3, 32)), ("HND", (70, 3, 16, 32))):
         caches = [normal(*shape, dtype=torch.bfloat16), normal(*shape)]
         yield Case("compact_paged_", (caches, pages, lengths, keep, layout), exact=True)
+    lists = ([0, 300, 301, 301], [320, 90, 0], [[5, 205], [210, 330], [0, 80]], [0, 2, 3, 3])
+    step = [torch.tensor(x, dtype=torch.int32) for x in lists]
+    yield Case("plan_packed_", (list(PackedPlan.empty(320, 3)), *step, pages, 16), exact=True)
 
     for dtype in LOGITS:
         p, q = 3 * normal(5, 16387), 3 * normal(1, 16387)

@@ -1,4 +1,4 @@
-// Compaction on the CPU: plan_compaction, compact, compact_, expand, compact_paged_.
+// Compaction on the CPU: plan_compaction, compact, compact_, expand, compact_paged_, plan_packed_.
 //
 // A plan is first turned into *runs* of consecutive rows (a withdrawn image leaves two: what stands before it and what
 // stands after), so that most of a tensor moves in a few large copies. The list is then cut into tasks of about equal
@@ -506,6 +506,80 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
   return lengths;
 }
 
+void plan_packed_(const std::vector<Tensor>& plan, const Tensor& query_start, const Tensor& seq_lens,
+                  const Tensor& visual, const Tensor& visual_start, const Tensor& block_table, int64_t block_size) {
+  const char* op = "plan_packed_";
+  check_packed(plan, query_start, seq_lens, visual, visual_start, block_table, block_size);
+  check_disjoint(op, "plan", plan,
+                 {{"query_start", query_start},
+                  {"seq_lens", seq_lens},
+                  {"visual", visual},
+                  {"visual_start", visual_start},
+                  {"block_table", block_table}});
+  const int64_t batch = seq_lens.size(0), capacity = plan[0].size(0), columns = block_table.size(1);
+  const auto* first = static_cast<const int32_t*>(query_start.const_data_ptr());
+  const auto* lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
+  const auto* ranges = static_cast<const int32_t*>(visual.const_data_ptr());
+  const auto* images = static_cast<const int32_t*>(visual_start.const_data_ptr());
+  const Source table(block_table);
+
+  const auto check_starts = [&](const char* name, const int32_t* x, int64_t limit, const char* of) {
+    VTW_REQUIRE(x[0] == 0, op, name, "0 first", text(x[0]));
+    for (int64_t b = 0; b < batch; ++b) {
+      VTW_REQUIRE(x[b] <= x[b + 1], op, name, "ascending numbers", text(x[b + 1], " behind ", x[b]));
+    }
+    VTW_REQUIRE(x[batch] <= limit, op, name, text("at most the ", limit, " ", of), text(x[batch]));
+  };
+  check_starts("query_start", first, capacity, "rows of plan[0]");
+  check_starts("visual_start", images, visual.size(0), "ranges of visual");
+  std::vector<int64_t> texts(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t rows = first[b + 1] - first[b], length = lens[b];
+    VTW_REQUIRE(length >= rows, op, "seq_lens", text("at least the ", rows, " rows of sequence ", b), text(length));
+    int64_t end = 0;
+    texts[b] = length;
+    for (int64_t i = images[b]; i < images[b + 1]; ++i) {
+      const int64_t start = ranges[2 * i], stop = ranges[2 * i + 1];
+      VTW_REQUIRE(end <= start && start <= stop, op, "visual", "ascending ranges apart",
+                  text("[", start, ", ", stop, "] behind ", end));
+      texts[b] -= std::max<int64_t>(0, std::min(stop, length) - start);
+      end = stop;
+    }
+    const int64_t needed = (texts[b] + block_size - 1) / block_size;
+    VTW_REQUIRE(needed <= columns, op, "block_table",
+                text(needed, " blocks for the ", texts[b], " text tokens of sequence ", b), text(columns));
+  }
+
+  auto* source = static_cast<int32_t*>(plan[0].mutable_data_ptr());
+  auto* text_start = static_cast<int32_t*>(plan[1].mutable_data_ptr());
+  auto* text_lens = static_cast<int32_t*>(plan[2].mutable_data_ptr());
+  auto* slots = static_cast<int64_t*>(plan[3].mutable_data_ptr());
+  int64_t written = 0;
+  text_start[0] = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t begin = lens[b] - (first[b + 1] - first[b]), end = lens[b];  // the tokens that are rows now
+    int64_t token = begin, t = begin;                                          // and how many before it are text
+    const auto write_until = [&](int64_t stop) {
+      for (; token < std::min(stop, end); ++token, ++t, ++written) {
+        const int64_t block = table.at(b, t / block_size);
+        source[written] = static_cast<int32_t>(first[b] + token - begin);
+        slots[written] = block < 0 ? -1 : block * block_size + t % block_size;
+      }
+    };
+    for (int64_t i = images[b]; i < images[b + 1]; ++i) {
+      const int64_t start = ranges[2 * i], stop = ranges[2 * i + 1];
+      t -= std::max<int64_t>(0, std::min(stop, begin) - start);
+      write_until(start);
+      token = std::max(token, stop);
+    }
+    write_until(end);
+    text_start[b + 1] = static_cast<int32_t>(written);
+    text_lens[b] = static_cast<int32_t>(texts[b]);
+  }
+  std::fill(source + written, source + capacity, -1);
+  std::fill(slots + written, slots + capacity, -1);
+}
+
 }  // namespace
 }  // namespace vtw
 
@@ -516,4 +590,5 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CPU, m) {
   m.impl("compact_", TORCH_BOX(&vtw::compact_));
   m.impl("expand", TORCH_BOX(&vtw::expand));
   m.impl("compact_paged_", TORCH_BOX(&vtw::compact_paged_));
+  m.impl("plan_packed_", TORCH_BOX(&vtw::plan_packed_));
 }

@@ -164,6 +164,24 @@ Tensor compact_paged_(const std::vector<Tensor>& caches, const Tensor& block_tab
   return lengths;
 }
 
+void plan_packed_(const std::vector<Tensor>& plan, const Tensor& query_start, const Tensor& seq_lens,
+                  const Tensor& visual, const Tensor& visual_start, const Tensor& block_table, int64_t block_size) {
+  check_packed(plan, query_start, seq_lens, visual, visual_start, block_table, block_size);
+  check_disjoint("plan_packed_", "plan", plan,
+                 {{"query_start", query_start},
+                  {"seq_lens", seq_lens},
+                  {"visual", visual},
+                  {"visual_start", visual_start},
+                  {"block_table", block_table}});
+  const OnDeviceOf on(query_start);
+  const auto read = [](const Tensor& x) { return static_cast<const int32_t*>(x.const_data_ptr()); };
+  const auto written = [](const Tensor& x) { return static_cast<int32_t*>(x.mutable_data_ptr()); };
+  pack({read(query_start), read(seq_lens), read(visual), read(visual_start), read(block_table), seq_lens.size(0),
+        visual.size(0), block_table.size(1), block_table.stride(0), block_table.stride(1), block_size, plan[0].size(0),
+        written(plan[0]), written(plan[1]), written(plan[2]), static_cast<int64_t*>(plan[3].mutable_data_ptr())},
+       on.stream);
+}
+
 }  // namespace
 }  // namespace vtw::cuda
 
@@ -175,5 +193,6 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_kernels, CUDA, m) {
   m.impl("compact_", TORCH_BOX(&vtw::cuda::compact_));
   m.impl("expand", TORCH_BOX(&vtw::cuda::expand));
   m.impl("compact_paged_", TORCH_BOX(&vtw::cuda::compact_paged_));
+  m.impl("plan_packed_", TORCH_BOX(&vtw::cuda::plan_packed_));
 }
 #endif

@@ -1,4 +1,4 @@
-// Compaction on the GPU: plan, gather (compact, expand) and move (compact_, compact_paged_).
+// Compaction on the GPU: plan, packed plan, gather (compact, expand) and move (compact_, compact_paged_).
 //
 // A tensor is seen as *lanes*: one for each index of all dimensions but the batch, the token and those whose elements
 // are contiguous; a row of a lane is a *block* of contiguous bytes, moved as vectors of at most 16. All tensors of a
@@ -188,6 +188,77 @@ __global__ void __launch_bounds__(kPlanThreads) invert_kernel(Plan plan, int64_t
   for (int64_t slot = threadIdx.x; slot < plan.rows; slot += kPlanThreads) {
     const int64_t row = plan.at(sequence, slot);
     if (0 <= row && row < length) inverse[row] = static_cast<int32_t>(slot);
+  }
+}
+
+// --- packed plan -----------------------------------------------------------------------------------------------------
+
+// The arguments and results of plan_packed_, in the order of its schema.
+struct Packed {
+  const int32_t *query_start, *seq_lens, *visual, *visual_start, *table;
+  int64_t batch, ranges, columns, table_batch, table_column, block_size, capacity;
+  int32_t *source, *text_start, *text_lens;
+  int64_t* slots;
+
+  // How many of the first so many tokens of a sequence are text; whether the one behind them is, comes for free.
+  __device__ int64_t text(int64_t sequence, int64_t tokens, bool* is_text = nullptr) const {
+    const int64_t first = max(0, visual_start[sequence]), last = min(int64_t(visual_start[sequence + 1]), ranges);
+    int64_t count = tokens;
+    bool hidden = false;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t start = visual[2 * i], stop = visual[2 * i + 1];
+      count -= max(int64_t(0), min(stop, tokens) - start);
+      hidden |= start <= tokens && tokens < stop;
+    }
+    if (is_text != nullptr) *is_text = !hidden;
+    return count;
+  }
+  __device__ int64_t rows(int64_t sequence) const { return int64_t(query_start[sequence + 1]) - query_start[sequence]; }
+  __device__ int64_t slot(int64_t sequence, int64_t t) const {
+    const int64_t column = t / block_size;
+    if (t < 0 || column >= columns) return -1;
+    const int64_t block = table[sequence * table_batch + column * table_column];
+    return block < 0 ? -1 : block * block_size + t % block_size;
+  }
+};
+
+// One sequence per block. Where its text rows begin, each block sums up for itself, so that none waits for another; and
+// where a row goes, each thread counts for itself. The ranges are few, and in the cache.
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Packed packed) {
+  __shared__ unsigned sums[2];  // text rows of the sequences before, and of all
+  const int64_t sequence = blockIdx.x;
+  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
+  __syncthreads();
+  for (int64_t b = threadIdx.x; b < packed.batch; b += kThreads) {
+    const int64_t length = packed.seq_lens[b];
+    const unsigned rows = static_cast<unsigned>(packed.text(b, length) - packed.text(b, length - packed.rows(b)));
+    if (b < sequence) atomicAdd(&sums[0], rows);
+    atomicAdd(&sums[1], rows);
+  }
+  __syncthreads();
+  const int64_t before = sums[0], all = sums[1];
+  if (sequence == 0 && threadIdx.x == 0) packed.text_start[0] = 0;
+  if (sequence < packed.batch) {
+    const int64_t length = packed.seq_lens[sequence], begin = length - packed.rows(sequence);
+    const int64_t text_before = packed.text(sequence, begin);
+    if (threadIdx.x == 0) {
+      const int64_t text = packed.text(sequence, length);
+      packed.text_lens[sequence] = static_cast<int32_t>(text);
+      packed.text_start[sequence + 1] = static_cast<int32_t>(before + text - text_before);
+    }
+    // Not more than there is room for, whatever the values are.
+    for (int64_t i = threadIdx.x; i < min(length - begin, packed.capacity); i += kThreads) {
+      bool is_text;
+      const int64_t t = packed.text(sequence, begin + i, &is_text), to = before + t - text_before;
+      if (!is_text || to < 0 || to >= packed.capacity) continue;
+      packed.source[to] = static_cast<int32_t>(packed.query_start[sequence] + i);
+      packed.slots[to] = packed.slot(sequence, t);
+    }
+  }
+  for (int64_t to = all + sequence * kThreads + threadIdx.x; to < packed.capacity;
+       to += int64_t(gridDim.x) * kThreads) {
+    packed.source[to] = -1;
+    packed.slots[to] = -1;
   }
 }
 
@@ -460,6 +531,11 @@ inline void plan(const uint8_t* keep, int64_t keep_batch, int64_t keep_token, co
 inline void invert(const Plan& plan, int64_t length, int32_t* inverse, cudaStream_t stream) {
   if (plan.batch == 0 || length == 0) return;
   launch(invert_kernel, dim3(plan.batch), dim3(kPlanThreads), stream, plan, length, inverse);
+}
+
+// Without a sequence, there still is room to fill.
+inline void pack(const Packed& packed, cudaStream_t stream) {
+  launch(pack_kernel, dim3(std::max<int64_t>(packed.batch, 1)), dim3(kThreads), stream, packed);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from . import HERE, sanitized
 from .build import build
 
-OPS = ("test_compaction.py", "test_compaction_paged.py", "test_bad_input.py", "test_kl_loss.py", "test_transforms.py")
+OPS = ("test_compaction.py", "test_compaction_paged.py", "test_packed.py", "test_bad_input.py")
+OPS += ("test_kl_loss.py", "test_transforms.py")
 PLACES = ("test_pretend_gpu.py", "test_gpu.py", "test_withdraw_gpu.py")
 KL = "test_kl_divergence.py"
 # Few long rows go another way with clusters than without, and all else goes the same (test_simt.py).
@@ -40,7 +41,7 @@ RUNS = [
     Run("devices and streams", "lazy", "cuda:1", PLACES),
     Run("devices and streams", "eager", "cuda:0", PLACES),
     Run("without clusters", "lazy", "cuda:1", ("test_pretend_gpu.py", KL), LONG_ROWS, {"VTW_KERNELS_CLUSTERS": "0"}),
-    Run("sanitized", "eager", "cuda:0", (*OPS[:3], KL), SANITIZED, sanitized()),
+    Run("sanitized", "eager", "cuda:0", (*OPS[:4], KL), SANITIZED, sanitized()),
 ]
 
 

@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(vtw_simt, CPU, m) {
   m.impl("compact_", TORCH_BOX(&vtw::cuda::compact_));
   m.impl("expand", TORCH_BOX(&vtw::cuda::expand));
   m.impl("compact_paged_", TORCH_BOX(&vtw::cuda::compact_paged_));
+  m.impl("plan_packed_", TORCH_BOX(&vtw::cuda::plan_packed_));
   m.impl("kl_divergence_with_state", TORCH_BOX(&vtw::cuda::kl_divergence_with_state));
   m.impl("kl_divergence_backward", TORCH_BOX(&vtw::cuda::kl_divergence_backward));
   m.impl("kl_divergence_with_gradients", TORCH_BOX(&vtw::cuda::kl_divergence_with_gradients));

@@ -13,7 +13,7 @@ from . import _ops  # noqa: F401  registers them
 
 _OPS = torch.ops.vtw_kernels
 plan_compaction, compact, compact_, expand = _OPS.plan_compaction, _OPS.compact, _OPS.compact_, _OPS.expand
-compact_paged_ = _OPS.compact_paged_
+compact_paged_, plan_packed_ = _OPS.compact_paged_, _OPS.plan_packed_
 kl_divergence, kl_divergence_loss = _OPS.kl_divergence, _OPS.kl_divergence_loss
 kl_state, merge_kl_states, kl_from_state = _OPS.kl_state, _OPS.merge_kl_states, _OPS.kl_from_state
 linear_kl_divergence = _OPS.linear_kl_divergence
@@ -30,4 +30,5 @@ __all__ = [
     "linear_kl_divergence",
     "merge_kl_states",
     "plan_compaction",
+    "plan_packed_",
 ]

@@ -7,10 +7,12 @@ from vtw_kernels.ops.compaction import CompactionPlan, compact, compact_, compac
 from vtw_kernels.ops.kl_divergence import kl_divergence, kl_from_state, kl_state, merge_kl_states
 from vtw_kernels.ops.kl_divergence_loss import kl_divergence_loss
 from vtw_kernels.ops.linear_kl_divergence import linear_kl_divergence
+from vtw_kernels.ops.packed import PackedPlan, plan_packed_
 from vtw_kernels.ops.vocab_parallel import kl_divergence_vocab_parallel
 
 __all__ = [
     "CompactionPlan",
+    "PackedPlan",
     "backend_info",
     "compact",
     "compact_",
@@ -24,4 +26,5 @@ __all__ = [
     "linear_kl_divergence",
     "merge_kl_states",
     "plan_compaction",
+    "plan_packed_",
 ]

@@ -138,6 +138,84 @@ def check_pages(caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, kee
         require(users[page] == 1, op, "block_table", wanted, f"page {page} in {users[page]} places")
 
 
+def check_packed(
+    plan: list[Tensor],
+    query_start: Tensor,
+    seq_lens: Tensor,
+    visual: Tensor,
+    visual_start: Tensor,
+    block_table: Tensor,
+    block_size: int,
+) -> None:
+    op, int32 = "plan_packed_", torch.int32
+    require(len(plan) == 4, op, "plan", "4 tensors: source, query_start, seq_lens and slots", len(plan))
+
+    def integers(name: str, x: Tensor, dtype: torch.dtype, fits: bool, wanted: str) -> None:
+        require(x.dtype == dtype, op, name, f"dtype {dtype}".replace("torch.", ""), str(x.dtype))
+        require(fits, op, name, wanted, f"shape {list(x.shape)}")
+        require(x.device == query_start.device, op, name, f"device {query_start.device} of query_start", str(x.device))
+
+    def in_a_row(name: str, x: Tensor) -> None:
+        require(x.is_contiguous(), op, name, "contiguous memory", f"strides {list(x.stride())}")
+
+    def numbers(name: str, x: Tensor, dtype: torch.dtype, size: int | None = None) -> None:
+        fits = x.dim() == 1 and (size is None or x.shape[0] == size)
+        integers(name, x, dtype, fits, "1 dimension" if size is None else f"shape [{size}]")
+        in_a_row(name, x)
+
+    numbers("query_start", query_start, int32)
+    require(query_start.shape[0] > 0, op, "query_start", "shape [B + 1]", f"shape {list(query_start.shape)}")
+    batch = query_start.shape[0] - 1
+    numbers("seq_lens", seq_lens, int32, batch)
+    integers("visual", visual, int32, visual.dim() == 2 and visual.shape[1] == 2, "shape [R, 2]")
+    in_a_row("visual", visual)
+    numbers("visual_start", visual_start, int32, batch + 1)
+    fits = block_table.dim() == 2 and block_table.shape[0] == batch
+    integers("block_table", block_table, int32, fits, f"shape [{batch}, blocks]")
+    require(0 < block_size < 2**31, op, "block_size", "at least 1", block_size)
+    numbers("plan[0]", plan[0], int32)
+    numbers("plan[1]", plan[1], int32, batch + 1)
+    numbers("plan[2]", plan[2], int32, batch)
+    numbers("plan[3]", plan[3], torch.int64, plan[0].shape[0])
+
+
+def check_packed_values(
+    plan: list[Tensor],
+    query_start: Tensor,
+    seq_lens: Tensor,
+    visual: Tensor,
+    visual_start: Tensor,
+    block_table: Tensor,
+    block_size: int,
+) -> None:
+    """What the lists say, where they lie in host memory."""
+    if query_start.device.type != "cpu":
+        return
+    op = "plan_packed_"
+
+    def starts(name: str, x: list[int], limit: int, of: str) -> None:
+        require(x[0] == 0, op, name, "0 first", x[0])
+        for before, after in zip(x, x[1:]):
+            require(before <= after, op, name, "ascending numbers", f"{after} behind {before}")
+        require(x[-1] <= limit, op, name, f"at most the {limit} {of}", x[-1])
+
+    first, images = query_start.tolist(), visual_start.tolist()
+    starts("query_start", first, plan[0].shape[0], "rows of plan[0]")
+    starts("visual_start", images, visual.shape[0], "ranges of visual")
+    ranges = visual.tolist()
+    for b, length in enumerate(seq_lens.tolist()):
+        rows = first[b + 1] - first[b]
+        require(length >= rows, op, "seq_lens", f"at least the {rows} rows of sequence {b}", length)
+        text, end = length, 0
+        for start, stop in ranges[images[b] : images[b + 1]]:
+            require(end <= start <= stop, op, "visual", "ascending ranges apart", f"[{start}, {stop}] behind {end}")
+            text -= max(0, min(stop, length) - start)
+            end = stop
+        needed = -(-text // block_size)
+        wanted = f"{needed} blocks for the {text} text tokens of sequence {b}"
+        require(needed <= block_table.shape[1], op, "block_table", wanted, block_table.shape[1])
+
+
 def check_disjoint(op: str, name: str, tensors: list[Tensor], **read: Tensor) -> None:
     """In place, two elements at one address would leave whichever was written last; and what says where rows go, which
     is only ``read``, must not change while they do. The latter is refused wherever its bytes lie between those of a

@@ -14,6 +14,8 @@ from vtw_kernels.ops.checks import (
     check_keep,
     check_logits,
     check_loss,
+    check_packed,
+    check_packed_values,
     check_paged,
     check_pages,
     check_scaled,
@@ -100,6 +102,45 @@ def compact_paged_(
 
         rows[place(target)] = rows[place(source[moved].long())]
     return lengths
+
+
+def plan_packed_(
+    plan: list[Tensor],
+    query_start: Tensor,
+    seq_lens: Tensor,
+    visual: Tensor,
+    visual_start: Tensor,
+    block_table: Tensor,
+    block_size: int,
+) -> None:
+    args = (query_start, seq_lens, visual, visual_start, block_table)
+    check_packed(plan, *args, block_size)
+    names = ("query_start", "seq_lens", "visual", "visual_start", "block_table")
+    check_disjoint("plan_packed_", "plan", plan, **dict(zip(names, args)))
+    check_packed_values(plan, *args, block_size)
+    source, text_start, text_lens, slots = plan
+    source.fill_(-1)
+    slots.fill_(-1)
+    text_start.zero_()
+    # A row is text if as many tokens before it are text as up to it, less one: counting is all there is to it. What
+    # lies on a GPU comes to the host here, which no kernel does.
+    first, lens, images, table = (x.tolist() for x in (query_start, seq_lens, visual_start, block_table))
+    written = 0
+    for b, length in enumerate(lens):
+        is_text = torch.ones(max(length, 0), dtype=torch.bool)
+        for start, stop in visual[images[b] : images[b + 1]].tolist():
+            is_text[max(start, 0) : max(stop, 0)] = False
+        rows = first[b + 1] - first[b]
+        text_lens[b] = int(is_text.sum())
+        index = is_text.cumsum(0) - 1
+        for i in is_text[length - rows :].nonzero().flatten().tolist():
+            t = int(index[length - rows + i])
+            source[written] = first[b] + i
+            slots[written] = (
+                table[b][t // block_size] * block_size + t % block_size if table[b][t // block_size] >= 0 else -1
+            )
+            written += 1
+        text_start[b + 1] = written
 
 
 def _as_bytes(x: Tensor) -> Tensor:

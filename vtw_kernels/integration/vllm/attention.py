@@ -1,0 +1,103 @@
+"""Attention among text rows alone: their places, lengths and slots in each step.
+
+Made as vLLM makes cross-attention, whose keys have lengths and slots of their own too: the backend stays what it is,
+but its metadata are built of other numbers, and its cache is written with the slots that stand in them."""
+
+import functools
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import subclass_attention_backend_with_overrides
+
+from vtw_kernels.ops import PackedPlan, plan_packed_
+
+
+@dataclass
+class TextRows:
+    """The text rows of a step. source: int32 ``[1, n]``, which of the step's rows they are."""
+
+    source: Tensor
+
+
+@functools.lru_cache  # layers of one backend make one group only if theirs is one and the same class
+def text_backend(backend: type) -> type:
+    builder_cls, impl_cls = backend.get_builder_cls(), backend.get_impl_cls()
+
+    class TextMetadataBuilder(builder_cls):
+        # Metadata that only get another block table would keep the slots of the group before.
+        supports_update_block_table = False
+
+        def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            scheduler = vllm_config.scheduler_config
+            # Their addresses stay, for graphs.
+            self._plan = PackedPlan.empty(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
+
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            common, text = text_metadata(common_attn_metadata, self.kv_cache_spec.block_size, self._plan)
+            metadata = super().build(common_prefix_len, common, fast_build)
+            metadata.text_rows = text
+            return metadata
+
+    class TextImpl(impl_cls):
+        def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
+            # The layer would write the cache before this, with the slots of the step's rows.
+            writes = not backend.forward_includes_kv_cache_update
+            if writes and attn_metadata is not None and key is not None and value is not None:
+                self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+
+    return subclass_attention_backend_with_overrides(
+        "TextOnly",
+        backend,
+        {
+            "get_builder_cls": lambda: TextMetadataBuilder,
+            "get_impl_cls": lambda: TextImpl,
+            "forward_includes_kv_cache_update": True,
+        },
+    )
+
+
+def text_metadata(common: Any, block_size: int, memory: PackedPlan) -> tuple[Any, TextRows]:
+    """``CommonAttentionMetadata`` of the text rows, of those of all rows, and which rows they are. Written to
+    ``memory``, which is large enough for any step."""
+    # Without speculative decoding, the upper bound is the length.
+    lengths = common.seq_lens_cpu_upper_bound.numpy()
+    requests = len(lengths)
+    starts = common.query_start_loc_cpu.numpy()
+    # Ranges end with a visual token; none is given where no request of the engine can have images.
+    ranges = [sorted((common.mm_req_doc_ranges or {}).get(i, ())) for i in range(requests)]
+    visual_start = np.zeros(requests + 1, np.int32)
+    visual_start[1:] = np.cumsum([len(some) for some in ranges])
+    visual = np.array([(start, last + 1) for some in ranges for start, last in some], np.int32).reshape(-1, 2)
+
+    def texts(tokens: np.ndarray) -> np.ndarray:
+        """How many of the first so many tokens of each request are text."""
+        until = np.repeat(tokens, np.diff(visual_start))
+        hidden = np.maximum(np.minimum(visual[:, 1], until) - visual[:, 0], 0)
+        return tokens - np.diff(np.concatenate([[0], hidden.cumsum()])[visual_start])
+
+    text_lengths = texts(lengths)
+    text_starts = np.zeros(requests + 1, np.int32)
+    text_starts[1:] = np.cumsum(text_lengths - texts(lengths - np.diff(starts)))
+    rows = int(text_starts[-1])
+
+    device, room = common.query_start_loc.device, common.num_actual_tokens
+    plan = PackedPlan(memory.source[:room], memory.query_start[: requests + 1], memory.seq_lens[:requests], memory.slots[:room])
+    on_device = (torch.from_numpy(x).to(device, non_blocking=True) for x in (visual, visual_start))
+    plan_packed_(plan, common.query_start_loc, common.seq_lens, *on_device, common.block_table_tensor, block_size)
+
+    text = copy(common)
+    text.query_start_loc, text.seq_lens, text.slot_mapping = plan.query_start, plan.seq_lens, plan.slots[:rows]
+    text.query_start_loc_cpu = torch.from_numpy(text_starts)
+    text.seq_lens_cpu_upper_bound = torch.from_numpy(text_lengths.astype(np.int32))
+    text.num_actual_tokens = rows
+    text.max_query_len = int(np.diff(text_starts).max(initial=0))
+    text.max_seq_len = int(text_lengths.max(initial=0))
+    text.mm_req_doc_ranges = text.positions = None  # attention looks at neither
+    text._num_computed_tokens_cache = text._token_to_req_indices_cache = None
+    return text, TextRows(plan.source[None, :rows])
