@@ -1,4 +1,4 @@
-"""Visual Tokens Withdrawal in vLLM, by its extension points: ``vllm serve MODEL --hf-overrides '{"vtw": {"layer": 16}}'``.
+"""Visual Tokens Withdrawal in vLLM, without a fork: ``vllm serve MODEL --hf-overrides '{"vtw": {"layer": 16}}'``.
 
 One file per concern: ``config.py`` reads the setting and refuses what does not go together with it; ``models.py`` makes
 the class that vLLM loads; ``decoder.py`` runs the decoder in two stages; ``attention.py`` tells the later stage's

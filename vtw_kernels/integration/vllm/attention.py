@@ -87,7 +87,9 @@ def text_metadata(common: Any, block_size: int, memory: PackedPlan) -> tuple[Any
     rows = int(text_starts[-1])
 
     device, room = common.query_start_loc.device, common.num_actual_tokens
-    plan = PackedPlan(memory.source[:room], memory.query_start[: requests + 1], memory.seq_lens[:requests], memory.slots[:room])
+    plan = PackedPlan(
+        memory.source[:room], memory.query_start[: requests + 1], memory.seq_lens[:requests], memory.slots[:room]
+    )
     on_device = (torch.from_numpy(x).to(device, non_blocking=True) for x in (visual, visual_start))
     plan_packed_(plan, common.query_start_loc, common.seq_lens, *on_device, common.block_table_tensor, block_size)
 

@@ -26,8 +26,12 @@ def register() -> None:
         before = table.get(architecture, config.VerifyAndUpdateConfig)
         if architecture.startswith(PREFIX) or issubclass(before, _Adjusted):
             continue
-        table[architecture] = type(f"Adjusted{architecture}", (_Adjusted, config.VerifyAndUpdateConfig), {"before": before})
-        ModelRegistry.register_model(PREFIX + architecture, f"vtw_kernels.integration.vllm.models:{PREFIX}{architecture}")
+        table[architecture] = type(
+            f"Adjusted{architecture}", (_Adjusted, config.VerifyAndUpdateConfig), {"before": before}
+        )
+        ModelRegistry.register_model(
+            PREFIX + architecture, f"vtw_kernels.integration.vllm.models:{PREFIX}{architecture}"
+        )
 
 
 class _Adjusted:
@@ -98,9 +102,13 @@ def read_layer(setting: Any, layers: int) -> int:
         try:
             layer = chosen_layer(layer, None, layers)
         except OSError as error:
-            raise ValueError(f"vtw: layer: expected a number, or a file that LayerSearch.save wrote, got {error}") from None
+            raise ValueError(
+                f"vtw: layer: expected a number, or a file that LayerSearch.save wrote, got {error}"
+            ) from None
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < layers:
-        raise ValueError(f"vtw: layer: expected a number from 1 to {layers - 1}, below the decoder's {layers}, got {layer!r}")
+        raise ValueError(
+            f"vtw: layer: expected a number from 1 to {layers - 1}, below the decoder's {layers}, got {layer!r}"
+        )
     return layer
 
 
@@ -119,7 +127,8 @@ def adjust_engine(vllm_config: Any) -> None:
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "dual batch overlap": parallel.enable_dbo,
         "a KV connector": vllm_config.kv_transfer_config is not None,
-        "KV cache events": vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events,
+        "KV cache events": vllm_config.kv_events_config is not None
+        and vllm_config.kv_events_config.enable_kv_cache_events,
         "LoRA": vllm_config.lora_config is not None,
         "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
         "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,

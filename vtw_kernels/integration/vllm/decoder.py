@@ -153,7 +153,7 @@ def attention_of(layer: nn.Module) -> Attention:
     usual = len(found) == 1 and found[0].attn_type == AttentionType.DECODER
     if not usual or found[0].sliding_window is not None or found[0].kv_sharing_target_layer_name is not None:
         raise ValueError(
-            f"vtw: expected layers with one attention each that looks at all tokens before and has keys of its own, got "
-            f"{type(layer).__name__} with {[x.extra_repr() for x in found]}"
+            "vtw: expected layers with one attention each, which looks at all tokens before and has keys of its own, "
+            f"got {type(layer).__name__} with {[x.extra_repr() for x in found]}"
         )
     return found[0]

@@ -1,0 +1,165 @@
+"""Tiny random vision-language models with tokenizers and processors, as checkpoints; what transformers says of prompts.
+
+Heads are as small as the attention of vLLM on a CPU takes them. An image has more tokens than a step of 32 rows, so
+that chunks of a prompt may lie within one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+LAYERS, HIDDEN, IMAGE_TOKENS = 6, 128, 64
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+WORDS = [f"w{i}" for i in range(88)]
+TEXT = dict(
+    hidden_size=HIDDEN,
+    intermediate_size=192,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=len(SPECIAL) + len(WORDS),
+    max_position_embeddings=2048,
+    initializer_range=0.12,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<pad>",
+        extra_special_tokens=SPECIAL[3:],
+        chat_template=(
+            "{%- for message in messages -%}{%- for part in message.content -%}"
+            "{{ ' <image> ' if part.type == 'image' else ' ' + part.text }}{%- endfor -%}{%- endfor -%}"
+        ),
+    )
+
+
+def make_llava(folder: Path, layers: int = LAYERS, image_size: int = 32, **text) -> Path:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=4,
+        initializer_factor=3.0,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**TEXT | {"num_hidden_layers": layers} | text),
+        image_token_index=SPECIAL.index("<image>"),
+        image_seq_length=(image_size // 4) ** 2,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.data.normal_(std=0.3)
+    processor = {
+        "image_processor": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"height": image_size, "width": image_size},
+            "crop_size": {"height": image_size, "width": image_size},
+            "do_center_crop": False,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,
+        "patch_size": 4,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": "default",
+    }
+    return _save(model, folder, processor)
+
+
+def make_qwen2_vl(folder: Path) -> Path:
+    torch.manual_seed(0)
+    vision = dict(
+        depth=2, embed_dim=64, num_heads=2, hidden_size=HIDDEN, patch_size=4, spatial_merge_size=2, mlp_ratio=2
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    config = Qwen2VLConfig(
+        text_config=TEXT | {"rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=SPECIAL.index("<|image_pad|>"),
+        video_token_id=SPECIAL.index("<|video_pad|>"),
+        vision_start_token_id=SPECIAL.index("<|vision_start|>"),
+        vision_end_token_id=SPECIAL.index("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    for parameter in model.model.visual.merger.parameters():
+        parameter.data.normal_(std=0.3)
+    processor = {
+        "image_processor": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 64},
+            "patch_size": 4,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        "processor_class": "Qwen2VLProcessor",
+    }
+    return _save(model, folder, processor)
+
+
+def _save(model, folder: Path, processor: dict) -> Path:
+    model.generation_config.eos_token_id = None  # a random model would end anywhere
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor["image_processor"]))
+    rename_for_vllm(folder)
+    return folder
+
+
+def rename_for_vllm(folder: Path) -> None:
+    """vLLM knows the names that CLIP's weights had in older releases of transformers, which still reads them."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for old in [name for name in weights if "vision_tower." in name and "vision_model." not in name]:
+        weights[old.replace("vision_tower.", "vision_tower.vision_model.")] = weights.pop(old)
+    save_file(weights, file, {"format": "pt"})
+
+
+def image(seed: int, size: int = 32) -> Image.Image:
+    """Large patches, so that models see a difference."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.NEAREST)
+
+
+def copy_with(folder: Path, target: Path, **changes) -> Path:
+    """The same checkpoint, with changes to its config."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target

@@ -1,0 +1,371 @@
+"""Withdrawal in vLLM, in this process: what it answers against transformers under ``withdraw``, its memory, and what it
+refuses. ``make test-vllm`` runs this in an environment of its own.
+
+Starting an engine takes most of the time, so that each one is asked for many things."""
+
+import functools
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the scheduler is here to be looked at
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+import vllm
+import vllm_models
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
+
+import vtw_kernels as vtw
+from vtw_kernels.integration.vllm.cache import TextOnlyManager
+from vtw_kernels.integration.vllm.config import TESTED_VLLM
+
+TOKENS = 16
+SIZES = {"llava": 32, "qwen2_vl": 64}  # of images, so that each has 64 tokens
+PLACES = {"llava": "<image>", "qwen2_vl": "<|vision_start|> <|image_pad|> <|vision_end|>"}
+GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True)
+
+
+def requests(family: str, number: int = 24) -> list[tuple[str, list[int]]]:
+    """Prompts and the seeds of their images: none to three of them, at the start or next to each other as it comes."""
+    rng = random.Random(0)
+    made = []
+    for i in range(number):
+        images = [rng.randrange(50) for _ in range((1, 2, 0, 1, 3, 1)[i % 6])]
+        parts = [PLACES[family]] * len(images)
+        words = [" ".join(rng.choices(vllm_models.WORDS, k=rng.choice((0, 1, 5, 40)))) for _ in parts]
+        last = " ".join(rng.choices(vllm_models.WORDS, k=rng.choice((1, 3, 9))))
+        made.append(("<s> " * (i % 4 > 0) + " ".join(f"{a} {b}" for a, b in zip(words, parts)) + f" {last}", images))
+    return made
+
+
+def prompts(family: str, some) -> list[dict]:
+    images = [[vllm_models.image(seed, SIZES[family]) for seed in seeds] for _, seeds in some]
+    return [{"prompt": text} | ({"multi_modal_data": {"image": x}} if x else {}) for (text, _), x in zip(some, images)]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "llava": vllm_models.make_llava(folder / "llava"),
+        "qwen2_vl": vllm_models.make_qwen2_vl(folder / "qwen2_vl"),
+    }
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoints):
+    """Of transformers: new tokens, and for each of them the log-probabilities of all; withdrawn before a layer."""
+    torch.set_num_threads(1)
+
+    @functools.cache
+    def load(family: str):
+        folder = checkpoints[family]
+        return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+    @functools.cache
+    def answer(family: str, layer: int, text: str, seeds: tuple[int, ...]) -> tuple[list[int], list[int], torch.Tensor]:
+        model, processor = load(family)
+        images = [vllm_models.image(seed, SIZES[family]) for seed in seeds]
+        inputs = dict(processor(text=text, images=images or None, return_tensors="pt"))
+        with torch.inference_mode(), vtw.withdraw(model, layer):
+            output = model.generate(
+                **inputs, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        length = inputs["input_ids"].shape[1]
+        logits = torch.cat(output.logits).log_softmax(-1)
+        return inputs["input_ids"][0].tolist(), output.sequences[0, length:].tolist(), logits
+
+    return lambda family, layer, some: [answer(family, layer, text, tuple(seeds)) for text, seeds in some]
+
+
+class Engine:
+    """One that runs while its block does."""
+
+    def __init__(self, folder: Path, layer: int | None, **options):
+        self.options = dict(
+            model=str(folder),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=512,
+            block_size=32,
+            max_num_seqs=16,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=64 << 20,
+            limit_mm_per_prompt={"image": 4},
+            disable_log_stats=False,
+        )
+        self.options |= options | ({} if layer is None else {"hf_overrides": {"vtw": {"layer": layer}}})
+
+    def __enter__(self) -> "Engine":
+        self.llm = LLM(**self.options)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+    @property
+    def scheduler(self):
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def pool(self):
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def free_blocks(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+    def ask(self, family: str, some, params=GREEDY):
+        return self.llm.generate(prompts(family, some), params, use_tqdm=False)
+
+    def watched(self, family: str, some, params=GREEDY) -> int:
+        """The most blocks that are in use after any step while these are answered."""
+        engine, free, most = self.llm.llm_engine, self.free_blocks, 0
+        for i, prompt in enumerate(prompts(family, some)):
+            engine.add_request(f"watched-{i}", prompt, params)
+        while engine.has_unfinished_requests():
+            engine.step()
+            most = max(most, free - self.free_blocks)
+        return most
+
+    def is_clean(self, free_blocks: int) -> None:
+        assert self.free_blocks == free_blocks
+        assert not self.scheduler.requests
+        for manager in self.scheduler.kv_cache_manager.coordinator.single_type_managers:
+            assert not manager.req_to_blocks and not manager.num_cached_block
+            assert not getattr(manager, "_ranges", None)
+
+
+def same(outputs, wanted) -> list[bool]:
+    """Which answers are the same; whose log-probabilities then are, too."""
+    found = []
+    for output, (prompt, tokens, logprobs) in zip(outputs, wanted, strict=True):
+        assert list(output.prompt_token_ids) == prompt
+        answer = output.outputs[0]
+        found.append(list(answer.token_ids) == tokens)
+        if found[-1]:
+            for given, row in zip(answer.logprobs, logprobs, strict=True):
+                for token, x in given.items():
+                    assert abs(x.logprob - row[token].item()) < 1e-3
+    return found
+
+
+def images_matter(found: list[bool], some) -> None:
+    """A negative control: text-only prompts are answered alike, and most others are not."""
+    assert all(x for x, (_, seeds) in zip(found, some) if not seeds)
+    others = [x for x, (_, seeds) in zip(found, some) if seeds]
+    assert sum(others) < len(others) / 2
+
+
+def test_batches_and_requests(checkpoints, oracle):
+    """Continuous batching with asynchronous scheduling; and requests that ask for something else, or for too much."""
+    some = requests("llava")
+    with Engine(checkpoints["llava"], 2) as engine:
+        assert type(engine.scheduler).__name__ == "AsyncTextScheduler"
+        free = engine.free_blocks
+        assert all(same(engine.ask("llava", some), oracle("llava", 2, some)))
+        images_matter(same(engine.ask("llava", some), oracle("llava", 3, some)), some)  # K off by one
+        images_matter(same(engine.ask("llava", some), oracle("llava", vllm_models.LAYERS, some)), some)  # none withdrawn
+
+        # Several answers to one prompt: the greedy one each, from blocks of their own.
+        several = engine.ask("llava", some[:4], SamplingParams(temperature=0, n=3, max_tokens=TOKENS, ignore_eos=True))
+        for output, (_, tokens, _) in zip(several, oracle("llava", 2, some[:4])):
+            assert [list(x.token_ids) for x in output.outputs] == [tokens] * 3
+
+        choice = StructuredOutputsParams(choice=["w1 w2", "w3 w4 w5"])
+        shaped = engine.ask("llava", some[:6], SamplingParams(temperature=0, max_tokens=8, structured_outputs=choice))
+        for output, (prompt, _, _) in zip(shaped, oracle("llava", 2, some[:6])):
+            assert output.outputs[0].text.strip() in choice.choice
+
+        # Refused alone, and the engine goes on.
+        with pytest.raises(ValueError, match="vtw: prompt: expected text behind the last image"):
+            engine.ask("llava", [("<s> w1 <image>", [1])])
+        with pytest.raises(ValueError, match="vtw: prompt_logprobs: expected none"):
+            engine.ask("llava", some[:1], SamplingParams(prompt_logprobs=1))
+        assert all(same(engine.ask("llava", some[:3]), oracle("llava", 2, some[:3])))
+        engine.is_clean(free)
+
+
+def test_m_rope_and_plain_scheduling(checkpoints, oracle):
+    some = requests("qwen2_vl")
+    with Engine(checkpoints["qwen2_vl"], 3, async_scheduling=False) as engine:
+        assert type(engine.scheduler).__name__ == "TextScheduler"
+        outputs = engine.ask("qwen2_vl", some)
+        assert all(same(outputs, oracle("qwen2_vl", 3, some)))
+        images_matter(same(outputs, oracle("qwen2_vl", 2, some)), some)
+
+
+def test_without_the_setting(checkpoints, oracle):
+    """vLLM's own class, scheduler and blocks; and what it takes of these, for comparison."""
+    some = requests("llava")
+    with Engine(checkpoints["llava"], None) as engine:
+        assert type(engine.scheduler).__module__.startswith("vllm.")
+        managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+        assert not any(isinstance(x, TextOnlyManager) for x in managers)
+        assert all(same(engine.ask("llava", some), oracle("llava", vllm_models.LAYERS, some)))
+        images_matter(same(engine.ask("llava", some), oracle("llava", 2, some)), some)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_chunks_and_preemption(checkpoints, oracle, caching):
+    """Steps of 32 rows, so that some lie within an image, and fewer blocks than all requests need at a time."""
+    some = requests("llava")
+    blocks = {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 32, "max_num_seqs": 8}
+    with Engine(checkpoints["llava"], 3, enable_prefix_caching=caching, **blocks) as engine:
+        free = engine.free_blocks
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True)
+        preempted = count_preemptions(engine)
+        assert all(same(engine.ask("llava", some, params), oracle("llava", 3, some)))
+        assert preempted() > 0
+        engine.is_clean(free)
+
+
+def count_preemptions(engine: Engine):
+    scheduler, seen = engine.scheduler, []
+    stock = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *args, **kwargs: (seen.append(request), stock(request, *args, **kwargs))[1]
+    return lambda: len(seen)
+
+
+def test_prefix_caching(checkpoints, oracle):
+    """Questions about one image, one after another and at once; blocks of the image are found again in the layers that
+    see it, and what stands before it in the others, though both end within a block of text."""
+    image, other = [3], [4]
+    start = "<s> " + " ".join(vllm_models.WORDS[:20]) + " <image> "
+    questions = [start + " ".join(vllm_models.WORDS[i : i + 12]) for i in range(0, 60, 12)]
+    same_image = [(question, image) for question in questions]
+    with Engine(checkpoints["llava"], 2, enable_prefix_caching=True) as engine:
+        for one in (*same_image, *same_image[:2]):
+            assert all(same(engine.ask("llava", [one]), oracle("llava", 2, [one])))
+        outputs = engine.ask("llava", same_image)
+        assert all(same(outputs, oracle("llava", 2, same_image)))
+        # 21 tokens of text, 64 of the image: two whole blocks of 32 tokens are in front of any question.
+        assert min(output.num_cached_tokens for output in outputs) >= 64
+        changed = [(question, other) for question in questions]
+        outputs = engine.ask("llava", changed[:1])
+        assert all(same(outputs, oracle("llava", 2, changed[:1])))
+        assert outputs[0].num_cached_tokens == 0
+        longer = [(questions[0] + " " + " ".join(vllm_models.WORDS[i : i + 40]), image) for i in (0, 9)]
+        for _ in range(2):
+            for one in longer:
+                outputs = engine.ask("llava", [one])
+                assert all(same(outputs, oracle("llava", 2, [one])))
+        assert outputs[0].num_cached_tokens >= 128
+
+
+def test_memory_and_a_thousand_requests(checkpoints, oracle):
+    """Blocks are freed when requests end, are aborted, or are preempted; and are as few as text needs."""
+    some = [(text, seeds) for text, seeds in requests("llava") if seeds][:8]
+    with Engine(checkpoints["llava"], None) as engine:
+        stock = engine.watched("llava", some)
+    with Engine(checkpoints["llava"], 3, enable_prefix_caching=True, num_gpu_blocks_override=60) as engine:
+        engine.llm.reset_prefix_cache()
+        text = engine.watched("llava", some[:1])
+        prompt, _, _ = oracle("llava", 3, some[:1])[0]
+        images = 64 * len(some[0][1])
+        blocks = [-(-(len(prompt) + TOKENS - 1 - left) // 32) for left in (0, images)]
+        assert text == sum(blocks)  # of three layers each
+        free, rng = engine.free_blocks, random.Random(0)
+        core = engine.llm.llm_engine
+        ready = prompts("llava", requests("llava"))
+        wanted = oracle("llava", 3, requests("llava"))
+        made, aborted, finished = 0, 0, 0
+        while made < 1000 or core.has_unfinished_requests():
+            while made < 1000 and core.get_num_unfinished_requests() < 12:
+                params = SamplingParams(temperature=0, max_tokens=rng.choice((1, 3, TOKENS)), ignore_eos=True)
+                core.add_request(f"{made}", ready[made % len(ready)], params)
+                made += 1
+                if rng.random() < 0.2:
+                    core.abort_request([f"{rng.randrange(max(0, made - 12), made)}"])
+                    aborted += 1
+            for output in core.step():
+                if output.finished and output.outputs[0].finish_reason == "length":
+                    tokens = list(output.outputs[0].token_ids)
+                    assert tokens == wanted[int(output.request_id) % len(ready)][1][: len(tokens)]
+                    finished += 1
+        assert finished > 700 and aborted > 100
+        engine.is_clean(free)
+        print(f"\nblocks of {len(some)} requests: {stock} of all layers in vLLM")
+
+
+@pytest.mark.parametrize("layer", [2, 4])
+def test_torch_compile(checkpoints, oracle, layer):
+    some = requests("llava", 8)
+    with Engine(checkpoints["llava"], layer, enforce_eager=False) as engine:
+        assert all(same(engine.ask("llava", some), oracle("llava", layer, some)))
+
+
+def test_tensor_parallel(checkpoints, oracle, monkeypatch):
+    some = requests("qwen2_vl")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 64}
+    with Engine(checkpoints["qwen2_vl"], 2, **options) as engine:
+        assert all(same(engine.ask("qwen2_vl", some), oracle("qwen2_vl", 2, some)))
+
+
+REFUSED = {
+    "layer 0": ({"hf_overrides": {"vtw": {"layer": 0}}}, "layer: expected a number from 1 to 5"),
+    "the last layer": ({"hf_overrides": {"vtw": {"layer": 6}}}, "layer: expected a number from 1 to 5"),
+    "no number": ({"hf_overrides": {"vtw": {"layer": 2.5}}}, "layer: expected a number from 1 to 5"),
+    "no file": ({"hf_overrides": {"vtw": {"layer": "nowhere.json"}}}, "layer: expected a number, or a file"),
+    "another key": ({"hf_overrides": {"vtw": {"layers": 2}}}, 'expected {"layer": NUMBER or FILE}'),
+    "no key": ({"hf_overrides": {"vtw": 2}}, 'expected {"layer": NUMBER or FILE}'),
+    "speculation": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        "got one with speculative decoding",
+    ),
+    "pipeline": ({"pipeline_parallel_size": 2}, "got one with pipeline parallelism"),
+    "connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "got one with a KV connector",
+    ),
+    "one group": ({"disable_hybrid_kv_cache_manager": True}, "got one with --disable-hybrid-kv-cache-manager"),
+    "a scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "got one with a scheduler class"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_at_start(checkpoints, what):
+    options, message = REFUSED[what]
+    args = EngineArgs(model=str(checkpoints["llava"]), **{"hf_overrides": {"vtw": {"layer": 2}}} | options)
+    with pytest.raises(ValueError) as raised:
+        args.create_engine_config()
+    line = next(line for line in str(raised.value).splitlines() if "vtw: " in line)
+    assert message in line
+
+
+def test_other_models_and_releases(checkpoints, tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = {key: value for key, value in vllm_models.TEXT.items()}
+    LlamaForCausalLM(LlamaConfig(**text)).save_pretrained(tmp_path)
+    vllm_models.tokenizer().save_pretrained(tmp_path)
+    override = {"hf_overrides": {"vtw": {"layer": 2}}}
+    with pytest.raises(ValueError, match="vtw: expected a model whose decoder is given images"):
+        EngineArgs(model=str(tmp_path), **override).create_engine_config()
+    monkeypatch.setattr(vllm, "__version__", "0.31.2")
+    with pytest.raises(ValueError, match=f"vtw: expected vLLM {TESTED_VLLM}, got 0.31.2"):
+        EngineArgs(model=str(checkpoints["llava"]), **override).create_engine_config()
+
+
+def test_the_layer_of_a_search(checkpoints, tmp_path):
+    found = tmp_path / "search.json"
+    found.write_text('{"layer": 4, "num_layers": 6, "model": "any"}')
+    config = EngineArgs(
+        model=str(checkpoints["llava"]), hf_overrides={"vtw": {"layer": str(found)}}
+    ).create_engine_config()
+    assert config.model_config.hf_config.vtw == {"layer": 4}
+    found.write_text('{"layer": 4, "num_layers": 32, "model": "any"}')
+    with pytest.raises(ValueError, match="a search on a model of 6 decoder layers"):
+        EngineArgs(
+            model=str(checkpoints["llava"]), hf_overrides={"vtw": {"layer": str(found)}}
+        ).create_engine_config()
