@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm import ModelRegistry
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from vtw_kernels.integration.vllm.config import PREFIX
@@ -64,7 +65,9 @@ def _refusing_class(stock: type) -> type:
             if inputs is not self.dummy:
                 ends = [stop for some in result["mm_placeholders"].values() for x in some for stop in _ends(x)]
                 if len(result["prompt_token_ids"]) in ends:
-                    raise ValueError("vtw: prompt: expected text behind the last image, got a prompt that ends in one")
+                    raise VLLMValidationError(
+                        "vtw: prompt: expected text behind the last image, got a prompt that ends in one"
+                    )
             return result
 
     Refusing.__name__ = Refusing.__qualname__ = stock.__name__
@@ -82,7 +85,9 @@ class RequestCheck(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         if sampling_params.prompt_logprobs is not None:
-            raise ValueError("vtw: prompt_logprobs: expected none, as withdrawn rows have none, got a request for some")
+            raise VLLMValidationError(
+                "vtw: prompt_logprobs: expected none, as withdrawn rows have none, got a request for some"
+            )
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool):
         pass
