@@ -24,11 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 POLICIES = ["layer=1", "layer=3", f"layer={LAYERS}", "top-attention:1:0.5", "top-attention:2:1+layer=3"]
 
 
-@pytest.fixture
-def one_thread(num_threads):
-    num_threads(1)
-
-
 class Bright(vtw.Policy):
     """Visual rows stay whose hidden state is positive in the mean: another choice in each layer and sample."""
 

@@ -199,9 +199,11 @@ def _write(
     samples: Sequence[Sample],
     command: str,
     worst: list[tuple[int, str]],
+    costs: str = "",
     **content: Any,
 ) -> None:
-    """A page from a template. ``worst``: rows of samples to show, and what is said of each."""
+    """A page from a template. ``worst``: rows of samples to show, and what is said of each. ``costs``: of what the table
+    says what things cost."""
     figures = _draw(plots)
     templates = Environment(
         loader=PackageLoader("vtw_kernels.layer_search"),
@@ -217,6 +219,7 @@ def _write(
         worst=_shown(found, worst, samples),
         with_questions=bool(samples),
         command=command,
+        costs=costs,
         **content,
     )
     path.write_text(html, encoding="utf-8")
