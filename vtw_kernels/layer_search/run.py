@@ -463,7 +463,7 @@ def read_known(records: Records) -> dict[str, tuple[str, str | None]]:
 
 
 def tell_of_earlier_runs(out: Path, state: State, done: int, total: int) -> None:
-    only = ": only the choice is made anew" if done == total else ""
+    only = "; the model is not run" if done == total else ""
     print(f"{out}: {done} of {total} records were scored before{only}", file=sys.stderr)
     for rank, names in state.left_over().items():
         print(f"rank {rank} of the last run left {len(names)}: {listed(names)}", file=sys.stderr)
