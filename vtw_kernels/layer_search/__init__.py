@@ -27,7 +27,7 @@ from vtw_kernels.layer_search.comparison import Comparison
 from vtw_kernels.layer_search.costs import measure_policies
 from vtw_kernels.layer_search.exit_scorer import ExitScorer, ExitScores
 from vtw_kernels.layer_search.exit_training import ExitTraining, Training, train_gates
-from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
+from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores, is_setting
 from vtw_kernels.layer_search.result import PAPER_THRESHOLD, LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, check_among, check_groups
 from vtw_kernels.layer_search.scorer import Scorer, Scores
@@ -130,7 +130,9 @@ def compare(
             tokens.
         policies: what ``withdraw`` takes: a layer, a policy, a list of policies that act together, the path of a file;
             or a text as ``parse_policy`` takes it. By name, or else the name is this text, or the policy's ``repr``.
-            Several layers are scored in one run, as ``find_layer`` scores them.
+            Several layers are scored in one run, as ``find_layer`` scores them. Or, by a name, a function from the
+            model to a context manager within which it runs, for what saves no rows but other work; such a one reads
+            answers together with their prompts.
         costed: on how many of the batches, the first, operations, bytes of the cache and seconds are measured
             (``measure_policies``); 0 for none.
 
@@ -245,6 +247,8 @@ def named_policies(policies: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any
     named: dict[str, Any] = {}
     for name, policy in given:
         policy = parse_policy(policy) if isinstance(policy, str) else policy
+        if name is None and is_setting(policy):
+            raise TypeError(f"policies: expected functions by name, in a dict, got {policy!r} without one")
         name = policy_text(policy) if name is None else name
         if name in named:
             raise ValueError(f"policies: expected one of each name, got two of {name!r}")

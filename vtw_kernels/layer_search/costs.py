@@ -23,6 +23,7 @@ from vtw_kernels.integration.inputs import in_eval_mode, padded_left, prepare
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
 from vtw_kernels.layer_search.decisions import Replayed, watched
+from vtw_kernels.layer_search.policy_scorer import is_setting, running
 
 DECODED = 8  # tokens, whose steps are measured
 TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
@@ -187,7 +188,7 @@ def measure_policies(
     Args:
         model, decoder: as for ``withdraw``.
         batches: keyword arguments of the model's forward for prompts, as ``find_layer`` takes them.
-        policies: by name, layers, policies or lists of these.
+        policies: by name, layers, policies or lists of these, or functions of the model, as ``compare`` takes them.
 
     Raises:
         TypeError, ValueError: what ``withdraw`` does not take, no batches, no repeats.
@@ -205,7 +206,7 @@ def measure_policies(
         tokens, visual_tokens = tokens + int(attended.sum()), visual_tokens + int((attended & visual).sum())
 
         def under(policy: Any, mask: Tensor | None = visual if by_mask else None):
-            return nullcontext() if policy is None else withdraw(model, policy, visual_mask=mask, decoder=decoder)
+            return nullcontext() if policy is None else running(model, policy, mask, decoder)
 
         prefill = partial(_prefill, model, parts, inputs)
         rows: dict[str | None, list[list[float]]] = {name: [] for name in (*policies, None)}
@@ -240,7 +241,7 @@ def measure_policies(
 
 def _replayed(policy: Any, prefill: Callable[[], Cache], under: Callable[[Any], Any]) -> Any:
     """A policy, or layer, that decides the same in a prefill."""
-    if isinstance(policy, int):
+    if isinstance(policy, int) or is_setting(policy):
         return policy
     with under(watched(policy, decided := {})):
         prefill()

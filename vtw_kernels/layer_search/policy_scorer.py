@@ -7,6 +7,7 @@ behind.
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, take_tokens
 from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.integration.policies import Policy
 from vtw_kernels.integration.withdraw import Withdrawal, unwrapped, withdraw
 from vtw_kernels.layer_search.decisions import Decisions, Replayed, watched
 from vtw_kernels.layer_search.scorer import (
@@ -28,6 +30,19 @@ from vtw_kernels.layer_search.scorer import (
     compare_logits,
     read_questions,
 )
+
+
+def is_setting(policy: Any) -> bool:
+    """Whether it is no policy of withdrawal, but a function of the model: see ``running``."""
+    return callable(policy) and not isinstance(policy, Policy)
+
+
+def running(
+    model: nn.Module, policy: Any, visual_mask: Tensor | None, decoder: nn.Module | None
+) -> AbstractContextManager:
+    """Within it, a model runs as a policy says: one of ``withdraw``, or a function that makes a context manager of the
+    model, as ``lambda model: vtw.withdraw(model, 3)`` would."""
+    return policy(model) if is_setting(policy) else withdraw(model, policy, visual_mask=visual_mask, decoder=decoder)
 
 
 class PolicyScores(NamedTuple):
@@ -75,9 +90,13 @@ class PolicyScorer:
         check_positions(positions)
         layers, no_mask = len(self.parts.layers), torch.zeros(1, 1, dtype=torch.bool)
         self.policies = {
-            name: Withdrawal(self.model, policy, no_mask, decoder).layer for name, policy in policies.items()
+            name: policy if is_setting(policy) else Withdrawal(self.model, policy, no_mask, decoder).layer
+            for name, policy in policies.items()
         }
         for name, policy in self.policies.items():
+            if is_setting(policy):
+                with policy(self.model):  # raises if it does not fit the model
+                    pass
             if isinstance(policy, Sequence) and isinstance(policy[0], int):
                 raise TypeError(f"policies: expected one layer, or policies, got the layers {policy} as {name!r}")
         fixed = [x for x in self.policies.values() if isinstance(x, int) and x < layers]
@@ -97,14 +116,14 @@ class PolicyScorer:
         reading, by_mask = Reading(questions), batch.get("visual_mask") is not None
         layers, full, columns = len(self.parts.layers), None, []
         for policy in self.policies.values():
-            is_layer = isinstance(policy, int)
+            is_layer, decides = isinstance(policy, int), not isinstance(policy, int) and not is_setting(policy)
             decided: Decisions = {policy: None} if is_layer else {}
             if is_layer and policy in known:
                 columns.append((*known[policy], reading.visual_rows(decided, layers)))
                 continue
             full = self._full_logits(reading) if full is None else full
-            asked = policy if is_layer else watched(policy, decided)
-            if not is_layer and reading.has_answers:
+            asked = watched(policy, decided) if decides else policy
+            if decides and reading.has_answers:
                 with self._under(asked, reading.prompt_visual if by_mask else None):
                     self.model(**reading.prompt, **self._rows(1), use_cache=False)
                 asked = Replayed(decided) if decided else layers
@@ -123,8 +142,8 @@ class PolicyScorer:
         scores = self.fixed.score_questions(questions)
         return list(zip(*(x.unbind(1) for x in (scores.kl, scores.reverse_kl, scores.disagreement))))
 
-    def _under(self, policy: Any, visual: Tensor | None) -> withdraw:
-        return withdraw(self.model, policy, visual_mask=visual, decoder=self.decoder)
+    def _under(self, policy: Any, visual: Tensor | None) -> AbstractContextManager:
+        return running(self.model, policy, visual, self.decoder)
 
     def _full_logits(self, reading: "Reading") -> Tensor:
         """Of the model as it is, in which answers see no later tokens, as if they were generated one by one."""

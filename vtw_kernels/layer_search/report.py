@@ -202,8 +202,8 @@ def _write(
     costs: str = "",
     **content: Any,
 ) -> None:
-    """A page from a template. ``worst``: rows of samples to show, and what is said of each. ``costs``: of what the table
-    says what things cost."""
+    """A page from a template. ``worst``: rows of samples to show, and what is said of each. ``costs``: what costs are
+    of."""
     figures = _draw(plots)
     templates = Environment(
         loader=PackageLoader("vtw_kernels.layer_search"),
