@@ -52,6 +52,7 @@ else:
 
 # Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
 ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
+ROOMS |= dict.fromkeys(("VisualPruning", "prune_visual"), "integration")
 ROOMS |= dict.fromkeys(
     ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
 )
@@ -70,6 +71,7 @@ __all__ = [
     "RandomVisual",
     "TopAttention",
     "Verification",
+    "VisualPruning",
     "Withdraw",
     "apply",
     "backend_info",
@@ -88,6 +90,7 @@ __all__ = [
     "merge_kl_states",
     "parse_policy",
     "plan_compaction",
+    "prune_visual",
     "remove",
     "train_exit",
     "verify",
@@ -99,7 +102,9 @@ if TYPE_CHECKING:
     from vtw_kernels.integration.exit_routers import ExitRouters
     from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
     from vtw_kernels.integration.policy_text import parse_policy
+    from vtw_kernels.integration.prune import prune_visual
     from vtw_kernels.integration.verify import Verification, verify
+    from vtw_kernels.integration.visual_pruning import VisualPruning
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
     from vtw_kernels.layer_search import compare, find_layer, train_exit
     from vtw_kernels.layer_search.comparison import Comparison

@@ -7,7 +7,9 @@ require("vtw_kernels.integration", "transformers")
 from vtw_kernels.integration.exit_routers import ExitRouters
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.policy_text import parse_policy
+from vtw_kernels.integration.prune import prune_visual
 from vtw_kernels.integration.verify import Verification, verify
+from vtw_kernels.integration.visual_pruning import VisualPruning
 from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
 
 __all__ = [
@@ -17,10 +19,12 @@ __all__ = [
     "RandomVisual",
     "TopAttention",
     "Verification",
+    "VisualPruning",
     "Withdraw",
     "Withdrawal",
     "apply",
     "parse_policy",
+    "prune_visual",
     "remove",
     "verify",
     "withdraw",

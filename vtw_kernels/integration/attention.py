@@ -40,12 +40,13 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
             def attend() -> Any:
                 return function(module, query, key, value, *rest, **options)
 
-            if _per_thread.observe is not observe or module not in layer_of:
+            whole = getattr(module, "whole", module)  # of which these may be some of the heads
+            if _per_thread.observe is not observe or whole not in layer_of:
                 return attend()
             mask = rest[0] if rest else options.get("attention_mask")
             further = dict(zip(list(inspect.signature(function).parameters)[5:], rest[1:]))
             given = {"is_causal": getattr(module, "is_causal", True), "value": value} | further | options
-            return observe(layer_of[module], attend, query, key, mask, given)
+            return observe(layer_of[whole], attend, query, key, mask, given)
 
         return attention
 

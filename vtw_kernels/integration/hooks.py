@@ -35,6 +35,16 @@ ROWS = ("visual", "text", "image", "token")  # what ``Boundary`` says of each ro
 VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
 
 
+def may_be_visual(inputs: dict[str, Any], seen: int, visual_mask: Tensor | None) -> bool:
+    """Whether there may be visual tokens in a forward after ``seen`` tokens, as far as can be known without asking the
+    device."""
+    if visual_mask is not None:
+        return seen < visual_mask.shape[1]
+    given = [name for name, value in inputs.items() if value is not None and NOT_VISUAL not in name]
+    has_features = any(word in name for name in given for word in VISUAL_INPUTS)
+    return not seen or has_features or inputs.get("input_ids") is None
+
+
 class _PerThread(threading.local):
     forward: "Forward | None" = None  # for models whose modules do not pass keyword arguments on
     prompt: int = 0  # how many tokens it generates from
@@ -121,11 +131,7 @@ class Hooks(StandIns):
         cache = self.arguments[module].cache_among(inputs)
         layers = () if cache is None else cache.layers
         seen = next((x.slots.at_least for x in layers if isinstance(x, WithdrawnLayer) and x.slots is not None), 0)
-        if self.visual_mask is not None:
-            return seen < self.visual_mask.shape[1]
-        given = [name for name, value in inputs.items() if value is not None and NOT_VISUAL not in name]
-        has_features = any(word in name for name in given for word in VISUAL_INPUTS)
-        return not seen or has_features or inputs.get("input_ids") is None
+        return may_be_visual(inputs, seen, self.visual_mask)
 
     @torch.compiler.disable(recursive=False, reason="How many rows are left is read beforehand, outside of the graph")
     def _run_untraced(self, module: nn.Module, inputs: dict[str, Any], args: tuple, kwargs: dict) -> Any:
