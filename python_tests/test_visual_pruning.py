@@ -13,12 +13,14 @@ from vlm import (
     IMAGE,
     ONE,
     RAGGED,
+    TRANSFORMERS_5,
     Batch,
     append,
     generated,
     make_batch,
     make_cache,
     model_of,
+    older_than,
     run,
     with_decode_steps,
 )
@@ -151,7 +153,11 @@ def test_families(family):
 @pytest.mark.parametrize("name", ["all", "all, released"])
 def test_generate(name, options):
     rows = ONE if "prompt_lookup_num_tokens" in options else RAGGED
-    batch, model = make_batch("qwen2_vl", rows), model_of("qwen2_vl")
+    if "prompt_lookup_num_tokens" in options and not TRANSFORMERS_5:
+        pytest.skip("transformers 4.57 looks up prompts only for models that have an end of text")
+    # Before, Qwen2-VL repeats its images by tokens that this one does not have.
+    family = "llava" if "num_return_sequences" in options and older_than("5.23") else "qwen2_vl"
+    batch, model = make_batch(family, rows), model_of(family)
     with vtw.prune_visual(model, PRUNINGS[name]):
         tokens, logits = generated(model, batch.inputs(), **options)
     double = copy.deepcopy(model).double()

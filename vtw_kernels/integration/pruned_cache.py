@@ -53,17 +53,16 @@ class PrunedCache:
         kind: type = StaticLayer if static else DynamicLayer
         if self.pruning.renormalize:
             kind = WithdrawnStaticLayer if static else WithdrawnDynamicLayer
-        self.blind[layer] = part = kind(max_cache_len=whole.max_cache_len) if static else kind()
+        self.blind[layer] = part = kind.__new__(kind)
+        part.__dict__.update(whole.__dict__)
         if isinstance(part, WithdrawnLayer):
             part.slots, part.leads = self.books, False
-        if not whole.is_initialized or (not static and whole.keys.numel() == 0):
-            return
-        part.lazy_initialization(*(x[:, blind] for x in (whole.keys, whole.values)))
-        for name in ("keys", "values"):
-            setattr(part, name, getattr(whole, name)[:, blind])
-            setattr(whole, name, getattr(whole, name)[:, seeing])
         if hasattr(whole, "cumulative_length"):
-            part.cumulative_length.copy_(whole.cumulative_length)
+            part.cumulative_length = whole.cumulative_length.clone()
+        if whole.is_initialized:
+            for name in ("keys", "values"):
+                setattr(part, name, getattr(whole, name)[:, blind])
+                setattr(whole, name, getattr(whole, name)[:, seeing])
 
     def reset(self) -> None:
         for layer in self.blind:
@@ -76,10 +75,10 @@ class PrunedCache:
         if any(isinstance(x, StaticLayer) for x in self.blind.values()):
             raise ValueError("crop: expected a dynamic cache under prune_visual, got a static one")
         removed = compat.tokens_removed(tokens_to_remove, self.books.tokens)
-        super().crop(tokens_to_remove)
         self.books.crop(removed)
-        for layer in self.blind.values():
-            layer.crop(tokens_to_remove)
+        for layer in (*self.layers, *self.blind.values()):
+            if layer.is_initialized:  # one whose heads all see no visual tokens is not
+                layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
