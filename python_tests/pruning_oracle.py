@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from vtw_kernels.integration.families import find_parts
+
 NAME = "pruning_oracle"
 _simulation: "Simulation | None" = None
 
@@ -75,7 +77,7 @@ def simulated(
 ):
     """Changes a model for good: take a copy. With caches that hold whatever they are given."""
     global _simulation
-    decoder = model.get_decoder()
+    decoder = find_parts(model).decoder
     model.set_attn_implementation({"text_config": NAME} if hasattr(model.config, "text_config") else NAME)
     decoder.config._attn_implementation = NAME
     _simulation = Simulation(pruning, visual, places, hidden)

@@ -26,7 +26,9 @@ from vlm import (
 )
 
 import vtw_kernels as vtw
+from vtw_kernels.integration import prune, windows
 from vtw_kernels.integration.grids import find_grids
+from vtw_kernels.integration.windows import make_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
@@ -110,6 +112,23 @@ def test_turns(cache, name):
         batch = append(batch, make_batch("qwen2_vl", turn, seed=i))
     batch, steps = with_decode_steps(batch, 3)
     assert_equal_to_simulation(model_of("qwen2_vl"), PRUNINGS[name], batch, ends + steps, cache)
+
+
+@pytest.mark.parametrize("name", ["window", "all", "all, released"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_blocks(monkeypatch, attention, cache, name):
+    """Windows by some rows of a grid at a time, which does not pay here: in one turn and after another."""
+    made = []
+    monkeypatch.setattr(prune, "DENSE", 100)
+    monkeypatch.setattr(windows, "QUERIES", 4)
+    monkeypatch.setattr(prune, "make_blocks", lambda *args: made.append(make_blocks(*args)) or made[-1])
+    batch, ends = with_decode_steps(make_batch("qwen2_vl", RAGGED), 2)
+    assert_equal_to_simulation(model_of("qwen2_vl", attention), PRUNINGS[name], batch, ends, cache)
+    turns = make_batch("qwen2_vl", [[2, 8, 3]]), make_batch("qwen2_vl", [[1, 4, 4]], seed=1)
+    batch, ends = with_decode_steps(append(*turns), 2)
+    assert_equal_to_simulation(model_of("qwen2_vl", attention), PRUNINGS[name], batch, [13, *ends], cache)
+    assert {len(blocks.sequence) for blocks in made} == {4, 2, 1} and all(x.rows.shape[1] == 4 for x in made)
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "smolvlm", "mistral3", "qwen2_5_vl", "qwen3_vl"])

@@ -64,6 +64,11 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
             yield
 
 
+def observing() -> bool:
+    """Whether somebody looks on in this thread."""
+    return _per_thread.observe is not None
+
+
 def unobserved() -> AbstractContextManager:
     """Meanwhile, whoever looks for a policy does not, in this thread: for a model that is called within a layer of
     itself."""

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from vtw_kernels.integration import compat
 from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.integration.attention import observing
 from vtw_kernels.integration.cache import Slots, WithdrawnLayer
 from vtw_kernels.integration.families import NO_PLACEHOLDER, Parts, find_parts, find_visual_tokens
 from vtw_kernels.integration.grids import Grid, Sizes, find_grids, near, places, within
@@ -45,11 +46,13 @@ from vtw_kernels.integration.pruned_layer import (
 from vtw_kernels.integration.stage import Stage
 from vtw_kernels.integration.stand_ins import StandIns
 from vtw_kernels.integration.visual_pruning import VisualPruning
+from vtw_kernels.integration.windows import Blocks, make_blocks, of_blocks
 from vtw_kernels.integration.withdraw import Withdrawal, unwrapped
-from vtw_kernels.ops import CompactionPlan, plan_compaction
+from vtw_kernels.ops import CompactionPlan, compact, plan_compaction
 
 FORWARD, ROWS = "vtw_pruning", "vtw_pruning_rows"  # the keyword arguments
 MASK = "attention_mask"
+DENSE = 0.6  # of a mask of all rows and keys, how much blocks may have to be worth their gathering
 
 
 class prune_visual(ContextDecorator):  # a context manager, named as ``withdraw`` is
@@ -289,12 +292,14 @@ class Hooks(StandIns):
             return self._call(module, args, kwargs)
         named = self.arguments[module].named(args, kwargs)
         cache = self.arguments[module].cache_among(named)
-        mask = named.get(MASK)
+        mask, blocks = named.get(MASK), None
         if run.view is not None and self.pruning.window is not None:
-            named[MASK] = run.forward.windowed(run.view, mask, cache, run.index)
-        if run.layer.plain:
+            blocks = run.forward.blocks(run.view, mask, cache, run.index)
+            if blocks is None:
+                named[MASK] = run.forward.windowed(run.view, mask, cache, run.index)
+        if run.layer.plain and blocks is None:
             return self._call(module, (), named)
-        return run.attention(named, mask, cache), None
+        return run.attention(named, mask, cache, blocks), None
 
     def mlp(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = _per_thread.run
@@ -310,10 +315,11 @@ class Hooks(StandIns):
 
 class View(NamedTuple):
     """The rows that come to a layer, ``[B, R]``: which token of the forward each is, counted from 1, or 0 for padding;
-    which of them are visual; and plans of text and of visual ones."""
+    which of them are visual and which are text; and plans of text and of visual ones."""
 
     rows: Tensor
     visual: Tensor
+    text_rows: Tensor
     text: CompactionPlan
     images: CompactionPlan
 
@@ -337,6 +343,7 @@ class Forward:
         self.visual: Tensor | None = None  # bool [B, S]; None for a forward without visual tokens
         self.views: list[View] = []
         self.masks: list[tuple[View, Any, Tensor]] = []  # that have windows
+        self.blocked: tuple | None = None  # blocks of visual rows and their mask, or () where they do not pay
         self.books: Slots | None = None
         self.began = False
         cache = arguments.cache_among(inputs)
@@ -368,8 +375,9 @@ class Forward:
             return
         self.visual = visual
         if self.pruning.window is not None:
-            self.places = places(self._grids(on_host, inputs), *visual.shape).to(self.device)
-        counts = text.sum(1)
+            self.grids = self._grids(on_host, inputs)
+            self.places = places(self.grids, *visual.shape).to(self.device)
+        self.text_rows, counts = text, text.sum(1)
         length = max(1, int(counts.max()))
         self.text, self.padded = plan_compaction(text, length, pad="left"), int(counts.min()) < length
 
@@ -456,15 +464,33 @@ class Forward:
                 return view
         at = (rows - 1).clamp(min=0)
         visual = self.visual.gather(1, at) & (rows > 0)
-        text, images = self.text, plan_compaction(visual, int(visual.sum(1).max()), pad="left")
-        if rows is not self.rows:
-            in_text = torch.zeros(len(rows), self.tokens + 1, dtype=torch.bool, device=rows.device)
-            source = self.text.source.long()
-            in_text.scatter_(1, source.where(source >= 0, self.tokens), True)
-            is_text = in_text[:, : self.tokens].gather(1, at) & (rows > 0)
-            text = plan_compaction(is_text, self.text.source.shape[1], pad="left")
-        self.views.append(View(rows, visual, text, images))
+        is_text = self.text_rows.gather(1, at) & (rows > 0)
+        text = plan_compaction(is_text, self.text.source.shape[1], pad="left")
+        images = plan_compaction(visual, int(visual.sum(1).max()), pad="left")
+        self.views.append(View(rows, visual, is_text, text, images))
         return self.views[-1]
+
+    def blocks(self, view: View, mask: Tensor | None, cache: Cache | None, index: int) -> tuple[Blocks, Tensor] | None:
+        """How visual rows of a layer attend in blocks, and their mask ``[N, 1, q, k]``; None where a mask of all rows
+        and keys serves better: where some rows have left, or are looked at, and for small images."""
+        layer = None if cache is None else _layer_of(cache, index)
+        if view.rows is not self.rows or observing():
+            return None
+        if self.blocked is None:
+            text = torch.cat((~self.visual_before, view.text_rows), dim=1).cpu()
+            blocks = make_blocks(self.grids, self.places.cpu(), text, self.past, self.pruning.window // 2)
+            blocks = Blocks(*(x.to(self.device) for x in blocks))
+            rows, columns = view.rows.shape[1], text.shape[1]
+            pays = blocks.pairs + view.text.source.numel() * columns < DENSE * len(text) * rows * columns
+            self.blocked = (blocks, self._block_mask(blocks, mask, layer)) if pays else ()
+        return self.blocked or None
+
+    def _block_mask(self, blocks: Blocks, mask: Tensor | None, layer: Any) -> Tensor:
+        base = self._dense(mask, self.tokens, 0 if layer is None else _slots_filled(layer, self.past), layer)
+        base = base.expand(len(self.sequence), -1, -1, -1)
+        at = blocks.sequence[:, None, None], 0, blocks.rows[:, :, None], blocks.keys[:, None, :]
+        seen = _as(blocks.seen, base)
+        return torch.where(blocks.text[:, None] & blocks.seen, base[at], seen)[:, None]
 
     def windowed(self, view: View, mask: Tensor | None, cache: Cache | None, index: int) -> Tensor:
         """The mask of a layer, in which visual rows see of visual keys their neighbours alone."""
@@ -545,17 +571,21 @@ class LayerRun(NamedTuple):
     forward: Forward
     view: View | None  # None without visual rows
 
-    def attention(self, named: dict[str, Any], mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def attention(
+        self, named: dict[str, Any], mask: Tensor | None, cache: Cache | None, blocks: tuple[Blocks, Tensor] | None
+    ) -> Tensor:
         """``[B, R, H]``, in two groups of heads. ``named``: the arguments, with the mask of heads that see visual
-        tokens; ``mask``: that which the layer was given."""
+        tokens; ``mask``: that which the layer was given; ``blocks``: in which visual rows attend."""
         x, rope = named["hidden_states"], named["position_embeddings"]
         parts, seeing, blind = self.layer.parts, self.layer.seeing, self.layer.blind
         forward, attention = self.forward, self.layer.parts.attention
         if cache is not None and len(blind):
             cache.split(self.index, seeing.kv, blind.kv)
-        blind_mask = forward.text_mask
+        blind_mask = text_mask = forward.text_mask
+        if blocks is not None or not forward.pruning.renormalize:  # before anything is cached
+            text_mask = forward.rows_of_text(self.view, mask, cache, self.index)
         if not forward.pruning.renormalize:
-            blind_mask = forward.rows_of_text(self.view, mask, cache, self.index)
+            blind_mask = text_mask
         further = compat.written_to(named)
         results = []
         whole = self._projected(x, rope) if self.view is None else None
@@ -563,7 +593,10 @@ class LayerRun(NamedTuple):
             q, k, v = self._seeing(x, rope) if whole is None else _heads_of(whole, seeing)
             if cache is not None:
                 k, v = cache.update(k, v, self.index, *further)
-            results.append((seeing, attend(parts, seeing, q, k, v, named.get(MASK), observed=True)))
+            if blocks is None:
+                results.append((seeing, attend(parts, seeing, q, k, v, named.get(MASK), observed=True)))
+            else:
+                results.append((seeing, self._in_blocks(q, k, v, text_mask, *blocks)))
         if len(blind):
             q, k, v = self._blind(x, rope) if whole is None else _heads_of(whole, blind)
             if cache is not None:
@@ -578,6 +611,19 @@ class LayerRun(NamedTuple):
             y = put_out(parts, y, heads.query)
             output = output + (y if heads is seeing else joined(x.shape[1], (y, self.view.text)))
         return output if parts.o.bias is None else output + parts.o.bias
+
+    def _in_blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, blocks: Blocks, mask: Tensor
+    ) -> Tensor:
+        """Of heads that see visual tokens: text rows with all keys, and visual rows block by block."""
+        parts, heads, view = self.layer.parts, self.layer.seeing, self.view
+        text = compact([q], view.text, 2)[0]
+        text = attend(parts, heads, text, k, v, text_mask, observed=False)
+        inside = of_blocks(q, blocks.sequence, blocks.rows)
+        around = (of_blocks(x, blocks.sequence, blocks.keys) for x in (k, v))
+        inside = attend(parts, heads, inside, *around, mask, observed=False)
+        at = blocks.sequence[:, None].expand_as(blocks.rows)[blocks.real], blocks.rows[blocks.real]
+        return joined(q.shape[2], (text, view.text)).index_put(at, inside[blocks.real])
 
     def _projected(self, x: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads."""
