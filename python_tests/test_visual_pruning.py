@@ -11,6 +11,7 @@ from pruning_oracle import simulated
 from torch import Tensor
 from vlm import (
     IMAGE,
+    LAYERS,
     ONE,
     RAGGED,
     TRANSFORMERS_5,
@@ -29,6 +30,7 @@ import vtw_kernels as vtw
 from vtw_kernels.integration import prune, windows
 from vtw_kernels.integration.grids import find_grids
 from vtw_kernels.integration.windows import make_blocks
+from vtw_kernels.layer_search import visual_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
@@ -328,6 +330,55 @@ def test_saved(tmp_path):
     vtw.ExitRouters([2], 8, 4).save(path)
     with pytest.raises(ValueError, match="expected what VisualPruning.save wrote, got the format 'exit routers, 1'"):
         vtw.VisualPruning.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ heads
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_find_visual_heads(monkeypatch, tmp_path, attention):
+    """Against the weights of eager attention, added up."""
+    monkeypatch.setattr(visual_heads, "ROWS", 5)
+    batches = [make_batch("qwen2_vl", RAGGED, seed=i) for i in range(3)] + [make_batch("qwen2_vl", [[4]])]
+    found = vtw.find_visual_heads(model_of("qwen2_vl", attention), [x.inputs() for x in batches], 0.25, progress=False)
+    wanted = []
+    for batch in batches[:3]:
+        weights = torch.stack(model_of("qwen2_vl", "eager")(**batch.inputs(), output_attentions=True).attentions, dim=1)
+        real = batch.mask != 0
+        for row in (0, 2):
+            rows = weights[row][:, :, real[row]]
+            visual, text = batch.visual[row], real[row] & ~batch.visual[row]
+            wanted.append(rows[..., visual].sum((-1, -2)) / rows[..., text].sum((-1, -2)))
+    wanted = torch.stack(wanted)
+    assert found.ratios.shape == (6, LAYERS, 4) and (found.ratios - wanted).abs().max() <= 1e-5
+    assert found.heads[:2].all() and int(found.heads[2:].sum()) == 2
+    votes = (found.ratios > found.threshold).float().mean(0) > 0.4
+    assert torch.equal(votes[2:], found.heads[2:])
+    again = vtw.find_visual_heads(
+        model_of("qwen2_vl", attention),
+        [x.inputs() for x in batches],
+        threshold=found.threshold,
+        progress=False,
+    )
+    assert torch.equal(again.heads, found.heads)
+    assert vtw.find_visual_heads(model_of("qwen2_vl"), [batches[0].inputs()], 1.0, progress=False).heads.all()
+    found.plot(tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").stat().st_size > 1000
+    vtw.prune_visual(model_of("qwen2_vl"), vtw.VisualPruning(heads=found.heads)).apply().remove()
+
+
+def test_bad_search_of_heads():
+    model, batch = model_of("qwen2_vl"), make_batch("qwen2_vl", ONE).inputs()
+    with pytest.raises(ValueError, match="keep: expected it or threshold, got keep=None and threshold=None"):
+        vtw.find_visual_heads(model, [batch])
+    with pytest.raises(ValueError, match="keep: expected a share from 0 to 1, got 2"):
+        vtw.find_visual_heads(model, [batch], 2)
+    with pytest.raises(ValueError, match="threshold: expected a number of at least 0, got -1"):
+        vtw.find_visual_heads(model, [batch], threshold=-1)
+    with pytest.raises(TypeError, match="batches: expected an iterable of batches, got one, a dict"):
+        vtw.find_visual_heads(model, batch, 0.5)
+    with pytest.raises(ValueError, match="batches: expected at least one sample with visual tokens, got none"):
+        vtw.find_visual_heads(model, [make_batch("qwen2_vl", [[4]]).inputs()], 0.5, progress=False)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

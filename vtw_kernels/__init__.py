@@ -59,6 +59,7 @@ ROOMS |= dict.fromkeys(
 ROOMS |= dict.fromkeys(
     ("Comparison", "ExitTraining", "LayerSearch", "compare", "find_layer", "train_exit"), "layer_search"
 )
+ROOMS |= dict.fromkeys(("VisualHeads", "find_visual_heads"), "layer_search")
 
 __all__ = [
     "Boundary",
@@ -71,6 +72,7 @@ __all__ = [
     "RandomVisual",
     "TopAttention",
     "Verification",
+    "VisualHeads",
     "VisualPruning",
     "Withdraw",
     "apply",
@@ -81,6 +83,7 @@ __all__ = [
     "compare",
     "expand",
     "find_layer",
+    "find_visual_heads",
     "kl_divergence",
     "kl_divergence_loss",
     "kl_divergence_vocab_parallel",
@@ -106,10 +109,11 @@ if TYPE_CHECKING:
     from vtw_kernels.integration.verify import Verification, verify
     from vtw_kernels.integration.visual_pruning import VisualPruning
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
-    from vtw_kernels.layer_search import compare, find_layer, train_exit
+    from vtw_kernels.layer_search import compare, find_layer, find_visual_heads, train_exit
     from vtw_kernels.layer_search.comparison import Comparison
     from vtw_kernels.layer_search.exit_training import ExitTraining
     from vtw_kernels.layer_search.result import LayerSearch
+    from vtw_kernels.layer_search.visual_heads import VisualHeads
 else:
 
     def __getattr__(name: str) -> Any:

@@ -31,6 +31,10 @@ from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores, i
 from vtw_kernels.layer_search.result import PAPER_THRESHOLD, LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, check_among, check_groups
 from vtw_kernels.layer_search.scorer import Scorer, Scores
+from vtw_kernels.layer_search.visual_heads import VisualHeads, find_visual_heads
+
+__all__ = ["Comparison", "ExitTraining", "LayerSearch", "VisualHeads", "compare", "find_layer", "find_visual_heads"]
+__all__ += ["train_exit"]
 
 COSTED = 4  # batches of a comparison whose costs are measured
 
