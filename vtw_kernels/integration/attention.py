@@ -65,8 +65,8 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
 
 
 def observing() -> bool:
-    """Whether somebody looks on in this thread."""
-    return _per_thread.observe is not None
+    """Whether somebody looks on in this thread who needs all rows at once, and not call by call (``in_parts``)."""
+    return _per_thread.observe is not None and not getattr(_per_thread.observe, "in_parts", False)
 
 
 def unobserved() -> AbstractContextManager:

@@ -136,6 +136,11 @@ def claim(cache: Cache, pruning: VisualPruning) -> None:
     cache.pruning = pruning
 
 
+def stores_of(cache: Cache) -> list[tuple[int, Any]]:
+    """The layers of a cache, each with the number of the decoder layer, of which some may have two."""
+    return [*enumerate(cache.layers), *(cache.blind.items() if isinstance(cache, PrunedCache) else ())]
+
+
 def past_visual(books: Slots, batch: int, device: torch.device) -> Tensor:
     """bool ``[B, past]``: which tokens before a forward have no place in the books: visual ones, and padding."""
     past = books.at_least

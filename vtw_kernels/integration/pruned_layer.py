@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
+from vtw_kernels.integration.attention import observing
 from vtw_kernels.integration.projections import Projections
 from vtw_kernels.ops import CompactionPlan, compact, expand
 
@@ -67,7 +68,8 @@ def attend(
     parts: Projections, heads: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, observed: bool
 ) -> Tensor:
     """``[B, q, heads * D]`` by queries ``[B, heads, q, D]`` and keys and values ``[B, kv, keys, D]`` that they need, by
-    the attention function of the model. ``observed``: whether a policy may look on."""
+    the attention function of the model. ``observed``: whether a policy may look on, which
+    wants all rows and their visual keys."""
     attention, options = parts.attention, {}
     single = q.shape[2] == 1 and not heads.own_keys and (mask is None or mask.shape[1] == 1)
     if single:
@@ -79,7 +81,7 @@ def attend(
     if mask is not None and mask.shape[1] > 1:
         raise ValueError(f"attention_mask: expected the same one for all heads, got one for each of {mask.shape[1]}")
     module = SomeHeads(attention)
-    if not observed:
+    if observing() and not observed:
         module.whole = None
     dropout = attention.attention_dropout if attention.training else 0.0
     function = attention_function(attention)

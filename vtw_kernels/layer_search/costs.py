@@ -21,6 +21,7 @@ from vtw_kernels.integration.cross_attention import sees_images
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, padded_left, prepare
 from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.integration.pruned_cache import stores_of
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
 from vtw_kernels.layer_search.decisions import Replayed, watched
 from vtw_kernels.layer_search.policy_scorer import is_setting, running
@@ -310,6 +311,7 @@ def _count(parts: Parts, prefill: Callable[[], Cache]) -> tuple[list[int], list[
         attention[layer] += 2 * query[..., 0].numel() * key.shape[2] * (query.shape[3] + options["value"].shape[3])
         return result
 
+    observe.in_parts = True
     # A layer, and the block that looks at images in front of it, where there is one.
     blocks = {i: nn.ModuleList(dict.fromkeys([x.block, parts.layers[i]])) for i, x in parts.cross_attention.items()}
     counted = {i: blocks.get(i, [layer]) for i, layer in enumerate(parts.layers)}
@@ -335,9 +337,9 @@ def _count(parts: Parts, prefill: Callable[[], Cache]) -> tuple[list[int], list[
             f"{none[0]}: the numbers are too low",
             stacklevel=3,
         )
-    states = [[x for x in vars(layer).values() if isinstance(x, Tensor) and x.ndim > 1] for layer in cache.layers]
-    kv_bytes = [sum(x.nbytes for x in layer) for layer in states]
-    kv_bytes += [0] * (len(flops) - len(kv_bytes))  # layers that read those of others
+    kv_bytes = [0] * len(flops)  # of layers that read those of others
+    for i, layer in stores_of(cache):
+        kv_bytes[i] += sum(x.nbytes for x in vars(layer).values() if isinstance(x, Tensor) and x.ndim > 1)
     return [a + b for a, b in zip(flops, attention)], kv_bytes
 
 
