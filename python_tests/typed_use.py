@@ -27,6 +27,11 @@ def of_models(model: nn.Module, batch: dict[str, Tensor]) -> None:
         assert_type(vtw.apply(model, policy), Withdrawal)
     vtw.remove(model)
     vtw.withdraw(model, vtw.RandomVisual(2, 10, seed=1), visual_mask=torch.ones(1, 2, dtype=torch.bool), decoder=model)
+    pruning = vtw.VisualPruning(heads=torch.ones(2, 4, dtype=torch.bool), window=5, ffn_ratio=2, layer_cut=1)
+    with vtw.prune_visual(model, pruning, [vtw.TopAttention(1, 0.5)], grids=[[(24, 24)]]) as pruned:
+        assert_type(pruned.copied_bytes, int)
+    assert_type(vtw.find_visual_heads(model, [batch], keep=0.5).heads, Tensor)
+    vtw.VisualPruning(window="5")  # type: ignore[arg-type]
     vtw.withdraw(model, layer=1.5)  # type: ignore[arg-type]
     vtw.withdraw()  # type: ignore[call-arg]
 
