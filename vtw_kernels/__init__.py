@@ -51,7 +51,9 @@ else:
     )
 
 # Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
-ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
+ROOMS = dict.fromkeys(
+    ("SkipAdapters", "Verification", "apply", "remove", "skip_attention", "verify", "withdraw"), "integration"
+)
 ROOMS |= dict.fromkeys(
     ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
 )
@@ -68,6 +70,7 @@ __all__ = [
     "LayerSearch",
     "Policy",
     "RandomVisual",
+    "SkipAdapters",
     "TopAttention",
     "Verification",
     "Withdraw",
@@ -89,6 +92,7 @@ __all__ = [
     "parse_policy",
     "plan_compaction",
     "remove",
+    "skip_attention",
     "train_exit",
     "verify",
     "withdraw",
@@ -99,6 +103,8 @@ if TYPE_CHECKING:
     from vtw_kernels.integration.exit_routers import ExitRouters
     from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
     from vtw_kernels.integration.policy_text import parse_policy
+    from vtw_kernels.integration.skip_adapters import SkipAdapters
+    from vtw_kernels.integration.skip_attention import skip_attention
     from vtw_kernels.integration.verify import Verification, verify
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
     from vtw_kernels.layer_search import compare, find_layer, train_exit

@@ -7,6 +7,8 @@ require("vtw_kernels.integration", "transformers")
 from vtw_kernels.integration.exit_routers import ExitRouters
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.policy_text import parse_policy
+from vtw_kernels.integration.skip_adapters import SkipAdapters
+from vtw_kernels.integration.skip_attention import Skipping, skip_attention
 from vtw_kernels.integration.verify import Verification, verify
 from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
 
@@ -15,6 +17,8 @@ __all__ = [
     "ExitRouters",
     "Policy",
     "RandomVisual",
+    "SkipAdapters",
+    "Skipping",
     "TopAttention",
     "Verification",
     "Withdraw",
@@ -22,6 +26,7 @@ __all__ = [
     "apply",
     "parse_policy",
     "remove",
+    "skip_attention",
     "verify",
     "withdraw",
 ]

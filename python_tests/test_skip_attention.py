@@ -1,0 +1,558 @@
+"""Attention that is skipped, against a plain model whose blocks are replaced in the open: in fp64, without a cache."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from vlm import (
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    ONE,
+    RAGGED,
+    TEXT,
+    TRANSFORMERS_5,
+    append,
+    generated,
+    make_batch,
+    make_cache,
+    model_of,
+    run,
+    with_decode_steps,
+)
+
+import vtw_kernels as vtw
+from vtw_kernels.integration.compat import HAS_CACHE_POSITION
+from vtw_kernels.integration.families import find_parts
+from vtw_kernels.integration.verify import hide_keys
+
+torch.set_num_threads(1)
+LIMIT = 1e-9  # fp64
+CACHED = (True, False)
+LOOKUP = {"max_new_tokens": 20, "prompt_lookup_num_tokens": 3, "eos_token_id": IMAGE}  # wants one; it is suppressed
+
+
+def double(family: str):
+    return copy.deepcopy(model_of(family)).double()
+
+
+def batch_of(family: str, rows=RAGGED, **options):
+    batch = make_batch(family, rows, **options)
+    for image in batch.images:
+        image["pixels"] = image["pixels"].double()
+    return batch
+
+
+def adapters_of(model, layers, seed: int = 1, **options) -> vtw.SkipAdapters:
+    """With weights that matter, all of them."""
+    adapters = vtw.SkipAdapters.for_model(model, layers, dim=4, skipped_dim=6, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in adapters.parameters():
+            x.copy_(torch.randn(x.shape, generator=generator) * (3.0 if x.shape[0] == 2 and x.ndim < 3 else 0.3))
+    return adapters.to(next(model.parameters()).dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- oracle
+
+
+def pia(adapter, x: Tensor, prompt: Tensor) -> Tensor:
+    """The paper's adapter, written out: convolutions of width 1 in two groups, and a mixture of two of them."""
+    mean = torch.stack(
+        [row[mask].mean(0) if mask.any() else row.new_zeros(row.shape[1]) for row, mask in zip(x, prompt)]
+    )
+    weights = ((mean @ adapter.router.weight.T + adapter.router.bias) / 10.0).softmax(-1)
+    z = x @ adapter.down.weight.T + adapter.down.bias
+    if hasattr(adapter, "pooled"):
+        pooled = x @ adapter.pooled.weight.T + adapter.pooled.bias
+        means = [p[mask].mean(0) if mask.any() else adapter.pooled.bias for p, mask in zip(pooled, prompt)]
+        z = (z + torch.stack(means)[:, None]) / 2
+    branches = [
+        F.conv1d(z.mT, adapter.up[i][..., None], adapter.up_bias[i], groups=2).mT * weights[:, i, None, None]
+        for i in range(2)
+    ]
+    return x + branches[0] + branches[1]
+
+
+class Replaced(nn.Module):
+    """A decoder layer without attention; ``prompt``: bool [B, S], of an adapter."""
+
+    def __init__(self, layer, adapter=None, prompt=None):
+        super().__init__()
+        self.layer, self.adapter, self.prompt = layer, adapter, prompt
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if self.adapter is None:
+            out = hidden_states + self.layer.mlp(self.layer.post_attention_layernorm(hidden_states))
+        else:
+            x = pia(self.adapter, self.layer.input_layernorm(hidden_states), self.prompt)
+            out = hidden_states + self.layer.mlp(self.layer.post_attention_layernorm.weight * x)
+        return (out,) if "Qwen2VL" in type(self.layer).__name__ and not TRANSFORMERS_5 else out
+
+
+class Adapted(nn.Module):
+    """A norm with an adapter behind it."""
+
+    def __init__(self, norm, adapter, prompt):
+        super().__init__()
+        self.norm, self.adapter, self.prompt = norm, adapter, prompt
+
+    def forward(self, x):
+        return pia(self.adapter, self.norm(x), self.prompt)
+
+
+def replaced(model, layers, adapters=None, prompts=None):
+    """A copy of the model with its blocks replaced; ``prompts``: bool [B, S] for each layer, what means are over."""
+    model = copy.deepcopy(model)
+    blocks = find_parts(model).layers
+    for i, layer in enumerate(blocks):
+        if i in layers:
+            adapter = adapters.skipped[str(i)] if adapters is not None else None
+            blocks[i] = Replaced(layer, adapter, prompts[i] if adapter is not None else None)
+        elif adapters is not None:
+            layer.input_layernorm = Adapted(layer.input_layernorm, adapters.before[str(i)], prompts[i])
+    return model
+
+
+@torch.no_grad()
+def in_the_open(model, batch, layers, adapters=None, prompt: int | None = None, withdrawn: int = LAYERS) -> Tensor:
+    """Logits [B, S, V] of one forward over all of a batch, of which the first ``prompt`` columns are the prompt."""
+    columns = torch.arange(batch.ids.shape[1]) < (batch.ids.shape[1] if prompt is None else prompt)
+    rows = batch.mask.bool() & columns
+    prompts = [rows & ~batch.visual if i >= withdrawn else rows for i in range(LAYERS)]
+    plain = replaced(model, layers, adapters, prompts)
+    options = {"position_ids": batch.positions(model), "use_cache": False}
+    if withdrawn == LAYERS:
+        return plain(**batch.inputs(), **options).logits
+    hidden = [batch.visual if i >= withdrawn and i not in layers else None for i in range(LAYERS)]
+    with hide_keys(plain, hidden):
+        return plain(**batch.inputs(), **options).logits
+
+
+def difference(logits: Tensor, expected: Tensor, batch, text: bool = False) -> float:
+    """The largest one where something is attended."""
+    counts = batch.mask.bool() & (~batch.visual if text else True)
+    return (logits - expected)[counts].abs().max().item()
+
+
+# ---------------------------------------------------------------------------------------------------- equal to oracle
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["plain", "adapters"])
+@pytest.mark.parametrize("layers", [[0], [1, 3], [3, 0, 2]], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_replaced(family, layers, with_adapters):
+    model = double(family)
+    adapters = adapters_of(model, sorted(layers)) if with_adapters else None
+    prompt = batch_of(family, pad="left")
+    batch, ends = with_decode_steps(prompt, 3)
+    expected = in_the_open(model, batch, layers, adapters, ends[0])
+    full = in_the_open(model, batch, [])
+    assert difference(full, expected, batch) > 0.1
+    for kind in ("dynamic", "static", "plain"):
+        cache = make_cache(model, kind, batch.ids.shape[1])
+        with vtw.skip_attention(model, layers, adapters):
+            assert difference(run(model, batch, ends, cache), expected, batch) < LIMIT, kind
+        for i in layers:
+            assert cache.layers[i].keys is None and cache.layers[i].values is None
+            assert cache.get_seq_length(i) == batch.ids.shape[1]
+    assert difference(run(model, batch, ends), full, batch) < LIMIT  # restored
+
+
+@pytest.mark.parametrize("first", ["withdraw", "skip"])
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["plain", "adapters"])
+@pytest.mark.parametrize(("layers", "layer"), [([0, 2], 2), ([1], 3), ([2, 3], 1)])
+def test_with_withdrawal(layers, layer, with_adapters, first):
+    model = double("llava")
+    adapters = adapters_of(model, layers) if with_adapters else None
+    prompt = batch_of("llava")
+    batch, ends = with_decode_steps(prompt, 3)
+    expected = in_the_open(model, batch, layers, adapters, ends[0], withdrawn=layer)
+    assert difference(in_the_open(model, batch, layers, adapters, ends[0]), expected, batch, text=True) > 1e-3
+    for kind in ("dynamic", "static"):
+        cache = make_cache(model, kind, batch.ids.shape[1])
+        contexts = [vtw.withdraw(model, layer), vtw.skip_attention(model, layers, adapters)]
+        with contexts[first == "skip"], contexts[first != "skip"]:
+            assert difference(run(model, batch, ends, cache), expected, batch, text=True) < LIMIT, kind
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["plain", "adapters"])
+def test_cache_that_the_model_makes(with_adapters):
+    model, layers = double("llava"), [1, 3]
+    adapters = adapters_of(model, layers) if with_adapters else None
+    batch, (end, last, *_) = with_decode_steps(batch_of("llava"), 1)
+    positions = batch.positions(model)
+    with torch.no_grad(), vtw.skip_attention(model, layers, adapters):
+        first = model(**batch.inputs(0, end), position_ids=positions[:, :end])
+        logits = run(model, batch, [last], first.past_key_values, begin=end)
+    expected = in_the_open(model, batch, layers, adapters, end)
+    assert difference(torch.cat([first.logits, logits], 1), expected, batch) < LIMIT
+
+
+SLIDING = ["sliding_attention", "full_attention"] * 2
+
+
+def windows_model(layer_types=SLIDING):
+    torch.manual_seed(0)
+    options = {"use_sliding_window": True, "sliding_window": 6, "layer_types": layer_types}
+    return Qwen2ForCausalLM(Qwen2Config(**TEXT | options)).double().eval()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("layers", [[0], [0, 2], [1, 3], [2, 3]], ids=str)  # [0, 2]: all the windows, [1, 3]: none
+def test_sliding_windows(layers, kind):
+    model = windows_model()
+    ids = torch.randint(10, 90, (2, 14), generator=torch.Generator().manual_seed(0))
+    visual = torch.zeros(2, 14, dtype=torch.bool)
+    visual[0, 2:8] = visual[1, 4:7] = True
+    for withdrawn in (LAYERS, 1, 2):
+        plain = replaced(model, layers)
+        hidden = [visual if i >= withdrawn and i not in layers else None for i in range(LAYERS)]
+        with torch.no_grad(), hide_keys(plain, hidden):
+            expected = plain(ids, use_cache=False).logits
+        cache, logits = make_cache(model, kind, 14), []
+        with (
+            torch.no_grad(),
+            vtw.skip_attention(model, layers),
+            vtw.withdraw(model, withdrawn, visual_mask=visual),
+        ):
+            for begin, end in ((0, 9), (9, 10), (10, 12), (12, 13), (13, 14)):
+                options = {"cache_position": torch.arange(begin, end)} if HAS_CACHE_POSITION else {}
+                logits.append(model(ids[:, begin:end], past_key_values=cache, **options).logits)
+        seen = ~visual if withdrawn < LAYERS else torch.ones_like(visual)
+        assert (torch.cat(logits, 1) - expected)[seen].abs().max() < LIMIT, withdrawn
+
+
+# -------------------------------------------------------------------------------------------------- generate and cache
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["plain", "adapters"])
+def test_generate(with_adapters):
+    """Tokens and logits of each way to generate, against the open model's logits of what was generated."""
+    model, layers = double("llava"), [0, 2]
+    adapters = adapters_of(model, layers) if with_adapters else None
+    batch = batch_of("llava")
+    length = batch.ids.shape[1]
+    with vtw.skip_attention(model, layers, adapters):
+        sequences, logits = generated(model, batch.inputs())
+        for options in ({"cache_implementation": "static"}, {"use_cache": False}):
+            assert torch.equal(generated(model, batch.inputs(), **options)[0], sequences), options
+        # Up to 4.57, a plain model finds other beams without a cache.
+        other = {"use_cache": False} if TRANSFORMERS_5 else {"cache_implementation": "static"}
+        beams = [generated(model, batch.inputs(), num_beams=3, **x)[0] for x in ({}, other)]
+        assert torch.equal(*beams) and not torch.equal(beams[0], sequences)
+        sampled = [
+            generated(model, batch.inputs(), do_sample=True, num_return_sequences=2, use_cache=x)[0] for x in CACHED
+        ]
+        assert torch.equal(*sampled)
+    answer = batch_of("llava", [[sequences.shape[1] - length]] * len(sequences))
+    answer.ids = sequences[:, length:]
+    whole = append(batch, answer)
+    expected = in_the_open(model, whole, layers, adapters, length)[:, length - 1 : -1]
+    assert (logits.transpose(0, 1) - expected).abs().max() < 1e-6  # generate gives fp32
+    assert not torch.equal(generated(model, batch.inputs())[0], sequences)
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["plain", "adapters"])
+def test_assisted_decoding_crops(with_adapters):
+    model, layers = double("llava"), [0, 2]
+    adapters = adapters_of(model, layers) if with_adapters else None
+    batch = batch_of("llava", ONE)
+    with vtw.skip_attention(model, layers, adapters):
+        sequences, _ = generated(model, batch.inputs(), max_new_tokens=20)
+        assert torch.equal(generated(model, batch.inputs(), **LOOKUP)[0], sequences)
+        with vtw.withdraw(model, 1):
+            sequences, _ = generated(model, batch.inputs(), max_new_tokens=20)
+            again, _ = generated(model, batch.inputs(), **LOOKUP)
+            assert torch.equal(again, sequences)
+
+
+def test_further_turn_keeps_first_prompts_mean():
+    model, layers = double("llava"), [1, 2]
+    adapters = adapters_of(model, layers)
+    first = batch_of("llava")
+    end = first.ids.shape[1]
+    both = append(first, batch_of("llava", [[3, 4, 2], [9], [5, 4, 0]], pad="left", seed=3))
+    both.mask[:] = both.mask | (torch.arange(both.ids.shape[1]) >= end)
+    expected = in_the_open(model, both, layers, adapters, end)
+    other = in_the_open(model, both, layers, adapters)
+    with vtw.skip_attention(model, layers, adapters):
+        logits = run(model, both, [end, both.ids.shape[1]])
+        assert difference(logits, expected, both) < LIMIT
+    assert difference(logits, other, both) > 1e-3
+
+
+def test_cache_of_beams_keeps_their_prompts():
+    model, layers = double("llava"), [1]
+    adapters = adapters_of(model, layers)
+    prompt = batch_of("llava")
+    batch, ends = with_decode_steps(prompt, 2)
+    expected = in_the_open(model, batch, layers, adapters, ends[0])
+    rows = torch.tensor([2, 0, 1])
+    with torch.no_grad(), vtw.skip_attention(model, layers, adapters):
+        for change, order in (
+            (lambda cache: cache.reorder_cache(rows), rows),
+            (lambda cache: cache.batch_select_indices(rows), rows),
+            (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
+        ):
+            cache = DynamicCache(config=model.config)
+            run(model, batch, ends[:1], cache)
+            cache = copy.deepcopy(cache)
+            change(cache)
+            positions = batch.positions(model)[order, ends[0] : ends[1]]
+            logits = model(
+                input_ids=batch.ids[order, ends[0] : ends[1]],
+                attention_mask=batch.mask[order, : ends[1]],
+                position_ids=positions,
+                past_key_values=cache,
+            ).logits
+            assert (logits[:, 0] - expected[order, ends[0]]).abs().max() < LIMIT
+
+
+def emptied(cache):
+    cache.reset()
+    if cache.get_seq_length() > 0:  # before 5.18, dynamic ones are filled with zeros
+        cache = DynamicCache()
+    return cache
+
+
+def test_caches_that_do_not_fit():
+    model = double("llava")
+    batch, ends = with_decode_steps(batch_of("llava", ONE), 3)
+    for kind in ("dynamic", "static"):
+        cache = make_cache(model, kind, 64)
+        run(model, batch, ends[:1], cache)
+        held = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+        with (
+            vtw.skip_attention(model, [1]),
+            pytest.raises(ValueError, match=r"filled under skip_attention\(layers=\[1\]\) or an .* got .* without"),
+        ):
+            run(model, batch, ends[1:2], cache, begin=ends[0])
+        assert all(torch.equal(x.keys, k) and torch.equal(x.values, v) for x, (k, v) in zip(cache.layers, held))
+        cache = emptied(cache)
+        with vtw.skip_attention(model, [1]):
+            logits = run(model, batch, ends[:2], cache)
+        with pytest.raises(ValueError, match=r"filled under skip_attention\(layers=\[1\]\) and can only be used there"):
+            run(model, batch, ends[2:3], cache, begin=ends[1])
+        with vtw.skip_attention(model, [0, 1]), pytest.raises(ValueError, match=r"got one filled under .*\[1\]"):
+            run(model, batch, ends[2:3], cache, begin=ends[1])
+        cache = emptied(cache)
+        assert difference(run(model, batch, ends, cache), in_the_open(model, batch, []), batch) < LIMIT
+        cache = emptied(cache)
+        with vtw.skip_attention(model, [1]):
+            assert torch.equal(run(model, batch, ends[:2], cache), logits)
+    adapters, cache = adapters_of(model, [1]), DynamicCache(config=model.config)
+    with vtw.skip_attention(model, adapters=adapters):
+        run(model, batch, ends[:1], cache)
+        cache.crop(-3)
+        with pytest.raises(ValueError, match="all of the prompt, 12 tokens, .* cropped to 9"):
+            run(model, batch, ends[1:2], cache, begin=ends[0])
+        with pytest.raises(ValueError, match="the whole prompt, 12 tokens, in the first forward on a cache"):
+            generated(model, batch_of("llava", ONE).inputs(), prefill_chunk_size=5)
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_folded_weights(monkeypatch):
+    """One sequence is decoded with folded weights, several are not: the same numbers, in fp32."""
+    model, layers = copy.deepcopy(model_of("qwen2_vl")), [1, 2]  # query, key and value have biases
+    adapters = adapters_of(model, layers)
+    batch, ends = with_decode_steps(make_batch("qwen2_vl", ONE), 4)
+    folds, fold = [], vtw.SkipAdapters.for_model(model, [0]).adapter(0, True).__class__.fold
+    monkeypatch.setattr(
+        "vtw_kernels.integration.skip_adapters.BlockAdapter.fold", lambda *x: folds.append(x) or fold(*x)
+    )
+    with vtw.skip_attention(model, adapters=adapters):
+        cache = DynamicCache(config=model.config)
+        folded = run(model, batch, ends, cache)
+        assert len(folds) == 2 * 2 + 2 * 3  # once for each matrix, whatever is decoded
+        assert not copy.deepcopy(cache).layers[1].skipped.folded
+        two = make_batch("qwen2_vl", ONE * 2)
+        run(model, *with_decode_steps(two, 2))
+        assert len(folds) == 10
+    with vtw.skip_attention(model, adapters=adapters, fold=False):
+        unfolded = run(model, batch, ends)
+    assert len(folds) == 10
+    scale = unfolded.abs().max()
+    assert (folded - unfolded).abs().max() < 1e-4 * scale
+    assert not torch.equal(folded[:, ends[0] :], unfolded[:, ends[0] :])
+
+    x = torch.randn(1, 5, 32)
+    for adapter, gain in ((adapters.adapter(1, True), torch.rand(32) + 0.5), (adapters.adapter(0, False), None)):
+        state = adapter.read(x, torch.ones(1, 5, dtype=torch.bool))
+        for bias in (None, torch.randn(7)):
+            weight = torch.randn(7, 32)
+            moved = adapter(x, state) if gain is None else adapter(x, state) * gain
+            expected = F.linear(moved, weight, bias)
+            assert (
+                F.linear(x, *adapter.fold(weight, bias, state, *([] if gain is None else [gain]))) - expected
+            ).abs().max() < 1e-4
+
+
+def test_answers_do_not_leak():
+    """What a row says depends on no later one, in training as while an answer is generated."""
+    model, layers = double("llava"), [0, 3]
+    adapters = adapters_of(model, layers, dropout=0.0).train()
+    batch = batch_of("llava")
+    answer = batch_of("llava", [[6]] * len(batch.ids), seed=5)
+    whole, length = append(batch, answer), batch.ids.shape[1]
+    labels = torch.where(torch.arange(length + 6) < length, -100, whole.ids)
+    expected = in_the_open(model, whole, layers, adapters, length)
+    changed = copy.deepcopy(whole)
+    changed.ids[:, -1] = 11
+    with torch.no_grad(), vtw.skip_attention(model, layers, adapters):
+        for batch_ in (whole, changed):
+            logits = model(**batch_.inputs(), labels=labels, position_ids=batch_.positions(model)).logits
+            assert (logits - expected)[:, :-1][batch_.mask[:, :-1].bool()].abs().max() < LIMIT
+        leaking = model(**changed.inputs()).logits
+    assert (leaking - expected)[:, :-1][whole.mask[:, :-1].bool()].abs().max() > 1e-4
+
+
+def test_saved_adapters(tmp_path):
+    model = copy.deepcopy(model_of("llava"))
+    adapters = adapters_of(model, [1, 2], settings={"records": 3})
+    adapters.save_pretrained(tmp_path / "adapters")
+    assert sorted(x.name for x in (tmp_path / "adapters").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    loaded = vtw.SkipAdapters.from_pretrained(tmp_path / "adapters")
+    assert loaded.made_for() | {"layers": (1, 2), "kept": (0, 3)} == adapters.made_for()
+    batch = make_batch("llava", ONE)
+    with vtw.skip_attention(model, adapters=adapters):
+        expected, _ = generated(model, batch.inputs())
+    with vtw.skip_attention(model, adapters=tmp_path / "adapters"):
+        assert torch.equal(generated(model, batch.inputs())[0], expected)
+    (tmp_path / "adapters" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="SkipAdapters.save_pretrained wrote, got adapters of the type 'LORA'"):
+        vtw.SkipAdapters.from_pretrained(tmp_path / "adapters")
+    with pytest.raises(OSError, match="nothing"):
+        vtw.SkipAdapters.from_pretrained(tmp_path / "nothing")
+
+
+def test_beside_lora():
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(model_of("llava"))
+    adapters = adapters_of(model, [1, 2])
+    options = {"target_modules": r".*language_model.*(q_proj|gate_proj|up_proj)", "init_lora_weights": False}
+    lora = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, **options)).eval()
+    batch = make_batch("llava", ONE)
+    with vtw.skip_attention(lora, adapters=adapters):
+        sequences, logits = generated(lora, batch.inputs())
+    merged = copy.deepcopy(lora).merge_and_unload()
+    with vtw.skip_attention(merged, adapters=adapters):
+        again, expected = generated(merged, batch.inputs())
+    assert torch.equal(sequences, again) and (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    with vtw.skip_attention(model, adapters=adapters):
+        assert not torch.equal(generated(model, batch.inputs())[0], sequences)
+
+
+# --------------------------------------------------------------------------------------------------------------- rest
+
+
+def test_stays_until_removed():
+    model = copy.deepcopy(model_of("llava"))
+    batch = make_batch("llava", ONE)
+    before = generated(model, batch.inputs())[1]
+    with pytest.warns(UserWarning, match="nothing was skipped"):
+        vtw.skip_attention(model, [1])
+    handle = vtw.skip_attention(model, [1]).apply()
+    copied = copy.deepcopy(model)
+    skipped = generated(model, batch.inputs())[1]
+    assert not torch.equal(before, skipped) and torch.equal(generated(copied, batch.inputs())[1], skipped)
+    with pytest.raises(ValueError, match=r"got one under skip_attention\(layers=\[1\]\)"):
+        vtw.skip_attention(model, [2]).apply()
+    handle.remove()
+    handle.remove()
+    assert torch.equal(generated(model, batch.inputs())[1], before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+    @vtw.skip_attention(model, [1])
+    def inside():
+        return generated(model, batch.inputs())[1]
+
+    assert torch.equal(inside(), skipped) and torch.equal(generated(model, batch.inputs())[1], before)
+
+
+def test_compiled_decoding_is_one_graph():
+    model = double("llava")
+    batch, ends = with_decode_steps(batch_of("llava"), 4)
+    cache = make_cache(model, "static", batch.ids.shape[1])
+    with torch.no_grad(), vtw.skip_attention(model, [0, 2]):
+        logits = [run(model, batch, ends[:1], cache)]
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for begin, end in zip(ends, ends[1:]):
+            options = {"position_ids": batch.positions(model)[:, begin:end], "past_key_values": cache}
+            logits.append(compiled(**batch.inputs(begin, end), **options).logits)
+    assert difference(torch.cat(logits, 1), in_the_open(model, batch, [0, 2]), batch) < LIMIT
+
+
+def test_gradient_checkpointing():
+    losses = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(model_of("llava")).train().requires_grad_(False)
+        adapters = adapters_of(model, [1, 2], dropout=0.0)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = make_batch("llava", RAGGED)
+        labels = torch.where(batch.visual | (batch.mask == 0), -100, batch.ids)
+        labels[:, :-4] = -100
+        with vtw.skip_attention(model, adapters=adapters):
+            loss = model(**batch.inputs(), labels=labels, use_cache=False).loss
+            loss.backward()
+        losses.append([loss.detach(), *(x.grad for x in adapters.parameters())])
+        assert all(x is not None and x.abs().max() > 0 for x in losses[-1])
+    assert all((a - b).abs().max() < 1e-5 * b.abs().max() + 1e-7 for a, b in zip(*losses))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layers": []}, ValueError, r"layers: expected different ones in 0..3, at least one, got \[\]"),
+        ({"layers": [1, 1]}, ValueError, "different ones"),
+        ({"layers": [4]}, ValueError, r"in 0..3, at least one, got \[4\]"),
+        ({"layers": [True]}, TypeError, "layers: expected numbers of decoder layers"),
+        ({"layers": 2}, TypeError, "layers: expected numbers of decoder layers, got 2"),
+        ({"layers": [0, 1, 2, 3]}, ValueError, "at least one of 4 to keep its attention, got all"),
+        ({}, ValueError, "layers: expected some decoder layers, got None without adapters"),
+        ({"adapters": 3}, TypeError, "adapters: expected SkipAdapters or their folder, got int"),
+        ({"adapters": vtw.SkipAdapters([1], 16, 4)}, ValueError, "hidden states of 16, as these adapters were made"),
+        ({"layers": [0], "adapters": vtw.SkipAdapters([1], 32, 4)}, ValueError, r"some of \[1\], which have .* \[0\]"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        vtw.skip_attention(model_of("llava"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [2, 1]}, "layers: expected layers in 0..3, ascending"),
+        ({"dim": 3}, "dim: expected an even number of at least 2, got 3"),
+        ({"temperature": 0}, "temperature: expected a number above 0, got 0"),
+        ({"dropout": 1}, "dropout: expected a share of at least 0 and below 1, got 1"),
+    ],
+)
+def test_bad_adapters(options, message):
+    with pytest.raises(ValueError, match=message):
+        vtw.SkipAdapters(**{"layers": [1], "hidden_size": 32, "num_layers": 4} | options)
+
+
+def test_layers_of_another_shape():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    model = Gemma2ForCausalLM(Gemma2Config(**TEXT | {"head_dim": 8}))
+    with pytest.raises(NotImplementedError, match="Llama's shape, got decoder layer 0 .*pre_feedforward_layernorm"):
+        vtw.skip_attention(model, [1])
