@@ -556,3 +556,37 @@ def test_layers_of_another_shape():
     model = Gemma2ForCausalLM(Gemma2Config(**TEXT | {"head_dim": 8}))
     with pytest.raises(NotImplementedError, match="Llama's shape, got decoder layer 0 .*pre_feedforward_layernorm"):
         vtw.skip_attention(model, [1])
+
+
+# ------------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compared_with_policies(tmp_path):
+    model = copy.deepcopy(model_of("llava"))
+    adapters = adapters_of(model, [0, 2])
+    adapters.save_pretrained(tmp_path / "adapters")
+    batch = make_batch("llava", RAGGED[:1] + RAGGED[2:])
+    batches = [batch.inputs() | {"labels": torch.where(torch.arange(batch.ids.shape[1]) < 15, -100, batch.ids)}]
+    texts = ["layer=2", "skip:1,3", f"skip:{tmp_path / 'adapters'}", "skip:1,3+layer=2"]
+    found = vtw.compare(model, batches, texts, positions="answer", costed=1, progress=False)
+    assert found.policies == texts
+    whole = copy.deepcopy(batch)
+    with torch.no_grad():
+        full = model(**batch.inputs(), position_ids=batch.positions(model)).logits
+    for column, (layers, tuned, withdrawn) in enumerate(
+        [([], None, 2), ([1, 3], None, LAYERS), ([0, 2], adapters, LAYERS), ([1, 3], None, 2)]
+    ):
+        logits = in_the_open(model, whole, layers, tuned, 15, withdrawn)
+        rows = slice(14, batch.ids.shape[1] - 1)
+        kl = F.kl_div(full[:, rows].log_softmax(-1), logits[:, rows].log_softmax(-1), reduction="none", log_target=True)
+        assert (found.per_sample[:, column] - kl.sum(-1).mean(1)).abs().max() < 1e-4, texts[column]
+    prompt = batch.mask[:, :15].sum(1)
+    visual = batch.visual.sum(1)
+    expected = torch.stack([visual * 2 / (prompt * 4), prompt * 2 / (prompt * 4)], 1)
+    assert torch.allclose(found.rows_saved[:, :2], expected.float())
+    assert torch.allclose(found.rows_saved[:, 3], ((prompt * 2 + visual) / (prompt * 4)).float())
+    flops, kv_bytes = found.costs.flops, found.costs.kv_bytes
+    assert kv_bytes[1] == kv_bytes[2] == kv_bytes[4] / 2 and kv_bytes[3] < kv_bytes[1]
+    assert flops[1] < flops[4] and flops[3] < flops[1]
+    with pytest.raises(ValueError, match="at most one skip in each, got 2"):
+        vtw.compare(model, batches, ["skip:1+skip:2"], progress=False)

@@ -52,7 +52,8 @@ else:
 
 # Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
 ROOMS = dict.fromkeys(
-    ("SkipAdapters", "Verification", "apply", "remove", "skip_attention", "verify", "withdraw"), "integration"
+    ("SkipAdapters", "SkipAttention", "Verification", "apply", "remove", "skip_attention", "verify", "withdraw"),
+    "integration",
 )
 ROOMS |= dict.fromkeys(
     ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
@@ -71,6 +72,7 @@ __all__ = [
     "Policy",
     "RandomVisual",
     "SkipAdapters",
+    "SkipAttention",
     "TopAttention",
     "Verification",
     "Withdraw",
@@ -104,7 +106,7 @@ if TYPE_CHECKING:
     from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
     from vtw_kernels.integration.policy_text import parse_policy
     from vtw_kernels.integration.skip_adapters import SkipAdapters
-    from vtw_kernels.integration.skip_attention import skip_attention
+    from vtw_kernels.integration.skip_attention import SkipAttention, skip_attention
     from vtw_kernels.integration.verify import Verification, verify
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
     from vtw_kernels.layer_search import compare, find_layer, train_exit

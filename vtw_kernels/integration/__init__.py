@@ -8,7 +8,7 @@ from vtw_kernels.integration.exit_routers import ExitRouters
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.policy_text import parse_policy
 from vtw_kernels.integration.skip_adapters import SkipAdapters
-from vtw_kernels.integration.skip_attention import Skipping, skip_attention
+from vtw_kernels.integration.skip_attention import SkipAttention, Skipping, skip_attention
 from vtw_kernels.integration.verify import Verification, verify
 from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
 
@@ -18,6 +18,7 @@ __all__ = [
     "Policy",
     "RandomVisual",
     "SkipAdapters",
+    "SkipAttention",
     "Skipping",
     "TopAttention",
     "Verification",

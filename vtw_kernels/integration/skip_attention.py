@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,6 +103,21 @@ class skip_attention(ContextDecorator):  # a context manager, named as a functio
                 ", or call .apply() for what stays",
                 stacklevel=2,
             )
+
+
+@dataclass(frozen=True)
+class SkipAttention:
+    """``skip_attention`` as a setting, which ``compare`` takes beside policies, or in a list together with them.
+
+    layers: a sequence of decoder layers, by default those of the adapters. adapters: as ``skip_attention`` takes them.
+    """
+
+    layers: Sequence[int] | None = None
+    adapters: SkipAdapters | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and isinstance(self.layers, Sequence):
+            object.__setattr__(self, "layers", tuple(self.layers))
 
 
 class Skipping:

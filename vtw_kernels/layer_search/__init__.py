@@ -22,15 +22,17 @@ from vtw_kernels.integration.exit_routers import check_threshold
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.policies import Policy
 from vtw_kernels.integration.policy_text import parse_policy, policy_text
+from vtw_kernels.integration.skip_attention import SkipAttention
 from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.layer_search.comparison import Comparison
 from vtw_kernels.layer_search.costs import measure_policies
 from vtw_kernels.layer_search.exit_scorer import ExitScorer, ExitScores
 from vtw_kernels.layer_search.exit_training import ExitTraining, Training, train_gates
-from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores, is_setting
+from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
 from vtw_kernels.layer_search.result import PAPER_THRESHOLD, LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, check_among, check_groups
 from vtw_kernels.layer_search.scorer import Scorer, Scores
+from vtw_kernels.layer_search.settings import is_function
 
 COSTED = 4  # batches of a comparison whose costs are measured
 
@@ -129,10 +131,10 @@ def compare(
             counts, each policy reads the prompt alone before it, as in ``generate``; it has to follow all visual
             tokens.
         policies: what ``withdraw`` takes: a layer, a policy, a list of policies that act together, the path of a file;
-            or a text as ``parse_policy`` takes it. By name, or else the name is this text, or the policy's ``repr``.
-            Several layers are scored in one run, as ``find_layer`` scores them. Or, by a name, a function from the
-            model to a context manager within which it runs, for what saves no rows but other work; such a one reads
-            answers together with their prompts.
+            a ``SkipAttention``, alone or in such a list; or a text as ``parse_policy`` takes it. By name, or else the
+            name is this text, or the policy's ``repr``. Several layers are scored in one run, as ``find_layer`` scores
+            them. Or, by a name, a function from the model to a context manager within which it runs, for what saves no
+            rows but other work; such a one reads answers together with their prompts.
         costed: on how many of the batches, the first, operations, bytes of the cache and seconds are measured
             (``measure_policies``); 0 for none.
 
@@ -241,13 +243,13 @@ def named_policies(policies: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any
     Raises:
         TypeError, ValueError: one in place of several, none, two of one name, or a text that is no policy.
     """
-    if isinstance(policies, str | Policy) or not isinstance(policies, Iterable):
+    if isinstance(policies, str | Policy | SkipAttention) or not isinstance(policies, Iterable):
         raise TypeError(f"policies: expected several of them, got one, a {type(policies).__name__}: pass [policy]")
     given = policies.items() if isinstance(policies, Mapping) else ((None, policy) for policy in policies)
     named: dict[str, Any] = {}
     for name, policy in given:
         policy = parse_policy(policy) if isinstance(policy, str) else policy
-        if name is None and is_setting(policy):
+        if name is None and is_function(policy):
             raise TypeError(f"policies: expected functions by name, in a dict, got {policy!r} without one")
         name = policy_text(policy) if name is None else name
         if name in named:

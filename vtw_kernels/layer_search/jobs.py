@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vtw_kernels.integration.exit_routers import check_threshold
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.policy_text import parse_policy
+from vtw_kernels.integration.skip_adapters import WEIGHTS
+from vtw_kernels.integration.skip_attention import SkipAttention
 from vtw_kernels.layer_search import COSTED, gate_layers, named_policies
 from vtw_kernels.layer_search.attention import attention_mass
 from vtw_kernels.layer_search.comparison import Comparison
@@ -142,7 +144,14 @@ class CompareJob(Job):
         self.policies = named_policies(map(parse_policy, options.policy))
 
     def files(self) -> dict[str, Path]:
-        return {f"policy {name}": policy for name, policy in self.policies.items() if isinstance(policy, Path)}
+        files = {}
+        for name, policy in self.policies.items():
+            for step in policy if isinstance(policy, list) else [policy]:
+                if isinstance(step, Path):
+                    files[f"policy {name}"] = step
+                elif isinstance(step, SkipAttention) and isinstance(step.adapters, Path):
+                    files[f"policy {name}"] = step.adapters / WEIGHTS
+        return files
 
     def settings(self) -> dict[str, Any]:
         digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
