@@ -1,6 +1,7 @@
 """Attention that is skipped, against a plain model whose blocks are replaced in the open: in fp64, without a cache."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ import vtw_kernels as vtw
 from vtw_kernels.integration.compat import HAS_CACHE_POSITION
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.verify import hide_keys
+from vtw_kernels.layer_search.skip_search import learn
 
 torch.set_num_threads(1)
 LIMIT = 1e-9  # fp64
@@ -590,3 +592,94 @@ def test_compared_with_policies(tmp_path):
     assert flops[1] < flops[4] and flops[3] < flops[1]
     with pytest.raises(ValueError, match="at most one skip in each, got 2"):
         vtw.compare(model, batches, ["skip:1+skip:2"], progress=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+def answered(batch, first: int = 15):
+    return batch.inputs() | {"labels": torch.where(torch.arange(batch.ids.shape[1]) < first, -100, batch.ids)}
+
+
+def test_found_by_kl():
+    """One at a time and greedily, against logits of the open model."""
+    model = copy.deepcopy(model_of("llava"))
+    batches = [answered(make_batch("llava", [RAGGED[0], RAGGED[2]])), answered(make_batch("llava", RAGGED[:1], seed=4))]
+    found = vtw.find_skippable(model, batches, 2, positions="answer", bandit=None, progress=False)
+
+    def kls(layers):
+        rows = []
+        for batch in (make_batch("llava", [RAGGED[0], RAGGED[2]]), make_batch("llava", RAGGED[:1], seed=4)):
+            full, skipped = (in_the_open(model, batch, x)[:, 14:-1].log_softmax(-1) for x in ([], layers))
+            rows.append(F.kl_div(full, skipped, reduction="none", log_target=True).sum(-1).mean(1))
+        return torch.cat(rows)
+
+    alone = torch.stack([kls([i]) for i in range(LAYERS)], 1)
+    assert found.candidates == [0, 1, 2, 3] and (found.per_sample - alone).abs().max() < 1e-4
+    order = alone.mean(0).argsort().tolist()
+    assert found.choices["alone"] == sorted(order[:2])
+    pairs = {i: kls(sorted([order[0], i])).mean().item() for i in range(LAYERS) if i != order[0]}
+    second = min(pairs, key=pairs.get)
+    assert found.greedy["layers"] == [order[0], second]
+    assert abs(found.greedy["kl"][1] - pairs[second]) < 1e-4 and abs(found.greedy["kl"][0] - alone.mean(0).min()) < 1e-4
+    assert abs(found.kl_of["greedy"] - pairs[second]) < 1e-4
+    assert found.layers == found.choices[min(found.kl_of, key=found.kl_of.get)]
+
+
+@pytest.mark.parametrize("chances", ["softmax", "sigmoid"])
+def test_bandits_update(chances):
+    """By the formula of the paper's codes, written out."""
+    bandit = vtw.Bandit(chances=chances, learning_rate=1.5)
+    scores = torch.tensor([0.1, -0.2, 0.3, 0.0], dtype=torch.float64)
+    before, subsets, losses = scores.tolist(), [[0, 1], [1, 3], [2, 3]], [1.0, 0.2, 3.0]
+    learn(scores, bandit, subsets, losses)
+    e = [math.exp(10 * x) for x in before]
+    p = [x / sum(e) for x in e] if chances == "softmax" else [1 / (1 + math.exp(-x)) for x in before]
+    rewards = [math.exp(-x) for x in losses]
+    for subset, reward in zip(subsets, rewards):
+        for i in subset:
+            before[i] += (reward - sum(rewards) / 3) * p[i] * (1 - p[i]) * 1.5
+    assert scores.tolist() == pytest.approx(before, abs=1e-12)
+    drawn = [vtw.Bandit(steps=100, warm_up=0.4).drawn(step, 4) for step in range(100)]
+    assert drawn[:20] == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5 and set(drawn[20:]) == {4}
+
+
+def test_bandit_finds_what_does_nothing(monkeypatch):
+    """Attention that puts out zeros is skipped at no loss; adapters are trained on the way, and the model is not."""
+    model = copy.deepcopy(model_of("llava"))
+    for i in (1, 3):
+        torch.nn.init.zeros_(find_parts(model).layers[i].self_attn.o_proj.weight)
+    batches = [make_batch("llava", ONE, seed=i).inputs() for i in range(3)]
+    bandit = vtw.Bandit(steps=60, warm_up=0.1, every=1, subsets=4, learning_rate=5.0)
+    options = {"greedy": False, "progress": False}
+    for chances in ("softmax", "sigmoid"):
+        found = vtw.find_skippable(model, batches, 2, bandit=bandit._replace(chances=chances), **options)
+        assert found.choices == {"alone": [1, 3], "bandit": [1, 3]} and found.kl_of["bandit"] < 1e-6
+    few = [vtw.find_skippable(model, batches, 2, bandit=bandit._replace(steps=9, seed=x), **options) for x in (0, 0, 1)]
+    assert few[0].bandit == few[1].bandit and few[0].bandit["scores"] != few[2].bandit["scores"]
+
+    adapters = vtw.SkipAdapters.for_model(model, range(LAYERS), kept=range(LAYERS))
+    before = [x.clone() for x in (*adapters.parameters(), *model.parameters())]
+    vtw.find_skippable(model, batches, 2, bandit=bandit._replace(steps=8), adapters=adapters, **options)
+    changed = [not torch.equal(x, y) for x, y in zip((*adapters.parameters(), *model.parameters()), before)]
+    count = len(list(adapters.parameters()))
+    assert sum(changed[:count]) > count / 2 and not any(changed[count:])
+    assert all(x.grad is None for x in model.parameters())
+
+
+def test_saved_search(tmp_path):
+    model = copy.deepcopy(model_of("llava"))
+    batches = [make_batch("llava", ONE, seed=i).inputs() for i in range(2)]
+    found = vtw.find_skippable(model, batches, 1, bandit=vtw.Bandit(steps=6, every=1), progress=False)
+    found.save(tmp_path / "skip.json")
+    loaded = vtw.SkipSearch.load(tmp_path / "skip.json")
+    assert loaded.table() == found.table() and loaded.layers == found.layers
+    assert "bandit's score" in found.table() and "greedy" in found.verdict()
+    for options, message in (
+        ({"skip": 4}, r"skip: expected a number of layers in 1..3, got 4"),
+        ({"skip": 1, "candidates": [5]}, r"layers: expected different ones in 0..3"),
+        ({"skip": 1, "bandit": vtw.Bandit(chances="max")}, "chances: expected one of softmax, sigmoid, got 'max'"),
+        ({"skip": 1, "adapters": adapters_of(model, [1])}, r"adapters: expected some for each of \[0, 1, 2, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vtw.find_skippable(model, batches, progress=False, **options)

@@ -58,11 +58,14 @@ ROOMS = dict.fromkeys(
 ROOMS |= dict.fromkeys(
     ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
 )
+ROOMS["train_exit"] = "layer_search"
 ROOMS |= dict.fromkeys(
-    ("Comparison", "ExitTraining", "LayerSearch", "compare", "find_layer", "train_exit"), "layer_search"
+    ("Bandit", "Comparison", "ExitTraining", "LayerSearch", "SkipSearch", "compare", "find_layer", "find_skippable"),
+    "layer_search",
 )
 
 __all__ = [
+    "Bandit",
     "Boundary",
     "CompactionPlan",
     "Comparison",
@@ -73,6 +76,7 @@ __all__ = [
     "RandomVisual",
     "SkipAdapters",
     "SkipAttention",
+    "SkipSearch",
     "TopAttention",
     "Verification",
     "Withdraw",
@@ -84,6 +88,7 @@ __all__ = [
     "compare",
     "expand",
     "find_layer",
+    "find_skippable",
     "kl_divergence",
     "kl_divergence_loss",
     "kl_divergence_vocab_parallel",
@@ -109,10 +114,11 @@ if TYPE_CHECKING:
     from vtw_kernels.integration.skip_attention import SkipAttention, skip_attention
     from vtw_kernels.integration.verify import Verification, verify
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
-    from vtw_kernels.layer_search import compare, find_layer, train_exit
+    from vtw_kernels.layer_search import compare, find_layer, find_skippable, train_exit
     from vtw_kernels.layer_search.comparison import Comparison
     from vtw_kernels.layer_search.exit_training import ExitTraining
     from vtw_kernels.layer_search.result import LayerSearch
+    from vtw_kernels.layer_search.skip_search import Bandit, SkipSearch
 else:
 
     def __getattr__(name: str) -> Any:

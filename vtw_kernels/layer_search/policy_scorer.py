@@ -117,7 +117,7 @@ class PolicyScorer:
                 setting.replaced(asked).under(self.model, reading.visual if by_mask else None, self.decoder),
                 generating(reading.columns) if skip is not None and reading.has_answers else nullcontext(),
             ):
-                scores = compare_logits(self._logits(reading)[None], full)
+                scores = compare_logits(self.logits(reading)[None], full)
             means = (questions.mean_over_positions(x)[:, 0] for x in scores)
             columns.append((*means, reading.rows_left(decided, layers, setting.skipped)))
         kl, reverse_kl, disagreement, rows = (torch.stack(x, dim=1) for x in zip(*columns))
@@ -143,12 +143,12 @@ class PolicyScorer:
             for layer in self.parts.layers if isinstance(self.positions, int) else ():
                 hook = partial(check, arguments=Arguments(layer))
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            return self._logits(reading)
+            return self.logits(reading)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _logits(self, reading: "Reading") -> Tensor:
+    def logits(self, reading: "Reading") -> Tensor:
         """``[P, V]``, of the rows that predict what counts."""
         rows = reading.visual.shape[1] - int(reading.predicting.int().argmax(1).min())
         logits = self.model(**reading.inputs, **self._rows(rows), use_cache=False).logits[:, -rows:]
