@@ -683,3 +683,48 @@ def test_saved_search(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             vtw.find_skippable(model, batches, progress=False, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_training(tmp_path):
+    """Adapters learn what the model said before its attention was skipped; the model stays; a stopped training goes on
+    to the same weights."""
+    model = copy.deepcopy(model_of("llava"))
+    batches = [answered(make_batch("llava", [[3, 4, 5]], seed=i), 9) for i in range(6)]
+    with torch.no_grad():
+        for batch in batches:
+            tokens = model(**{name: x for name, x in batch.items() if name != "labels"}).logits.argmax(-1)
+            batch["labels"][:, 9:] = tokens[:, 8:-1]  # of what stands there: nothing is to be generated
+    before = [x.clone() for x in model.parameters()]
+    how = vtw.AdapterTraining(dim=8, epochs=6, accumulate=2, learning_rate=1e-2, held_out=0.2)
+    found = vtw.train_skip(model, batches, [1, 2], how, progress=False)
+    assert found.losses[-1] < 0.7 * found.losses[0] and found.batches == (5, 1)
+    assert found.held_out["whole"][0] < found.held_out["skipped"][0]
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before))
+    assert all(x.grad is None for x in model.parameters())
+    assert "with adapters" in found.table() and not found.adapters.training
+
+    class Stopped(list):
+        reads = 0
+
+        def __getitem__(self, i):
+            self.reads += 1
+            if self.reads > 12:  # in the third epoch
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    options = {"progress": False, "checkpoint": tmp_path / "state"}
+    with pytest.raises(KeyboardInterrupt):
+        vtw.train_skip(model, Stopped(batches), [1, 2], how, **options)
+    again = vtw.train_skip(model, batches, [1, 2], how, **options)
+    assert again.losses == found.losses
+    assert all(torch.equal(x, y) for x, y in zip(again.adapters.parameters(), found.adapters.parameters()))
+    for changed, message in (
+        ({"accumulate": 0}, "accumulate: expected a number of at least 1"),
+        ({"epochs": 0}, "epochs: expected"),
+        ({"dim": 3}, "dim: expected an even number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vtw.train_skip(model, batches, [1], how._replace(**changed), progress=False)

@@ -59,12 +59,14 @@ ROOMS |= dict.fromkeys(
     ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
 )
 ROOMS["train_exit"] = "layer_search"
+ROOMS |= dict.fromkeys(("AdapterTraining", "SkipTraining", "train_skip"), "layer_search.skip_training")
 ROOMS |= dict.fromkeys(
     ("Bandit", "Comparison", "ExitTraining", "LayerSearch", "SkipSearch", "compare", "find_layer", "find_skippable"),
     "layer_search",
 )
 
 __all__ = [
+    "AdapterTraining",
     "Bandit",
     "Boundary",
     "CompactionPlan",
@@ -77,6 +79,7 @@ __all__ = [
     "SkipAdapters",
     "SkipAttention",
     "SkipSearch",
+    "SkipTraining",
     "TopAttention",
     "Verification",
     "Withdraw",
@@ -101,6 +104,7 @@ __all__ = [
     "remove",
     "skip_attention",
     "train_exit",
+    "train_skip",
     "verify",
     "withdraw",
 ]
@@ -119,6 +123,7 @@ if TYPE_CHECKING:
     from vtw_kernels.layer_search.exit_training import ExitTraining
     from vtw_kernels.layer_search.result import LayerSearch
     from vtw_kernels.layer_search.skip_search import Bandit, SkipSearch
+    from vtw_kernels.layer_search.skip_training import AdapterTraining, SkipTraining, train_skip
 else:
 
     def __getattr__(name: str) -> Any:

@@ -193,9 +193,15 @@ class SkipLoss:
 
     def losses(self, batch: Mapping[str, Any], subsets: Sequence[Sequence[int]]) -> list[float]:
         """Of each of some subsets of layers."""
+        return [loss for loss, _ in self.evaluate(batch, subsets)]
+
+    def evaluate(self, batch: Mapping[str, Any], subsets: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+        """The loss of each of some subsets of layers, the empty one for the model as it is, and the share of tokens that
+        are the most likely ones."""
         with in_eval_mode(self.model), torch.no_grad():
             reading, wanted = self._read(batch)
-            return [self._loss(reading, wanted, subset).item() for subset in subsets]
+            found = [(self._logits(reading, subset), wanted) for subset in subsets]
+            return [(F.cross_entropy(*x).item(), (x[0].argmax(-1) == x[1]).float().mean().item()) for x in found]
 
     def backward(self, batch: Mapping[str, Any], subset: Sequence[int], scale: float = 1.0) -> float:
         """The loss of a subset of layers; its gradient, times ``scale``, is added to that of the adapters, in training
@@ -205,7 +211,7 @@ class SkipLoss:
             with in_eval_mode(self.model), torch.inference_mode(False), torch.enable_grad():
                 with torch.no_grad():
                     reading, wanted = self._read(batch)
-                loss = self._loss(reading, wanted, subset)
+                loss = F.cross_entropy(self._logits(reading, subset), wanted)
                 (loss * scale).backward(inputs=list(self.adapters.parameters()))
         finally:
             self.adapters.eval()
@@ -218,12 +224,14 @@ class SkipLoss:
             return reading, self.whole.logits(reading).argmax(-1)
         return reading, torch.roll(reading.inputs["input_ids"], -1, dims=1)[reading.predicting]
 
-    def _loss(self, reading: Reading, wanted: Tensor, subset: Sequence[int]) -> Tensor:
+    def _logits(self, reading: Reading, subset: Sequence[int]) -> Tensor:
+        if not subset:
+            return self.whole.logits(reading).float()
         with (
             skip_attention(self.model, subset, self.adapters, decoder=self.decoder),
             generating(reading.columns if reading.has_answers else 0),
         ):
-            return F.cross_entropy(self.whole.logits(reading).float(), wanted)
+            return self.whole.logits(reading).float()
 
 
 class SkipScorer(SkipLoss):
