@@ -196,8 +196,8 @@ class SkipLoss:
         return [loss for loss, _ in self.evaluate(batch, subsets)]
 
     def evaluate(self, batch: Mapping[str, Any], subsets: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
-        """The loss of each of some subsets of layers, the empty one for the model as it is, and the share of tokens that
-        are the most likely ones."""
+        """The loss of each of some subsets of layers, the empty one for the model as it is, and the share of tokens
+        that are the most likely ones."""
         with in_eval_mode(self.model), torch.no_grad():
             reading, wanted = self._read(batch)
             found = [(self._logits(reading, subset), wanted) for subset in subsets]
