@@ -74,9 +74,10 @@ def _amount(text: str) -> float | int:
 
 def policy_text(policy: Any) -> str:
     """What ``parse_policy`` makes it of; of a policy that is not of this package, its ``repr``."""
-    if isinstance(policy, SkipAttention) and isinstance(policy.adapters, str | Path | None):
-        layers = "" if policy.layers is None else ",".join(map(str, policy.layers))
-        return f"skip:{layers}" if policy.adapters is None else f"skip:{policy.adapters}" + (layers and f":{layers}")
+    if isinstance(policy, SkipAttention) and policy.adapters is None and policy.layers is not None:
+        return "skip:" + ",".join(map(str, policy.layers))
+    if isinstance(policy, SkipAttention) and policy.layers is None and isinstance(policy.adapters, str | Path):
+        return f"skip:{policy.adapters}"
     if isinstance(policy, int):
         return f"layer={policy}"
     if isinstance(policy, Sequence) and not isinstance(policy, str):

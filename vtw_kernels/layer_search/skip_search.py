@@ -1,5 +1,6 @@
 """Which attention can be skipped: by what the next tokens say, and by the paper's bandit."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,9 +153,13 @@ class SkipSearch(Scored):
         write_skip_report(path, self)
 
     @staticmethod
-    def wrote(content: Any) -> bool:
-        """Whether ``save`` of such a search wrote what was read, as far as its fields tell."""
-        return isinstance(content, dict) and "skip" in content and "candidates" in content
+    def wrote(path: str | Path) -> bool:
+        """Whether ``save`` of such a search wrote a file, as far as its fields tell."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(content, dict) and {"skip", "candidates", "choices"} <= content.keys()
 
     def _found(self) -> dict[str, Any]:
         return {"choices": self.choices, "kl": self.kl.tolist()}

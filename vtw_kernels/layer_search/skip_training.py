@@ -1,6 +1,8 @@
 """The training of adapters that take the place of attention."""
 
+import json
 import os
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import AutoProcessor
 from transformers.optimization import get_cosine_schedule_with_warmup
 
-from vtw_kernels.integration.skip_adapters import SkipAdapters
+from vtw_kernels.integration.skip_adapters import CONFIG, KIND, SkipAdapters
 from vtw_kernels.layer_search.exit_training import Training
+from vtw_kernels.layer_search.records import Encoder, load_records
+from vtw_kernels.layer_search.run import describe_device, find_device, fingerprint, load_model
 from vtw_kernels.layer_search.scored import markdown
-from vtw_kernels.layer_search.skip_search import SkipLoss
+from vtw_kernels.layer_search.skip_search import SkipLoss, SkipSearch
+from vtw_kernels.layer_search.state import State, differences
 
 
 class AdapterTraining(NamedTuple):
@@ -162,3 +168,94 @@ def train_skip(
         means = torch.tensor(rows).mean(0).tolist()
         found = {name: (x[0], x[1]) for name, x in zip(("whole", "skipped", "adapters"), means)}
     return SkipTraining(adapters, losses, found, (len(trained), len(held_out)))
+
+
+def chosen_layers(layers: str | None, search: Path | None) -> list[int]:
+    """Those that a command names, as ``3,5``, or the best choice that a search has found.
+
+    Raises:
+        ValueError, OSError: neither or both, or not what they should be.
+    """
+    if (layers is None) == (search is None):
+        raise ValueError("layers: expected --layers or --search, got " + ("neither" if layers is None else "both"))
+    if search is not None:
+        return SkipSearch.load(search).layers
+    if not all(x.isascii() and x.isdecimal() for x in layers.split(",")):
+        raise ValueError(f"layers: expected numbers with commas between, as 3,5, got {layers!r}")
+    return sorted(map(int, layers.split(",")))
+
+
+def earlier(folder: Path) -> bool:
+    """Whether there are adapters."""
+    return (folder / CONFIG).is_file() and json.loads((folder / CONFIG).read_text()).get("peft_type") == KIND
+
+
+class _Records(Sequence):
+    """Records as batches, encoded when they are asked for."""
+
+    def __init__(self, records: Any, encoder: Encoder, with_answer: bool):
+        self.records, self.encoder, self.with_answer = records, encoder, with_answer
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.encoder(self.records[index], with_answer=self.with_answer)
+
+
+def run_training(options: Namespace, command: str) -> int:
+    """``vtw-kernels skip-attention train``: adapters for a model, trained on records, written to ``options.out``.
+
+    What was done is kept after each epoch, and the same command goes on from there.
+
+    Raises:
+        ValueError, OSError, ImportError: about the options, the data, the model or the state of an earlier run.
+    """
+    training = AdapterTraining(**{name: getattr(options, name) for name in AdapterTraining._fields if name != "seed"})
+    training = training._replace(seed=options.training_seed)
+    training.check()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("skip-attention train: expected one process, got several ranks")
+    layers = chosen_layers(options.layers, options.search)
+    if options.out.is_file() or (options.out.is_dir() and any(options.out.iterdir()) and not earlier(options.out)):
+        raise ValueError(f"out: expected a new folder or that of earlier adapters, got something else in {options.out}")
+    records = load_records(options.data, options.images, options.subset, options.split, options.limit, options.seed)
+    records.check()
+    device = find_device(options.device)
+    settings = {
+        name: getattr(options, name) for name in ("model", "dtype", "attention", "device_map", "positions", "data")
+    }
+    digests = {records.name(i): records[i].digest() for i in range(len(records))}
+    settings |= {"layers": layers, "model_files": fingerprint(options.model), "device": describe_device(device)}
+    settings |= {"prompt_template": options.prompt_template, "training": training._asdict(), "records": digests}
+    state = State(options.out.with_name(options.out.name + ".partial"))
+    checkpoint, known = state.folder / "training.pt", state.folder / "settings.json"
+    changed = differences(json.loads(known.read_text()), settings) if checkpoint.exists() and known.exists() else ""
+    if changed and not options.restart:
+        raise ValueError(
+            f"settings: expected those of the training in {state.folder}, but {changed} (--restart discards it)"
+        )
+    with state.open(settings, options.restart):
+        if options.restart:
+            checkpoint.unlink(missing_ok=True)
+        encoder = Encoder(AutoProcessor.from_pretrained(options.model), options.prompt_template)
+        model = load_model(options, device)
+        encoder.dtype = model.dtype
+        batches = _Records(records, encoder, options.positions == "answer")
+        found = train_skip(
+            model,
+            batches,
+            layers,
+            training,
+            positions=options.positions,
+            checkpoint=checkpoint,
+            progress=not options.quiet,
+        )
+        found.adapters.settings = settings | {"losses": found.losses, "held_out": found.held_out, "command": command}
+        found.adapters.save_pretrained(options.out)
+        checkpoint.unlink()
+        state.remove()
+    if not options.quiet:
+        print(found.table())
+        print(f"written: {options.out}")
+    return 0
