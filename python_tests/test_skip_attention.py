@@ -647,8 +647,10 @@ def test_bandits_update(chances):
 def test_bandit_finds_what_does_nothing(monkeypatch):
     """Attention that puts out zeros is skipped at no loss; adapters are trained on the way, and the model is not."""
     model = copy.deepcopy(model_of("llava"))
-    for i in (1, 3):
-        torch.nn.init.zeros_(find_parts(model).layers[i].self_attn.o_proj.weight)
+    with torch.no_grad():
+        for i, scale in enumerate((4, 0, 4, 0)):
+            find_parts(model).layers[i].self_attn.o_proj.weight.mul_(scale)
+        model.lm_head.weight.mul_(6)  # it is sure of what it says
     batches = [make_batch("llava", ONE, seed=i).inputs() for i in range(3)]
     bandit = vtw.Bandit(steps=60, warm_up=0.1, every=1, subsets=4, learning_rate=5.0)
     options = {"greedy": False, "progress": False}
@@ -692,15 +694,16 @@ def test_training(tmp_path):
     """Adapters learn what the model said before its attention was skipped; the model stays; a stopped training goes on
     to the same weights."""
     model = copy.deepcopy(model_of("llava"))
-    batches = [answered(make_batch("llava", [[3, 4, 5]], seed=i), 9) for i in range(6)]
-    with torch.no_grad():
-        for batch in batches:
-            tokens = model(**{name: x for name, x in batch.items() if name != "labels"}).logits.argmax(-1)
-            batch["labels"][:, 9:] = tokens[:, 8:-1]  # of what stands there: nothing is to be generated
+    batches = []
+    for i in range(6):
+        whole = make_batch("llava", [[3, 4, 5]], seed=i)
+        prompt = make_batch("llava", [[3, 4, 2]], seed=i)
+        whole.ids = generated(model, prompt.inputs() | {"input_ids": whole.ids[:, :9]}, max_new_tokens=3)[0]
+        batches.append(answered(whole, 9))
     before = [x.clone() for x in model.parameters()]
-    how = vtw.AdapterTraining(dim=8, epochs=6, accumulate=2, learning_rate=1e-2, held_out=0.2)
+    how = vtw.AdapterTraining(dim=8, epochs=20, accumulate=2, learning_rate=1e-2, held_out=0.2)
     found = vtw.train_skip(model, batches, [1, 2], how, progress=False)
-    assert found.losses[-1] < 0.7 * found.losses[0] and found.batches == (5, 1)
+    assert found.losses[-1] < 0.85 * found.losses[0] and found.batches == (5, 1)
     assert found.held_out["whole"][0] < found.held_out["skipped"][0]
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before))
     assert all(x.grad is None for x in model.parameters())
@@ -728,3 +731,6 @@ def test_training(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             vtw.train_skip(model, batches, [1], how._replace(**changed), progress=False)
+    batches[1]["labels"] = batches[1]["labels"].roll(1, 1)
+    with pytest.raises(ValueError, match="labels: expected those tokens of input_ids that are the answer, got others"):
+        vtw.train_skip(model, batches, [1], how, progress=False)

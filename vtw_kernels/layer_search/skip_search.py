@@ -227,6 +227,11 @@ class SkipLoss:
         reading = Reading(read_questions(self.model, self.parts, batch, self.positions))
         if self.positions != "answer":
             return reading, self.whole.logits(reading).argmax(-1)
+        labels, ids = (batch[name].to(self.model.device) for name in ("labels", "input_ids"))
+        if not torch.where(labels == -100, ids, labels).equal(ids):
+            raise ValueError(
+                "labels: expected those tokens of input_ids that are the answer, got others in their place"
+            )
         return reading, torch.roll(reading.inputs["input_ids"], -1, dims=1)[reading.predicting]
 
     def _logits(self, reading: Reading, subset: Sequence[int]) -> Tensor:
