@@ -49,6 +49,7 @@ def measure(name: str) -> dict[str, dict[str, float]]:
             "accuracy": accuracy(answers, test)["all"],
             "kl": 0.0 if text == "plain" else comparison.kl[i].item(),
             "prefill": seconds[i] / seconds[-1],
+            "flops": comparison.costs.flops[i] / comparison.costs.flops[-1],
             "kv": comparison.costs.kv_bytes[i] / comparison.costs.kv_bytes[-1],
         }
         print(name, text, rows[text], flush=True)

@@ -199,4 +199,4 @@ def generation(model: LlavaForConditionalGeneration, batch: Batch, layers: list[
 
 
 def cache_bytes(cache: Cache) -> int:
-    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
