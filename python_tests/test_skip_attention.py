@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vlm import (
     make_batch,
     make_cache,
     model_of,
+    older_than,
     run,
     with_decode_steps,
 )
@@ -265,8 +267,8 @@ def test_generate(with_adapters):
         sequences, logits = generated(model, batch.inputs())
         for options in ({"cache_implementation": "static"}, {"use_cache": False}):
             assert torch.equal(generated(model, batch.inputs(), **options)[0], sequences), options
-        # Up to 4.57, a plain model finds other beams without a cache.
-        other = {"use_cache": False} if TRANSFORMERS_5 else {"cache_implementation": "static"}
+        # Before 5.18, a plain model finds other beams without a cache.
+        other = {"cache_implementation": "static"} if older_than("5.18") else {"use_cache": False}
         beams = [generated(model, batch.inputs(), num_beams=3, **x)[0] for x in ({}, other)]
         assert torch.equal(*beams) and not torch.equal(beams[0], sequences)
         sampled = [
@@ -287,12 +289,12 @@ def test_assisted_decoding_crops(with_adapters):
     adapters = adapters_of(model, layers) if with_adapters else None
     batch = batch_of("llava", ONE)
     with vtw.skip_attention(model, layers, adapters):
-        sequences, _ = generated(model, batch.inputs(), max_new_tokens=20)
-        assert torch.equal(generated(model, batch.inputs(), **LOOKUP)[0], sequences)
-        with vtw.withdraw(model, 1):
-            sequences, _ = generated(model, batch.inputs(), max_new_tokens=20)
-            again, _ = generated(model, batch.inputs(), **LOOKUP)
-            assert torch.equal(again, sequences)
+        for context in (nullcontext(), vtw.withdraw(model, 1)):
+            with context:
+                sequences, _ = generated(model, batch.inputs(), max_new_tokens=20)
+                looked_up, _ = generated(model, batch.inputs(), **LOOKUP)
+            # Up to 4.57, the last step may add a token too many.
+            assert torch.equal(looked_up[:, : sequences.shape[1]], sequences)
 
 
 def test_further_turn_keeps_first_prompts_mean():
