@@ -134,7 +134,7 @@ def replaced(model, layers, adapters=None, prompts=None):
         if i in layers:
             adapter = adapters.skipped[str(i)] if adapters is not None else None
             blocks[i] = Replaced(layer, adapter, prompts[i] if adapter is not None else None)
-        elif adapters is not None:
+        elif adapters is not None and i in adapters.kept:
             layer.input_layernorm = Adapted(layer.input_layernorm, adapters.before[str(i)], prompts[i])
     return model
 
@@ -418,6 +418,23 @@ def test_folded_weights(monkeypatch):
             assert (
                 F.linear(x, *adapter.fold(weight, bias, state, *([] if gain is None else [gain]))) - expected
             ).abs().max() < 1e-4
+
+
+def test_some_layers_have_no_adapter(monkeypatch):
+    model, layers = double("llava"), [1]
+    adapters = adapters_of(model, layers, kept=[3])
+    batch, ends = with_decode_steps(batch_of("llava"), 2)
+    expected = in_the_open(model, batch, layers, adapters, ends[0])
+    attention = type(find_parts(model).layers[0].self_attn)
+    forward = attention.forward
+
+    def spy(*args, **kwargs):
+        assert not any(name.startswith("vtw") for name in kwargs)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", spy)
+    with vtw.skip_attention(model, adapters=adapters):
+        assert difference(run(model, batch, ends), expected, batch) < LIMIT
 
 
 def test_answers_do_not_leak():

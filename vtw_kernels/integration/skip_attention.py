@@ -245,7 +245,7 @@ class SkipHooks(StandIns):
             self._stand_in(module, partial(self.enter, module))
         for i, layer in enumerate(self.parts.layers):
             skipped = i in self.layers
-            if skipped or (self.adapters is not None and i in self.adapters.kept):
+            if skipped or self.adapters is not None:
                 self._stand_in(layer.self_attn, partial(self.attend, i, layer.self_attn))
             if not skipped and self.adapters is not None and self.fold and i in self.adapters.kept:
                 for name in ("q_proj", "k_proj", "v_proj"):
@@ -330,10 +330,10 @@ class SkipHooks(StandIns):
         has_rows, rows = ROWS in kwargs, kwargs.pop(ROWS, None)
         if not self.active:
             return self._call(module, args, kwargs)
-        arguments = self.arguments[module]
-        hidden, cache = args[0] if args else kwargs["hidden_states"], None
-        if index in self.layers or self.adapters is not None:
-            cache = arguments.cache_among(arguments.named(args, kwargs))
+        if index not in self.layers and index not in self.adapters.kept:
+            return self._call(module, args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = self.arguments[module].cache_among(self.arguments[module].named(args, kwargs))
         books = None if cache is None else self._books(cache)
         if self.adapters is None:
             return hidden.new_zeros(()), None  # and no weights
@@ -342,18 +342,15 @@ class SkipHooks(StandIns):
                 f"skip_attention: expected decoder layer {index} to run within a forward of its model, got a call of "
                 "its own, which does not say what the prompt is"
             )
-        adapter, state = self.adapters.adapter(index, index in self.layers), None
-        if books is not None:
-            state = books.states.get(index)
+        adapter = self.adapters.adapter(index, index in self.layers)
+        state = None if books is None else books.states.get(index)
+        folds = state is not None and self._folds(hidden)
         if state is None:
             if rows is None:
                 raise RuntimeError(f"skip_attention: expected what adapters know of the prompt in layer {index}")
             state = adapter.read(hidden, rows.to(hidden.device))
             if books is not None:
                 books.states[index] = tuple(x.detach() for x in state)
-            folds = False
-        else:
-            folds = self._folds(hidden)
         if index in self.layers:
             return self._skipped(index, hidden, adapter, state, books if folds else None), None
         if folds and (folded := self._folded_attention(index, adapter, state, books)):
