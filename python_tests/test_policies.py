@@ -708,7 +708,7 @@ def test_attention_that_is_not_there():
     match = r"expected text after the last image .* as TopAttention\(layer=2, keep=0.5\) looks at .*, got .* of row 1"
     ends_visual = make_batch("llava", [[8, 4, 1], [3, 4]])
     with vtw.withdraw(model, policy), pytest.raises(ValueError, match=match):
-        model.model(**ends_visual.inputs())
+        model(**ends_visual.inputs())
     batch = make_batch("llava", [[3, 4, 3]])
     layer = model.model.language_model.layers[1]
 
