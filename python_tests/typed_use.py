@@ -55,6 +55,16 @@ def of_models(model: nn.Module, batch: dict[str, Tensor]) -> None:
     assert_type(training.routers, vtw.ExitRouters)
     assert_type(vtw.ExitRouters.load("exit.safetensors"), vtw.ExitRouters)
     assert_type(vtw.verify(model, batch, layer=16), vtw.Verification)
+
+    with vtw.skip_attention(model, layers=[3, 5], adapters=vtw.SkipAdapters.from_pretrained("adapters")):
+        pass
+    vtw.compare(model, [batch], {"without": vtw.SkipAttention([3, 5])})
+    found = vtw.find_skippable(model, [batch], skip=2, bandit=vtw.Bandit(steps=10))
+    assert_type(found, vtw.SkipSearch)
+    assert_type(found.kl, Tensor)
+    adapted = vtw.train_skip(model, [batch], [3, 5], vtw.AdapterTraining(epochs=1))
+    assert_type(adapted, vtw.SkipTraining)
+    assert_type(adapted.adapters, vtw.SkipAdapters)
     vtw.find_layer(model, [batch], treshold=0.01)  # type: ignore[call-arg]
 
 

@@ -8,6 +8,8 @@ from vtw_kernels.integration.exit_routers import ExitRouters
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.policy_text import parse_policy
 from vtw_kernels.integration.prune import prune_visual
+from vtw_kernels.integration.skip_adapters import SkipAdapters
+from vtw_kernels.integration.skip_attention import SkipAttention, Skipping, skip_attention
 from vtw_kernels.integration.verify import Verification, verify
 from vtw_kernels.integration.visual_pruning import VisualPruning
 from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
@@ -17,6 +19,9 @@ __all__ = [
     "ExitRouters",
     "Policy",
     "RandomVisual",
+    "SkipAdapters",
+    "SkipAttention",
+    "Skipping",
     "TopAttention",
     "Verification",
     "VisualPruning",
@@ -26,6 +31,7 @@ __all__ = [
     "parse_policy",
     "prune_visual",
     "remove",
+    "skip_attention",
     "verify",
     "withdraw",
 ]

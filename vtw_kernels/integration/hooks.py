@@ -408,10 +408,16 @@ class Forward:
             self.stages[begin] = self._begin_stage(begin, hidden, cache, arguments.mask)
         stage, moves = self.stages[begin], self.moves.get(index)
         kind = (stage, self.parts.layer_types[index])  # layers that share keys have those of the last one of their type
-        if cache is not None and index < self.parts.num_cached:
-            self.windows[kind] = cache.layers[index].keys_returned(self._rows(stage.plan), self.tokens)
+        cached = cache.layers[index] if cache is not None and index < self.parts.num_cached else None
+        skipped = cached is not None and cached.skipped is not None  # so that nothing is done with its mask
+        if skipped:
+            kwargs.pop(arguments.mask, None)
+        elif cached is not None:
+            self.windows[kind] = cached.keys_returned(self._rows(stage.plan), self.tokens)
         together = moves is not None and moves is stage.plan  # what comes at full length is gathered in one launch
         kwargs, gathered = stage(kwargs, hidden if together else None, self.windows.get(kind))
+        if skipped:
+            kwargs[arguments.mask] = None
         if moves is None:
             return args, kwargs
         if not together:
@@ -539,6 +545,34 @@ def generating(prompt: int) -> Iterator[None]:
         yield
     finally:
         _per_thread.prompt = before
+
+
+def prompt_length() -> int:
+    """How many tokens this thread generates from, padding included; 0 outside of ``generate``."""
+    return _per_thread.prompt
+
+
+class PromptKnown:
+    """Has ``generate`` of a model remember how long the prompt is, as a forward may see but a chunk of it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def place(self) -> None:
+        self._generate = None
+        if hasattr(self.model, "generate") and "generate" not in vars(self.model):
+            self._generate, self.model.generate = self.model.generate, self._generate_from_prompt
+
+    def remove(self) -> None:
+        if vars(self.model).get("generate") == self._generate_from_prompt:  # else another library has wrapped it since
+            del self.model.generate
+
+    def _generate_from_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = args[0] if args else kwargs.get("inputs")
+        known = (kwargs.get("attention_mask"), inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((x for x in known if x is not None), None)
+        with generating(0 if prompt is None else prompt.shape[1]):
+            return self._generate(*args, **kwargs)
 
 
 def _on_the_way(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:

@@ -1,6 +1,7 @@
 """The parts of a decoder layer of Llama's shape, by the names of its projections: Llama, Qwen2, 2.5 and 3, Mistral."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +56,8 @@ def projections(layer: nn.Module, where: str) -> Projections:
     Raises:
         NotImplementedError: a layer of another shape, which the message says what is missing in, or what it has more.
     """
-
-    def refuse(what: str) -> NotImplementedError:
-        return NotImplementedError(f"model: expected decoder layers of Llama's shape, got {where} {what}")
-
-    name = type(layer).__name__
-    _check_children(layer, LAYER, (), f"({name})", refuse)
+    refuse, name = check_shape(layer, where), type(layer).__name__
     attention, mlp = layer.self_attn, layer.mlp
-    _check_children(attention, ATTENTION, (*NORMS, "rotary_emb"), f"({name}) whose attention", refuse)
-    _check_children(mlp, MLP, ("act_fn",), f"({name}) whose MLP", refuse)
     code = inspect.unwrap(type(attention).forward).__code__
     if more := sorted(set(code.co_names) - WORDS):
         raise refuse(f"({name}) whose {type(attention).__name__} also looks at {', '.join(more)}")
@@ -72,8 +66,6 @@ def projections(layer: nn.Module, where: str) -> Projections:
             kind = type(getattr(part, projection))
             if kind is not nn.Linear:
                 raise refuse(f"({name}) whose {projection} is a {kind.__module__}.{kind.__name__}, not a Linear")
-    if getattr(mlp, "act_fn", None) is None:
-        raise refuse(f"({name}) whose MLP has no act_fn")
     dim = getattr(attention, "head_dim", None)
     if not isinstance(dim, int) or attention.q_proj.out_features % dim or attention.k_proj.out_features % dim:
         raise refuse(f"({name}) whose attention has no head_dim that its projections are a multiple of")
@@ -95,6 +87,28 @@ def projections(layer: nn.Module, where: str) -> Projections:
         kv_heads=attention.k_proj.out_features // dim,
         head_dim=dim,
     )
+
+
+def check_shape(layer: nn.Module, where: str) -> Callable[[str], NotImplementedError]:
+    """Whether a decoder layer has the parts of Llama's, whatever these are: projections may be quantized, or wrapped.
+
+    Returns:
+        What makes the error for one that has them and is still another one, of words.
+
+    Raises:
+        NotImplementedError: as ``projections``.
+    """
+
+    def refuse(what: str) -> NotImplementedError:
+        return NotImplementedError(f"model: expected decoder layers of Llama's shape, got {where} {what}")
+
+    name = type(layer).__name__
+    _check_children(layer, LAYER, (), f"({name})", refuse)
+    _check_children(layer.self_attn, ATTENTION, (*NORMS, "rotary_emb"), f"({name}) whose attention", refuse)
+    _check_children(layer.mlp, MLP, ("act_fn",), f"({name}) whose MLP", refuse)
+    if getattr(layer.mlp, "act_fn", None) is None:
+        raise refuse(f"({name}) whose MLP has no act_fn")
+    return refuse
 
 
 def _check_children(module: nn.Module, needed: tuple, allowed: tuple, whose: str, refuse: Any) -> None:

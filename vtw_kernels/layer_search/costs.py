@@ -24,7 +24,7 @@ from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.pruned_cache import stores_of
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
 from vtw_kernels.layer_search.decisions import Replayed, watched
-from vtw_kernels.layer_search.policy_scorer import is_setting, running
+from vtw_kernels.layer_search.settings import Setting, settings_of
 
 DECODED = 8  # tokens, whose steps are measured
 TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
@@ -189,7 +189,7 @@ def measure_policies(
     Args:
         model, decoder: as for ``withdraw``.
         batches: keyword arguments of the model's forward for prompts, as ``find_layer`` takes them.
-        policies: by name, layers, policies or lists of these, or functions of the model, as ``compare`` takes them.
+        policies: by name, what ``compare`` takes.
 
     Raises:
         TypeError, ValueError: what ``withdraw`` does not take, no batches, no repeats.
@@ -198,6 +198,7 @@ def measure_policies(
     parts = find_parts(model, decoder)
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    settings = settings_of(model, policies, decoder)
     devices = {x.device for x in model.parameters()}
     runs, tokens, visual_tokens = [], 0, 0
     for batch in batches:
@@ -206,19 +207,19 @@ def measure_policies(
         attended = attended_tokens(inputs.get("attention_mask"), visual)
         tokens, visual_tokens = tokens + int(attended.sum()), visual_tokens + int((attended & visual).sum())
 
-        def under(policy: Any, mask: Tensor | None = visual if by_mask else None):
-            return nullcontext() if policy is None else running(model, policy, mask, decoder)
+        def under(setting: Setting | None, mask: Tensor | None = visual if by_mask else None):
+            return nullcontext() if setting is None else setting.under(model, mask, decoder)
 
         prefill = partial(_prefill, model, parts, inputs)
-        rows: dict[str | None, list[list[float]]] = {name: [] for name in (*policies, None)}
+        rows: dict[str | None, list[list[float]]] = {name: [] for name in (*settings, None)}
         counts = []
         with in_eval_mode(model), torch.inference_mode():
-            for policy in (*policies.values(), None):
-                with under(policy if policy is None else _replayed(policy, prefill, under)):
+            for setting in (*settings.values(), None):
+                with under(setting if setting is None else _replayed(setting, prefill, under)):
                     counts.append([sum(x) for x in _count(parts, prefill)])
             for _ in range(1 + repeats):
                 for name, seconds in rows.items():
-                    with under(policies.get(name)):
+                    with under(settings.get(name)):
                         seconds.append([_seconds(prefill, devices), _decode_seconds(model, inputs, devices)])
         quartiles = np.quantile([seconds[1:] for seconds in rows.values()], [0.25, 0.5, 0.75], axis=1)  # [3, C + 1, 2]
         runs.append(np.concatenate([counts, quartiles[1], quartiles[2] - quartiles[0]], axis=1))
@@ -240,13 +241,13 @@ def measure_policies(
     )
 
 
-def _replayed(policy: Any, prefill: Callable[[], Cache], under: Callable[[Any], Any]) -> Any:
-    """A policy, or layer, that decides the same in a prefill."""
-    if isinstance(policy, int) or is_setting(policy):
-        return policy
-    with under(watched(policy, decided := {})):
+def _replayed(setting: Setting, prefill: Callable[[], Cache], under: Callable[[Any], Any]) -> Setting:
+    """One that decides the same in a prefill."""
+    if setting.is_layer:
+        return setting
+    with under(setting.replaced(watched(setting.policy, decided := {}))):
         prefill()
-    return Replayed(decided) if decided else policy
+    return setting.replaced(Replayed(decided)) if decided else setting
 
 
 def _prefill(model: nn.Module, parts: Parts, inputs: Mapping[str, Any]) -> Cache:

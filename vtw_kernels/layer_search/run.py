@@ -165,7 +165,9 @@ def run(options: Namespace, command: str, job: Job) -> int:
             )
             return 128 + stopped_by
         measured = {
-            name: job.measure(name, scorer, (encoder(records[index_of[x]]) for x in chosen[name]))
+            name: job.measure(
+                name, scorer, (encoder(records[index_of[x]], with_answer=job.answered) for x in chosen[name])
+            )
             for name in planned["missing"]
         }
         if result is None:  # another rank of a tensor-parallel model
