@@ -484,11 +484,16 @@ def test_bad_use():
     with vtw.prune_visual(model, PRUNINGS["ffn"]):
         with pytest.raises(ValueError, match="expected one without visual pruning"):
             vtw.prune_visual(model, PRUNINGS["all"]).apply()
+        for other in (vtw.withdraw(model, 2), vtw.skip_attention(model, [2])):
+            with pytest.raises(ValueError, match="expected one without visual pruning"), other:
+                pass
         with pytest.raises(ValueError, match="output_attentions: expected False"):
             model(**batch.inputs(), output_attentions=True)
         with pytest.raises(RuntimeError, match="expected decoder layer 1 to run within a forward of its model"):
             model.model.language_model.layers[1](torch.randn(1, 3, 32))
     with vtw.withdraw(model, 2), pytest.raises(ValueError, match="expected one without withdrawal, whose policy is"):
+        vtw.prune_visual(model, PRUNINGS["ffn"]).apply()
+    with vtw.skip_attention(model, [2]), pytest.raises(ValueError, match="expected one whose attention is not skipped"):
         vtw.prune_visual(model, PRUNINGS["ffn"]).apply()
     with pytest.warns(UserWarning, match="nothing was pruned"):
         vtw.prune_visual(model, PRUNINGS["ffn"])

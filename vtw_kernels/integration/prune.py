@@ -112,9 +112,9 @@ class prune_visual(ContextDecorator):  # a context manager, named as ``withdraw`
             policies.append(Withdraw(pruning.layer_cut))
         self._hooks = Hooks(self.model, self.parts, pruning, visual_mask, grids)
         # The last layer withdraws nothing; so its arguments are checked in any case.
-        self._withdrawal = Withdrawal(self.model, policies or len(self.parts.layers), visual_mask, decoder)
+        self.withdrawal = Withdrawal(self.model, policies or len(self.parts.layers), visual_mask, decoder)
         if not policies:
-            self._withdrawal = None
+            self.withdrawal = None
         self._used = False
 
     @property
@@ -131,10 +131,15 @@ class prune_visual(ContextDecorator):  # a context manager, named as ``withdraw`
             raise ValueError(
                 "model: expected one without withdrawal, whose policy is an argument of prune_visual, got one under it"
             )
+        if (skipping := getattr(self.parts.decoder, "_vtw_skipping", None)) is not None:
+            raise ValueError(
+                "model: expected one whose attention is not skipped, got one under "
+                f"skip_attention(layers={list(skipping.layers)})"
+            )
         self.parts.decoder._vtw_pruning = self
         self._hooks.place()
-        if self._withdrawal is not None:
-            self._withdrawal.place()
+        if self.withdrawal is not None:
+            self.withdrawal.place()
         self._generate = vars(self.model).get("generate")
         if hasattr(self.model, "generate"):
             self.model.generate = partial(self._generate_from_prompt, self.model.generate)
@@ -148,8 +153,8 @@ class prune_visual(ContextDecorator):  # a context manager, named as ``withdraw`
             del self.model.generate  # else another library has wrapped it since
             if self._generate is not None:
                 self.model.generate = self._generate
-        if self._withdrawal is not None:
-            self._withdrawal.remove()
+        if self.withdrawal is not None:
+            self.withdrawal.remove()
         self._hooks.remove()
         del self.parts.decoder._vtw_pruning
 

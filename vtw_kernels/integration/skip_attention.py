@@ -152,12 +152,14 @@ class Skipping:
         self._prompt = PromptKnown(model)
 
     def place(self) -> "Skipping":
-        """Puts it into effect. Raises ValueError where another one is."""
+        """Puts it into effect. Raises ValueError where another one is, or visual pruning."""
         if (active := getattr(self.parts.decoder, "_vtw_skipping", None)) is not None:
             raise ValueError(
                 "model: expected one whose attention is not skipped, got one under "
                 f"skip_attention(layers={list(active.layers)})"
             )
+        if (pruned := getattr(self.parts.decoder, "_vtw_pruning", None)) is not None:
+            raise ValueError(f"model: expected one without visual pruning, got one under {pruned.pruning!r}")
         compat.warn_if_newer()
         self.parts.decoder._vtw_skipping = self
         self._hooks.place()

@@ -175,11 +175,17 @@ class Withdrawal:
         """Puts it into effect.
 
         Raises:
-            ValueError: another one is.
+            ValueError: another one is, or visual pruning that it is no part of.
         """
         if (active := _active(self.parts.decoder)) is not None:
             raise ValueError(
                 f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect"
+            )
+        pruned = getattr(self.parts.decoder, "_vtw_pruning", None)
+        if pruned is not None and pruned.withdrawal is not self:
+            raise ValueError(
+                "model: expected one without visual pruning, which takes the policy as an argument, got one under "
+                f"{pruned.pruning!r}"
             )
         compat.warn_if_newer()
         self.parts.decoder._vtw_withdrawal = self
