@@ -30,7 +30,7 @@ def of_models(model: nn.Module, batch: dict[str, Tensor]) -> None:
     pruning = vtw.VisualPruning(heads=torch.ones(2, 4, dtype=torch.bool), window=5, ffn_ratio=2, layer_cut=1)
     with vtw.prune_visual(model, pruning, [vtw.TopAttention(1, 0.5)], grids=[[(24, 24)]]) as pruned:
         assert_type(pruned.copied_bytes, int)
-    assert_type(vtw.find_visual_heads(model, [batch], keep=0.5).heads, Tensor)
+    assert_type(vtw.find_visual_heads(model, [batch], keep=0.5), vtw.VisualHeads)
     vtw.VisualPruning(window="5")  # type: ignore[arg-type]
     vtw.withdraw(model, layer=1.5)  # type: ignore[arg-type]
     vtw.withdraw()  # type: ignore[call-arg]
