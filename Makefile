@@ -13,7 +13,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=w
 # Older releases of transformers, beside the one in constraints.txt, and what is tested with them: not torch.compile,
 # which is torch's matter and slow.
 OLD_TRANSFORMERS := build/transformers-4.57 build/transformers-5.17
-INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py)
+INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_search.py search_cli.py distributed.py policies.py \
+	exit_routers.py compare.py cross_attention.py skip_attention.py)
 
 .PHONY: demo test test-cuda test-newest upgrade bench gpu-check gpu-rehearsal cuda-installed cuda-check cuda-build \
 	stable-abi clean

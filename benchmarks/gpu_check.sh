@@ -109,10 +109,12 @@ fi
 
 step smoke 60 "$PYTHON" "$ROOT/benchmarks/gpu_smoke.py" || exit
 
-# The CUDA kernels all of it; Triton's, of which each kind of tensor is compiled anew, a part.
+# The CUDA kernels all of it; Triton's, of which each kind of tensor is compiled anew, a part. No other file is read, as
+# that may need what is not here.
+files=("$ROOT"/python_tests/test_{bad_input,compaction,compaction_paged,gpu,kl_divergence,transforms,withdraw_gpu}.py)
 workers=()
 "$PYTHON" -c "import xdist" 2>/dev/null && workers=(--numprocesses "$JOBS" --dist worksteal --max-worker-restart 2)
-step tests 120 "$PYTHON" -m pytest "$ROOT/python_tests" -p no:cacheprovider -q -m gpu "${workers[@]}" \
+step tests 120 "$PYTHON" -m pytest "${files[@]}" -p no:cacheprovider -q -m gpu "${workers[@]}" \
     -k "not triton or cuda_graph or other_stream or test_sizes or plan-images or NHD-prefix" --junitxml "$WORK/tests.xml"
 
 step bench 110 "$PYTHON" "$ROOT/benchmarks/gpu_headline.py" "$WORK/bench.json" "$(scaled 80)"

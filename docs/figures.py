@@ -1,5 +1,6 @@
 """Draws the pictures of the README and of these pages into ``images/``. Seconds; no model is run."""
 
+import json
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -8,12 +9,15 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import PercentFormatter
 
 from vtw_kernels.demo import data, smollm2
-from vtw_kernels.layer_search.plots import BLUE, FLOOR, GREEN, GREY, ORANGE, RED, new_figure
+from vtw_kernels.layer_search.plots import BLUE, FLOOR, GREEN, GREY, ORANGE, PINK, RED, new_figure
 from vtw_kernels.layer_search.result import PAPER_THRESHOLD
 
 IMAGES = Path(__file__).parent / "images"
+ANSWERS = Path(__file__).parent / "answers"
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 TRAININGS = {"as usual": ORANGE, "with withdrawal": BLUE}
+METHODS = {"fixed layer": (BLUE, "o-"), "dynamic exit": (GREEN, "*-"), "FastV": (ORANGE, "s-"),
+           "PyramidDrop": (RED, "^:"), "random": (PINK, "D--")}  # fmt: skip
 
 
 def draw_layers() -> None:
@@ -48,6 +52,30 @@ def draw_layers() -> None:
     panels[0, 0].set_ylabel("KL(withdrawn‖full), nats")
     panels[1, 0].set_ylabel("right answers")
     figure.savefig(IMAGES / "layers.png", dpi=150)
+
+
+def draw_policies(model: str, columns: int) -> None:
+    """Right answers over the rows that policies save, as ``examples/compare_policies.py`` measured them, in a panel for
+    all questions and one for each kind."""
+    methods = json.loads((ANSWERS / f"{model}.json").read_text())
+    (plain,) = methods.pop("the model as it is").values()
+    figure, _ = new_figure(2.6 * columns, 2.7 * -(-len(plain) // columns))
+    figure.clear()
+    panels = figure.subplots(-(-len(plain) // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for axes, kind in zip(panels.flat, plain, strict=True):
+        axes.axhline(plain[kind]["right"], color=GREY, linestyle="--", lw=1, label="the model as it is")
+        for method, policies in methods.items():
+            colour, style = METHODS[method]
+            points = sorted((by_kind[kind]["saved"], by_kind[kind]["right"]) for by_kind in policies.values())
+            axes.plot(*zip(*points), style, color=colour, ms=9 if style[0] == "*" else 5, lw=1, label=method)
+        axes.set(title=kind, ylim=(0, 1.03))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("rows of all layers that are saved", fontsize=10)
+    figure.supylabel("right answers", fontsize=10)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    figure.savefig(IMAGES / f"policies-{model}.png", dpi=150)
 
 
 def blank(width: float, height: float, columns: float, rows: float) -> Axes:
@@ -133,3 +161,5 @@ if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     for draw in (draw_layers, draw_forward, draw_compaction, draw_kl):
         draw()
+    draw_policies("digits", columns=4)
+    draw_policies("smollm2", columns=5)

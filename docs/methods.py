@@ -2,10 +2,14 @@
 shows too. Some minutes on two CPU cores.
 
 Accuracy: share of the test split's questions that are answered exactly, greedily. KL: mean of KL(method‖plain) at the
-first token of the answer, in nats. Cache: share of the bytes of keys and values that is left after the prefill.
+first token of the answer, in nats. Cache: share of the bytes of keys and values that is left after the prefill of 32
+prompts, each by itself.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +23,24 @@ from vtw_kernels.demo.run import cache_bytes
 from vtw_kernels.integration.arguments import Arguments
 
 TABLE = Path(__file__).parent / "methods.md"
-MODELS = {"digits": (data, 1400), "SmolLM2": (smollm2, 192)}  # and how many questions of the test split
-VTW, FASTV, PYRAMIDDROP = (
-    f"[{name}](https://arxiv.org/abs/{paper})"
-    for name, paper in (("VTW", "2405.05803"), ("FastV", "2403.06764"), ("PyramidDrop", "2410.17247"))
-)
+# How many questions of the test split there are, and before which layer the first gate is.
+MODELS = {"digits": (data, 1400, 1), "SmolLM2": (smollm2, 192, 14)}
+TRAINED = 320  # how many questions gates are trained with, a fifth of them held out
+PAPERS = {"VTW": "2405.05803", "DyVTE": "2411.19628", "FastV": "2403.06764", "PyramidDrop": "2410.17247"}
+PAPERS["EAS"] = "2403.15226"
+VTW, DYVTE, FASTV, PYRAMIDDROP, EAS = (f"[{name}](https://arxiv.org/abs/{paper})" for name, paper in PAPERS.items())
 
 
-def methods(layer: int, layers: int) -> dict[str, int | list[vtw.Policy]]:
-    """By what leaves and who says so. ``layer``: what the search found, of so many ``layers``."""
+Method = int | vtw.Policy | list[vtw.Policy] | vtw.SkipAttention
+
+
+def methods(layer: int, layers: int, gates: vtw.ExitRouters, skipped: list[int]) -> dict[str, Method]:
+    """By what leaves and who says so. ``layer``: what the search found, of so many ``layers``; ``skipped``: whose
+    attention can be."""
     return {
         "nothing | | ": layers,
         f"all visual tokens, at the layer that `find_layer` finds | {VTW} | `Withdraw(K)`": layer,
+        f"all of them, where a gate says so of the prompt | {DYVTE} | `ExitRouters.load(path)`": gates,
         f"half of them before layer 2, the least attended | {FASTV} | `TopAttention(2, 0.5)`": [
             vtw.TopAttention(2, 0.5)
         ],
@@ -40,30 +50,49 @@ def methods(layer: int, layers: int) -> dict[str, int | list[vtw.Policy]]:
         "half before layer 2, drawn at random | (to compare with) | `RandomVisual(2, 0.5)`": [vtw.RandomVisual(2, 0.5)],
         "the least attended half before layer 2, the rest at the layer found | both | "
         "`[TopAttention(2, 0.5), Withdraw(K)]`": [vtw.TopAttention(2, 0.5), vtw.Withdraw(layer)],
+        f"nothing; an eighth of the layers skip attention | {EAS} | `SkipAttention(layers)`": vtw.SkipAttention(
+            skipped
+        ),
     }
 
 
+@contextmanager
+def skipping(model, method: Method) -> Iterator[Any]:
+    """Yields what is withdrawn beside the attention that is skipped meanwhile, if any is."""
+    if not isinstance(method, vtw.SkipAttention):
+        yield method
+        return
+    with vtw.skip_attention(model, method.layers):
+        yield model.config.text_config.num_hidden_layers
+
+
 @torch.inference_mode()
-def kv_bytes(model, batch: Batch, policy: int | list[vtw.Policy]) -> int:
-    cache = DynamicCache(config=model.config.text_config)
-    with vtw.withdraw(model, policy):
-        model(**batch.inputs, **{Arguments(model).cache: cache})
-    return cache_bytes(cache)
+def kv_bytes(model, prompts: list[Batch], method: Method) -> int:
+    """Of prompts each by itself."""
+    caches = [DynamicCache(config=model.config.text_config) for _ in prompts]
+    with skipping(model, method) as policy, vtw.withdraw(model, policy):
+        for prompt, cache in zip(prompts, caches):
+            model(**prompt.inputs, **{Arguments(model).cache: cache})
+    return sum(map(cache_bytes, caches))
 
 
 def measure(name: str) -> tuple[str, dict[str, str]]:
     """The model in words, and by method: accuracy, KL and what is left of the cache."""
-    source, questions = MODELS[name]
+    source, questions, first = MODELS[name]
     model, tokenizer = source.load_model(), source.load_tokenizer()
-    test = source.load_batches("test", 32, questions)
+    test, single = source.load_batches("test", 32, questions), source.load_batches("test", 1, 32)
     layers = model.config.text_config.num_hidden_layers
     layer = vtw.find_layer(model, [batch.inputs for batch in source.load_batches("calibration", 32)]).layer
-    plain, plain_bytes, cells = None, kv_bytes(model, test[0], layers), {}
-    for method, policy in methods(layer, layers).items():
-        answers, first = answer(model, tokenizer, test, policy)
+    calibration = [batch.inputs for batch in source.load_batches("calibration", 16, TRAINED)]
+    gates = vtw.train_exit(model, calibration, positions="last", first=first).routers
+    skipped = vtw.find_skippable(model, calibration[:2], layers // 8, bandit=None).layers
+    plain, plain_bytes, cells = None, kv_bytes(model, single, layers), {}
+    for method, setting in methods(layer, layers, gates, skipped).items():
+        with skipping(model, setting) as policy:
+            answers, first = answer(model, tokenizer, test, policy)
         plain = first if plain is None else plain
         kl = F.kl_div(plain, first, log_target=True, reduction="batchmean").item()
-        left = kv_bytes(model, test[0], policy) / plain_bytes
+        left = kv_bytes(model, single, setting) / plain_bytes
         cells[method] = f"{accuracy(answers, test)['all']:.1%}<br>KL {abs(kl):.2g}<br>cache {left:.0%}"
         print(name, method, cells[method], sep=": ", flush=True)
     return f"{name}, K = {layer} of {layers}", cells

@@ -294,3 +294,11 @@ def test_the_cpp_example(tmp_path):
         "first rows of the cache: 0 1 10 11",
         "KL 0.0000 and 0.6379",
     ]
+
+
+def test_gpu_check_runs_every_file_with_tests_for_a_gpu():
+    of_gpu = re.compile(r"def test_\w+\([^)]*\b(?:gpu_)?backend\b|mark\.gpu\b")
+    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    wanted = {name for name in tests if of_gpu.search((Path(__file__).parent / f"test_{name}.py").read_text())}
+    files = re.search(r"^files=.*test_\{(.*)\}", (ROOT / "benchmarks/gpu_check.sh").read_text(), re.MULTILINE)
+    assert set(files[1].split(",")) == wanted

@@ -2,7 +2,9 @@
 
 import json
 import random
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,11 +24,6 @@ from vtw_kernels.layer_search.decisions import Replayed, watched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 POLICIES = ["layer=1", "layer=3", f"layer={LAYERS}", "top-attention:1:0.5", "top-attention:2:1+layer=3"]
-
-
-@pytest.fixture
-def one_thread(num_threads):
-    num_threads(1)
 
 
 class Bright(vtw.Policy):
@@ -187,6 +184,34 @@ def make_comparison(seed: int, samples: int = 8, columns: int = 7) -> vtw.Compar
     names = [f"layer={i}" for i in range(1, columns + 1)]
     groups = [random.Random(seed + i).choice("ab") for i in range(samples)]
     return vtw.Comparison("Model", 9, names, kl, kl * 2, kl / 2, saved, tokens, tokens // 2, groups=groups)
+
+
+@contextmanager
+def without_attention(model, layer):
+    attention = model.model.language_model.layers[layer].self_attn
+    hook = attention.register_forward_hook(lambda module, args, output: (0 * output[0], *output[1:]))
+    yield
+    hook.remove()
+
+
+def test_functions_of_the_model():
+    """What saves other work than rows; and withdrawal as such a function is what it is as a layer."""
+    model, batch = make_model("llava"), make_batch("llava", IMAGES)
+    named = {"none in 2": partial(without_attention, layer=2), "3": 3, "3 again": lambda model: vtw.withdraw(model, 3)}
+    found = vtw.compare(model, [batch.inputs()], named, progress=False, costed=1)
+    with torch.no_grad():
+        full = model(**batch.inputs()).logits[:, -1].double().log_softmax(-1)
+        with without_attention(model, 2):
+            changed = model(**batch.inputs()).logits[:, -1].double().log_softmax(-1)
+    kl = (changed.exp() * (changed - full)).sum(-1)
+    torch.testing.assert_close(found.per_sample[:, 0].double(), kl, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.per_sample[:, 2], found.per_sample[:, 1], atol=1e-6, rtol=1e-4)
+    assert kl.min() > 1e-4 and found.saving()[1] > 0 and found.saving().tolist()[::2] == [0, 0]
+    assert found.saving("flops").tolist() == [0, *[found.saving("flops")[1].item()] * 2]
+    with pytest.raises(TypeError, match="expected functions by name"):
+        vtw.compare(model, [batch.inputs()], [named["3 again"]])
+    with pytest.raises(ValueError, match="layer"):  # before a batch is looked at
+        vtw.compare(model, [], {"no layer of this model": lambda model: vtw.withdraw(model, 99)})
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -13,19 +13,12 @@ import vtw_kernels as vtw
 from vtw_kernels.integration.exit_routers import exit_features, write_safetensors
 from vtw_kernels.integration.verify import hide_keys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 HIDDEN = 32
 GATES = (1, 2, 3)
 # Two images, text alone, an image at the start, one with a single row behind it, and padding of many lengths.
 PROMPTS = [[2, 4, 3], [1, 8, 4], [3, 4, 2, 4, 3], [7], [0 if not older_than("5") else 1, 4, 6], [2, 4, 1], [5, 4, 2]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)

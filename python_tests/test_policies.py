@@ -20,6 +20,7 @@ from vlm import (
     LAYERS,
     ONE,
     RAGGED,
+    TRANSFORMERS_5,
     append,
     generated,
     make_batch,
@@ -150,7 +151,8 @@ def test_families(name, attention):
         with hide_keys(model, table.gone(visual)):
             wanted = logits(model, inputs, past_key_values=full_cache(model))
         assert (logits(model, inputs) - wanted).abs().max() >= 10 * TOLERANCE, "nothing to see"
-        for cache in ("dynamic", "static"):
+        # In transformers 5.17, static caches of Gemma 4 are wrong without withdrawal as well.
+        for cache in ("dynamic", "static") if name != "gemma4" or not older_than("5.18") else ("dynamic",):
             with vtw.withdraw(model, table):
                 given = logits(model, inputs, cache_implementation=cache)
             error = (given - wanted).abs().max()
@@ -160,6 +162,8 @@ def test_families(name, attention):
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("options", [{}, BEAMS], ids=["greedy", "beams"])
 def test_generate(family, options, cache):
+    if family == "qwen2_vl" and options and TRANSFORMERS_5 and older_than("5.18"):
+        pytest.skip("transformers 5.17 cannot repeat the images of Qwen2-VL")
     model, batch = model_of(family), make_batch(family, RAGGED)
     table = random_table(batch.visual, [1, 2, 3], 0.6, seed=1)
     options = options | ({"use_cache": False} if cache == "none" else {"cache_implementation": cache})
@@ -708,7 +712,7 @@ def test_attention_that_is_not_there():
     match = r"expected text after the last image .* as TopAttention\(layer=2, keep=0.5\) looks at .*, got .* of row 1"
     ends_visual = make_batch("llava", [[8, 4, 1], [3, 4]])
     with vtw.withdraw(model, policy), pytest.raises(ValueError, match=match):
-        model.model(**ends_visual.inputs())
+        model(**ends_visual.inputs())
     batch = make_batch("llava", [[3, 4, 3]])
     layer = model.model.language_model.layers[1]
 

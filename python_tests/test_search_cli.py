@@ -548,7 +548,7 @@ def test_the_choice_is_made_anew(place, monkeypatch, capsys):
         options = ["--threshold", "100", "--statistic", "max", "--metric", "reverse_kl"]
         assert search(*options) == 0
         said = capsys.readouterr()
-        assert "vtw.json: 12 of 12 records were scored before: only the choice is made anew" in said.err
+        assert "vtw.json: 12 of 12 records were scored before; the model is not run" in said.err
         assert "Withdraw before layer 1 of 4" in said.out and "threshold 100 on the maximum" in said.out
     chosen = json.loads((place / "vtw.json").read_text())
     assert (chosen["layer"], chosen["statistic"], chosen["per_sample"]) == (1, "max", wanted["per_sample"])

@@ -21,17 +21,10 @@ from vtw_kernels.layer_search import run, state
 from vtw_kernels.layer_search.exit_scorer import ExitScorer
 from vtw_kernels.layer_search.exit_training import Training, exit_labels, train_gates, train_routers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 PROMPTS = [[2, 4, 6], [1, 8, 5], [3, 4, 2, 4, 7], [1, 4, 6]]
 SMALL = {"width": 8, "epochs": 3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)

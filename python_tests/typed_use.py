@@ -27,6 +27,11 @@ def of_models(model: nn.Module, batch: dict[str, Tensor]) -> None:
         assert_type(vtw.apply(model, policy), Withdrawal)
     vtw.remove(model)
     vtw.withdraw(model, vtw.RandomVisual(2, 10, seed=1), visual_mask=torch.ones(1, 2, dtype=torch.bool), decoder=model)
+    pruning = vtw.VisualPruning(heads=torch.ones(2, 4, dtype=torch.bool), window=5, ffn_ratio=2, layer_cut=1)
+    with vtw.prune_visual(model, pruning, [vtw.TopAttention(1, 0.5)], grids=[[(24, 24)]]) as pruned:
+        assert_type(pruned.copied_bytes, int)
+    assert_type(vtw.find_visual_heads(model, [batch], keep=0.5), vtw.VisualHeads)
+    vtw.VisualPruning(window="5")  # type: ignore[arg-type]
     vtw.withdraw(model, layer=1.5)  # type: ignore[arg-type]
     vtw.withdraw()  # type: ignore[call-arg]
 
@@ -50,6 +55,16 @@ def of_models(model: nn.Module, batch: dict[str, Tensor]) -> None:
     assert_type(training.routers, vtw.ExitRouters)
     assert_type(vtw.ExitRouters.load("exit.safetensors"), vtw.ExitRouters)
     assert_type(vtw.verify(model, batch, layer=16), vtw.Verification)
+
+    with vtw.skip_attention(model, layers=[3, 5], adapters=vtw.SkipAdapters.from_pretrained("adapters")):
+        pass
+    vtw.compare(model, [batch], {"without": vtw.SkipAttention([3, 5])})
+    found = vtw.find_skippable(model, [batch], skip=2, bandit=vtw.Bandit(steps=10))
+    assert_type(found, vtw.SkipSearch)
+    assert_type(found.kl, Tensor)
+    adapted = vtw.train_skip(model, [batch], [3, 5], vtw.AdapterTraining(epochs=1))
+    assert_type(adapted, vtw.SkipTraining)
+    assert_type(adapted.adapters, vtw.SkipAdapters)
     vtw.find_layer(model, [batch], treshold=0.01)  # type: ignore[call-arg]
 
 

@@ -53,15 +53,25 @@ else:
     )
 
 # Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
-ROOMS = dict.fromkeys(("Verification", "apply", "remove", "verify", "withdraw"), "integration")
+ROOMS = dict.fromkeys(
+    ("SkipAdapters", "SkipAttention", "Verification", "apply", "remove", "skip_attention", "verify", "withdraw"),
+    "integration",
+)
+ROOMS |= dict.fromkeys(("VisualPruning", "prune_visual"), "integration")
 ROOMS |= dict.fromkeys(
     ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
 )
+ROOMS["train_exit"] = "layer_search"
+ROOMS |= dict.fromkeys(("AdapterTraining", "SkipTraining", "train_skip"), "layer_search.skip_training")
 ROOMS |= dict.fromkeys(
-    ("Comparison", "ExitTraining", "LayerSearch", "compare", "find_layer", "train_exit"), "layer_search"
+    ("Bandit", "Comparison", "ExitTraining", "LayerSearch", "SkipSearch", "compare", "find_layer", "find_skippable"),
+    "layer_search",
 )
+ROOMS |= dict.fromkeys(("VisualHeads", "find_visual_heads"), "layer_search.visual_heads")
 
 __all__ = [
+    "AdapterTraining",
+    "Bandit",
     "Boundary",
     "CompactionPlan",
     "Comparison",
@@ -71,8 +81,14 @@ __all__ = [
     "PackedPlan",
     "Policy",
     "RandomVisual",
+    "SkipAdapters",
+    "SkipAttention",
+    "SkipSearch",
+    "SkipTraining",
     "TopAttention",
     "Verification",
+    "VisualHeads",
+    "VisualPruning",
     "Withdraw",
     "apply",
     "backend_info",
@@ -82,6 +98,8 @@ __all__ = [
     "compare",
     "expand",
     "find_layer",
+    "find_skippable",
+    "find_visual_heads",
     "kl_divergence",
     "kl_divergence_loss",
     "kl_divergence_vocab_parallel",
@@ -92,8 +110,11 @@ __all__ = [
     "parse_policy",
     "plan_compaction",
     "plan_packed_",
+    "prune_visual",
     "remove",
+    "skip_attention",
     "train_exit",
+    "train_skip",
     "verify",
     "withdraw",
 ]
@@ -103,12 +124,19 @@ if TYPE_CHECKING:
     from vtw_kernels.integration.exit_routers import ExitRouters
     from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
     from vtw_kernels.integration.policy_text import parse_policy
+    from vtw_kernels.integration.prune import prune_visual
+    from vtw_kernels.integration.skip_adapters import SkipAdapters
+    from vtw_kernels.integration.skip_attention import SkipAttention, skip_attention
     from vtw_kernels.integration.verify import Verification, verify
+    from vtw_kernels.integration.visual_pruning import VisualPruning
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
-    from vtw_kernels.layer_search import compare, find_layer, train_exit
+    from vtw_kernels.layer_search import compare, find_layer, find_skippable, train_exit
     from vtw_kernels.layer_search.comparison import Comparison
     from vtw_kernels.layer_search.exit_training import ExitTraining
     from vtw_kernels.layer_search.result import LayerSearch
+    from vtw_kernels.layer_search.skip_search import Bandit, SkipSearch
+    from vtw_kernels.layer_search.skip_training import AdapterTraining, SkipTraining, train_skip
+    from vtw_kernels.layer_search.visual_heads import VisualHeads, find_visual_heads
 else:
 
     def __getattr__(name: str) -> Any:

@@ -40,20 +40,25 @@ def main(arguments: list[str] | None = None) -> int:
     add_search(commands)
     add_compare(commands)
     add_train_exit(commands)
-    report = commands.add_parser("report", help="a page of HTML about what search, compare or train-exit found")
+    add_skip_attention(commands)
+    report = commands.add_parser(
+        "report", help="a page of HTML about what search, compare, train-exit or skip-attention found"
+    )
     report.add_argument("result", type=Path, help="what one of these, or save, wrote, such as vtw.json")
     report.add_argument("--out", type=Path, help="the page (default: the result's name with .html)")
     add_bench(commands)
 
     options = parser.parse_args(arguments)
     try:
+        command = shlex.join(["vtw-kernels", *(sys.argv[1:] if arguments is None else arguments)])
         if options.command in ("search", "compare", "train-exit"):
             from vtw_kernels.layer_search.jobs import CompareJob, ExitJob, SearchJob
             from vtw_kernels.layer_search.run import run as run_job
 
             job = {"search": SearchJob, "compare": CompareJob, "train-exit": ExitJob}[options.command](options)
-            command = shlex.join(["vtw-kernels", *(sys.argv[1:] if arguments is None else arguments)])
             return run_job(options, command, job)
+        if options.command == "skip-attention":
+            return skip_attention(options, command)
         if options.command == "info" and options.model is not None:
             print_model_info(options.model)
         elif options.command == "info":
@@ -186,6 +191,102 @@ def add_train_exit(commands: argparse._SubParsersAction) -> None:
     )
     add_model(train)
     train.set_defaults(metric="kl", statistic="mean", costs=False)
+
+
+def add_skip_attention(commands: argparse._SubParsersAction) -> None:
+    skip = commands.add_parser(
+        "skip-attention",
+        help="search layers whose attention can be skipped, train adapters in its place, and see what they are worth",
+        description="Skips the attention of some decoder layers (Efficient Attention Skipping).",
+    )
+    actions = skip.add_subparsers(dest="action", required=True)
+    search = actions.add_parser(
+        "search",
+        help="layers whose attention matters least",
+        description="Searches layers whose attention can be skipped: by what the next tokens say, one at a time and "
+        "greedily, and by the bandit of the paper. A search that was stopped goes on when the same command is run "
+        "again, from the last record, and what looks at all records together from its beginning.",
+    )
+    add_records(search, Path("skip.json"))
+    choice = search.add_argument_group("choice of the layers")
+    choice.add_argument("--skip", type=int, default=12, help="how many (default: 12)")
+    choice.add_argument("--candidates", type=int, nargs="+", metavar="LAYER", help="among which (default: all)")
+    choice.add_argument("--no-greedy", dest="greedy", action="store_false", help="don't search greedily")
+    add_criterion(choice)
+    bandit = search.add_argument_group("bandit")
+    bandit.add_argument(
+        "--bandit", choices=["softmax", "sigmoid", "none"], default="softmax", help="its chances (default: softmax)"
+    )
+    bandit.add_argument("--steps", type=int, default=300, help="(default: 300)")
+    bandit.add_argument("--warm-up", type=float, default=0.2, help="share of the steps (default: 0.2)")
+    bandit.add_argument("--every", type=int, default=3, help="so many steps subsets are rated (default: 3)")
+    bandit.add_argument("--subsets", type=int, default=5, help="that are rated together (default: 5)")
+    bandit.add_argument("--learning-rate", type=float, default=2.0, help="of the scores (default: 2)")
+    bandit.add_argument("--bandit-seed", type=int, default=0, help="of its draws (default: 0)")
+    add_model(search)
+    search.set_defaults(costs=False)
+
+    train = actions.add_parser(
+        "train",
+        help="train adapters that take the place of attention",
+        description="Trains adapters for layers whose attention is skipped, in one process; the model stays as it is. "
+        "A training that was stopped goes on from its last epoch when the same command is run again.",
+    )
+    add_records(train, Path("skip-adapters"))
+    chosen = train.add_argument_group("layers")
+    chosen.add_argument("--layers", help="whose attention is skipped, as 3,5,8")
+    chosen.add_argument("--search", type=Path, help="or what skip-attention search has found")
+    training = train.add_argument_group("training")
+    add_positions(training, "answer")
+    training.add_argument("--dim", type=int, default=8, help="of adapters in front of attention (default: 8)")
+    training.add_argument("--skipped-dim", type=int, help="of those in its place (default: 4 times as many)")
+    training.add_argument("--dropout", type=float, default=0.1, help="(default: 0.1)")
+    training.add_argument("--epochs", type=int, default=3, help="(default: 3)")
+    training.add_argument("--accumulate", type=int, default=8, help="records a step (default: 8)")
+    training.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW, at its highest (default: 1e-3)")
+    training.add_argument("--warm-up", type=float, default=0.03, help="share of the steps (default: 0.03)")
+    training.add_argument("--held-out", type=float, default=0.2, help="share of the records (default: 0.2)")
+    training.add_argument(
+        "--training-seed", type=int, default=0, help="of weights, of what is held out, and of the order (default: 0)"
+    )
+    add_model(train)
+
+    evaluate = actions.add_parser(
+        "evaluate",
+        help="compare skipped layers, with adapters and without, and policies of withdrawal",
+        description="Compares as vtw-kernels compare does, of which this is a short form, and goes on like it.",
+    )
+    add_records(evaluate, Path("skip-comparison.json"))
+    evaluate.add_argument(
+        "--layers", action="append", default=[], help="whose attention is skipped, as 3,5,8; given several times"
+    )
+    evaluate.add_argument("--adapters", action="append", default=[], metavar="FOLDER", help="given several times")
+    evaluate.add_argument("--search", type=Path, help="all choices that skip-attention search has found")
+    evaluate.add_argument(
+        "--policy", action="append", default=[], help="to compare with, as compare takes it; given several times"
+    )
+    add_criterion(evaluate.add_argument_group("what is compared"))
+    add_model(evaluate, "don't measure operations, memory and time under each of them")
+
+
+def skip_attention(options: argparse.Namespace, command: str) -> int:
+    from vtw_kernels.layer_search.jobs import CompareJob, SkipJob
+    from vtw_kernels.layer_search.run import run as run_job
+
+    if options.action == "search":
+        return run_job(options, command, SkipJob(options))
+    if options.action == "train":
+        from vtw_kernels.layer_search.skip_training import run_training
+
+        return run_training(options, command)
+    from vtw_kernels.layer_search.skip_search import SkipSearch
+
+    found = SkipSearch.load(options.search).choices.values() if options.search else ()
+    layers = dict.fromkeys([*options.layers, *(",".join(map(str, x)) for x in found)])
+    options.policy = [f"skip:{x}" for x in (*layers, *options.adapters)] + options.policy
+    if not options.policy:
+        raise ValueError("layers: expected --layers, --adapters or --search, got none of them")
+    return run_job(options, command, CompareJob(options))
 
 
 def add_records(parser: argparse.ArgumentParser, out: Path) -> None:
@@ -327,11 +428,12 @@ def report_on(result: Path, page: Path) -> None:
     from vtw_kernels.layer_search.exit_training import ExitTraining
     from vtw_kernels.layer_search.report import check_page
     from vtw_kernels.layer_search.result import LayerSearch
+    from vtw_kernels.layer_search.skip_search import SkipSearch
 
     if result.suffix == ".safetensors":
         kind = ExitTraining
     else:
-        kind = Comparison if Comparison.wrote(result) else LayerSearch
+        kind = Comparison if Comparison.wrote(result) else SkipSearch if SkipSearch.wrote(result) else LayerSearch
     found = kind.load(result)
     check_page("out", page)
     found.report(page)

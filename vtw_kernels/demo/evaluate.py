@@ -10,17 +10,17 @@ from tqdm import trange
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from vtw_kernels.demo.data import MAX_NEW_TOKENS, Batch
-from vtw_kernels.integration import withdraw
+from vtw_kernels.layer_search.settings import Setting
 
 
 @torch.inference_mode()
 def answer(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, batches: list[Batch], layer: Any
 ) -> tuple[list[str], Tensor]:
-    """Greedy answers with the visual tokens withdrawn before ``layer``, or as a policy says, and the log-probabilities
-    of their first tokens, float32 [questions, vocabulary]."""
+    """Greedy answers with the visual tokens withdrawn before ``layer``, or under what else ``compare`` takes, and the
+    log-probabilities of their first tokens, float32 [questions, vocabulary]."""
     answers, first = [], []
-    with withdraw(model, layer):
+    with Setting.of(model, layer, None).under(model, None, None):
         for batch in batches:
             output = model.generate(
                 **batch.inputs,

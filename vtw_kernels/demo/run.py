@@ -21,6 +21,7 @@ from vtw_kernels.demo.data import Batch
 from vtw_kernels.demo.evaluate import accuracy, answer
 from vtw_kernels.integration import withdraw
 from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.integration.pruned_cache import stores_of
 from vtw_kernels.layer_search import find_layer
 
 MODELS = {"digits": data, "smollm2": smollm2}
@@ -199,4 +200,5 @@ def generation(model: LlavaForConditionalGeneration, batch: Batch, layers: list[
 
 
 def cache_bytes(cache: Cache) -> int:
-    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    layers = [layer for _, layer in stores_of(cache) if layer.is_initialized]
+    return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))

@@ -7,7 +7,11 @@ require("vtw_kernels.integration", "transformers")
 from vtw_kernels.integration.exit_routers import ExitRouters
 from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
 from vtw_kernels.integration.policy_text import parse_policy
+from vtw_kernels.integration.prune import prune_visual
+from vtw_kernels.integration.skip_adapters import SkipAdapters
+from vtw_kernels.integration.skip_attention import SkipAttention, Skipping, skip_attention
 from vtw_kernels.integration.verify import Verification, verify
+from vtw_kernels.integration.visual_pruning import VisualPruning
 from vtw_kernels.integration.withdraw import Withdrawal, apply, remove, withdraw
 
 __all__ = [
@@ -15,13 +19,19 @@ __all__ = [
     "ExitRouters",
     "Policy",
     "RandomVisual",
+    "SkipAdapters",
+    "SkipAttention",
+    "Skipping",
     "TopAttention",
     "Verification",
+    "VisualPruning",
     "Withdraw",
     "Withdrawal",
     "apply",
     "parse_policy",
+    "prune_visual",
     "remove",
+    "skip_attention",
     "verify",
     "withdraw",
 ]

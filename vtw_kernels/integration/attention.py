@@ -40,12 +40,13 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
             def attend() -> Any:
                 return function(module, query, key, value, *rest, **options)
 
-            if _per_thread.observe is not observe or module not in layer_of:
+            whole = getattr(module, "whole", module)  # of which these may be some of the heads
+            if _per_thread.observe is not observe or whole not in layer_of:
                 return attend()
             mask = rest[0] if rest else options.get("attention_mask")
             further = dict(zip(list(inspect.signature(function).parameters)[5:], rest[1:]))
             given = {"is_causal": getattr(module, "is_causal", True), "value": value} | further | options
-            return observe(layer_of[module], attend, query, key, mask, given)
+            return observe(layer_of[whole], attend, query, key, mask, given)
 
         return attention
 
@@ -61,6 +62,11 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
                 replaced.enter_context(patch.object(file, name, observed(getattr(file, name))))
         with _observed_by(observe):
             yield
+
+
+def observing() -> bool:
+    """Whether somebody looks on in this thread who needs all rows at once, and not call by call (``in_parts``)."""
+    return _per_thread.observe is not None and not getattr(_per_thread.observe, "in_parts", False)
 
 
 def unobserved() -> AbstractContextManager:

@@ -3,9 +3,13 @@
 transformers sizes masks and positions by the lengths that some cache layer reports, which may be one without visual
 tokens. So these report the number of *tokens* seen, and keep to themselves which of them have a *slot* in the cache. A
 sliding window holds its last slots, which reach back at least as far as the window; masks hide what lies beyond it.
+
+Layers whose attention is skipped hold nothing at all, and say what a layer says that is not skipped.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +107,29 @@ class Slots:
             self.columns = rows(self.columns)
 
 
+@dataclass
+class Skipped:
+    """The books of a cache's layers whose attention is skipped.
+
+    layers: which. all_layers: of the cache, of which the others tell the lengths. prompt: how many tokens adapters took
+    their means over, padding included. states: what they made of these, by layer, each tensor ``[B, ...]``. folded:
+    weights that adapters of one sequence are folded into, by layer; they can be made anew.
+    """
+
+    layers: tuple[int, ...]
+    all_layers: list
+    prompt: int = 0
+    states: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    folded: dict[int, Any] = field(default_factory=dict)
+
+    def select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        self.states = {layer: tuple(map(rows, state)) for layer, state in self.states.items()}
+        self.folded = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"folded": {}}  # no copies of weights in copies of a cache
+
+
 def shifted(rows: Tensor, past: int | Tensor) -> Tensor:
     """Rows of a forward as tokens of the sequence: int64, -1 stays."""
     return torch.where(rows < 0, -1, rows.long() + past)
@@ -118,10 +145,17 @@ def _fixed(x: Tensor) -> Tensor:
 class WithdrawnLayer:
     """Mixed into a cache layer of transformers."""
 
-    slots: Slots | None  # None: empty, or filled without withdrawal
-    leads: bool  # the first layer of those that share books keeps them
+    slots: Slots | None = None  # None: empty, or filled without withdrawal
+    leads: bool = False  # the first layer of those that share books keeps them
+    skipped: Skipped | None = None  # None: of a layer whose attention is not skipped, or empty
+    like: int = 0  # which layer says how long a skipped one is
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.skipped is not None:
+            raise ValueError(
+                f"past_key_values: this cache was filled {_skipping(self.skipped.layers)} and can only be used there, "
+                "but got a forward without it"
+            )
         if self.slots is not None and not self.slots.open:
             raise ValueError(
                 f"past_key_values: this cache was filled {_under(self.slots.boundaries)} and can only be used "
@@ -129,10 +163,27 @@ class WithdrawnLayer:
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
+    @property
+    def _like(self) -> Any:
+        return self.skipped.all_layers[self.like]
+
     def get_seq_length(self) -> int | Tensor:
+        if self.skipped is not None:
+            return self._like.get_seq_length()
         if self.slots is None:
             return super().get_seq_length()
         return self.slots.past if self.slots.open else self.slots.tokens
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        if self.skipped is not None:
+            return self._like.get_mask_sizes(query)
+        return super().get_mask_sizes(query)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.skipped is None:
+            super().crop(tokens_to_remove)
+        elif self.slots is not None and self.leads:
+            self.slots.crop(compat.tokens_removed(tokens_to_remove, self.slots.tokens))
 
     def keys_returned(self, rows: int, tokens: int) -> tuple[int, int, int] | None:
         """Of the forward that runs, with so many rows for so many tokens, before ``update``: how many keys that will
@@ -141,28 +192,33 @@ class WithdrawnLayer:
 
     def reset(self) -> None:
         super().reset()
-        self.slots = None
+        self.slots = self.skipped = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(lambda columns: columns.index_select(0, beam_idx.to(columns.device)))
+        if self.skipped is None:
+            super().reorder_cache(beam_idx)
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._select(lambda columns: columns.repeat_interleave(repeats, dim=0))
+        if self.skipped is None:
+            super().batch_repeat_interleave(repeats)
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._select(lambda columns: columns[indices])
+        if self.skipped is None:
+            super().batch_select_indices(indices)
+        self._select(lambda x: x[indices.to(x.device)] if isinstance(indices, Tensor) else x[indices])
 
-    def _select(self, rows) -> None:
+    def _select(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.slots is not None and self.leads:
             self.slots.select(rows)
+        if self.skipped is not None and self.skipped.all_layers[self.skipped.layers[0]] is self:
+            self.skipped.select(rows)
 
 
 class WithdrawnDynamicLayer(WithdrawnLayer, DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
-        if self.slots is None:
+        if self.slots is None or self.skipped is not None:
             return super().crop(tokens_to_remove)
         if self.leads:
             self.slots.crop(compat.tokens_removed(tokens_to_remove, self.slots.tokens))
@@ -178,6 +234,11 @@ class WithdrawnStaticLayer(WithdrawnLayer, StaticLayer):
             args = compat.written_at(self._next_slots(key_states.shape[-2], key_states.device), args)
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "max_batch_size" and self.skipped is not None:  # which caches ask all layers for, up to 4.57
+            return self._like.max_batch_size
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _next_slots(self, rows: int, device: torch.device) -> Tensor:
         return torch.arange(rows, device=device) + (self.slots.filled.to(device) - rows)
 
@@ -186,7 +247,7 @@ class WithdrawnWindow(WithdrawnLayer):
     """Mixed into a sliding window, which counts for itself the slots that it has filled."""
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        if self.slots is None:
+        if self.slots is None or self.skipped is not None:
             return super().get_mask_sizes(query)
         capacity = self.max_cache_len if isinstance(self, StaticLayer) else 0
         seen = compat.slots_filled(self) + self.slots.without
@@ -271,11 +332,51 @@ def wrap_layers(cache: Cache, books: list[Slots], num_layers: int) -> None:
         cache.layers.append(cache.layer_class_to_replicate())
     for slots, begin, end in zip(books, boundaries, (*boundaries[1:], num_layers)):
         for i in range(begin, end):
-            inner = cache.layers[i]
-            if not isinstance(inner, WithdrawnLayer):
-                cache.layers[i] = KINDS[type(inner)].__new__(KINDS[type(inner)])
-                cache.layers[i].__dict__.update(inner.__dict__)
+            _wrap(cache, i)
             cache.layers[i].slots, cache.layers[i].leads = slots, i == slots.layer
+
+
+def skip_layers(cache: Cache, like: Mapping[int, int], num_layers: int) -> Skipped:
+    """The books of a cache whose layers are to be skipped that ``like`` names, each with one that is not and tells its
+    lengths. Where these are empty they are replaced, and what they may have reserved is let go; in a cache that the
+    model has made itself, layers before them are filled by then.
+
+    Raises:
+        ValueError: layers of a kind that is not supported; or it was filled otherwise.
+    """
+    layers = tuple(like)
+    while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    _check_layers(cache, layers[0], num_layers)
+    before = next((x.skipped for x in cache.layers if getattr(x, "skipped", None) is not None), None)
+    if before is not None and before.layers == layers:
+        return before
+    if any(cache.layers[i].get_seq_length() > 0 for i in layers):
+        given = "without skipping any" if before is None else _skipping(before.layers)
+        raise ValueError(
+            f"past_key_values: expected a cache filled {_skipping(layers)} or an empty one, got one filled {given}"
+        )
+    for i in () if before is None else before.layers:
+        cache.layers[i].skipped = None
+    books = Skipped(layers, cache.layers)
+    for i, other in like.items():
+        _wrap(cache, i)
+        cache.layers[i].keys = cache.layers[i].values = None
+        cache.layers[i].is_initialized = False
+        cache.layers[i].skipped, cache.layers[i].like = books, other
+    return books
+
+
+def _wrap(cache: Cache, layer: int) -> None:
+    """Replaces a cache layer by one of this module, with the same tensors."""
+    inner = cache.layers[layer]
+    if not isinstance(inner, WithdrawnLayer):
+        cache.layers[layer] = KINDS[type(inner)].__new__(KINDS[type(inner)])
+        cache.layers[layer].__dict__.update(inner.__dict__)
+
+
+def _skipping(layers: tuple[int, ...]) -> str:
+    return f"under skip_attention(layers={list(layers)})"
 
 
 def _under(boundaries: tuple[int, ...]) -> str:

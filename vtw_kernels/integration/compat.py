@@ -51,6 +51,11 @@ def written_at(slots: Tensor, args: tuple) -> tuple:
     return ((args[0] or {}) | {"cache_position": slots},) if args else ({"cache_position": slots},)
 
 
+def written_to(named: dict[str, Any]) -> tuple:
+    """What an attention with these arguments passes on to ``update`` of a cache layer, beside keys and values."""
+    return ({"cache_position": named.get("cache_position")},) if HAS_CACHE_POSITION else ()
+
+
 def rows_left(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
     """The keyword arguments of a decoder layer, of which so many rows are left: as many ``cache_position``."""
     position = kwargs.get("cache_position")

@@ -165,19 +165,19 @@ def _gate(hidden_size: int, width: int, generator: torch.Generator) -> nn.Sequen
     return gate.requires_grad_(False)
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], format: str = FORMAT, **metadata: Any) -> None:
     """Tensors, and JSON as metadata. Readers see the old file or the new one."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     # Several entries of metadata would come in another order each time, and save_file's files nobody else may read.
-    part.write_bytes(save(tensors, {"vtw_kernels": json.dumps({"format": FORMAT} | metadata)}))
+    part.write_bytes(save(tensors, {"vtw_kernels": json.dumps({"format": format} | metadata)}))
     os.replace(part, path)
 
 
-def read_metadata(file: Any) -> dict[str, Any]:
-    """That of an open file. Raises ValueError for one that ``write_safetensors`` did not write."""
+def read_metadata(file: Any, format: str = FORMAT) -> dict[str, Any]:
+    """That of an open file. Raises ValueError for one that ``write_safetensors`` did not write in this format."""
     metadata = json.loads((file.metadata() or {}).get("vtw_kernels", "{}"))
-    if (given := metadata.get("format")) != FORMAT:
+    if (given := metadata.get("format")) != format:
         raise ValueError(f"the format {given!r}")
     return metadata
 

@@ -35,6 +35,16 @@ ROWS = ("visual", "text", "image", "token")  # what ``Boundary`` says of each ro
 VISUAL_INPUTS, NOT_VISUAL = ("pixel", "image", "video", "mm_encoder"), "grid"
 
 
+def may_be_visual(inputs: dict[str, Any], seen: int, visual_mask: Tensor | None) -> bool:
+    """Whether there may be visual tokens in a forward after ``seen`` tokens, as far as can be known without asking the
+    device."""
+    if visual_mask is not None:
+        return seen < visual_mask.shape[1]
+    given = [name for name, value in inputs.items() if value is not None and NOT_VISUAL not in name]
+    has_features = any(word in name for name in given for word in VISUAL_INPUTS)
+    return not seen or has_features or inputs.get("input_ids") is None
+
+
 class _PerThread(threading.local):
     forward: "Forward | None" = None  # for models whose modules do not pass keyword arguments on
     prompt: int = 0  # how many tokens it generates from
@@ -121,11 +131,7 @@ class Hooks(StandIns):
         cache = self.arguments[module].cache_among(inputs)
         layers = () if cache is None else cache.layers
         seen = next((x.slots.at_least for x in layers if isinstance(x, WithdrawnLayer) and x.slots is not None), 0)
-        if self.visual_mask is not None:
-            return seen < self.visual_mask.shape[1]
-        given = [name for name, value in inputs.items() if value is not None and NOT_VISUAL not in name]
-        has_features = any(word in name for name in given for word in VISUAL_INPUTS)
-        return not seen or has_features or inputs.get("input_ids") is None
+        return may_be_visual(inputs, seen, self.visual_mask)
 
     @torch.compiler.disable(recursive=False, reason="How many rows are left is read beforehand, outside of the graph")
     def _run_untraced(self, module: nn.Module, inputs: dict[str, Any], args: tuple, kwargs: dict) -> Any:
@@ -402,10 +408,16 @@ class Forward:
             self.stages[begin] = self._begin_stage(begin, hidden, cache, arguments.mask)
         stage, moves = self.stages[begin], self.moves.get(index)
         kind = (stage, self.parts.layer_types[index])  # layers that share keys have those of the last one of their type
-        if cache is not None and index < self.parts.num_cached:
-            self.windows[kind] = cache.layers[index].keys_returned(self._rows(stage.plan), self.tokens)
+        cached = cache.layers[index] if cache is not None and index < self.parts.num_cached else None
+        skipped = cached is not None and cached.skipped is not None  # so that nothing is done with its mask
+        if skipped:
+            kwargs.pop(arguments.mask, None)
+        elif cached is not None:
+            self.windows[kind] = cached.keys_returned(self._rows(stage.plan), self.tokens)
         together = moves is not None and moves is stage.plan  # what comes at full length is gathered in one launch
         kwargs, gathered = stage(kwargs, hidden if together else None, self.windows.get(kind))
+        if skipped:
+            kwargs[arguments.mask] = None
         if moves is None:
             return args, kwargs
         if not together:
@@ -533,6 +545,34 @@ def generating(prompt: int) -> Iterator[None]:
         yield
     finally:
         _per_thread.prompt = before
+
+
+def prompt_length() -> int:
+    """How many tokens this thread generates from, padding included; 0 outside of ``generate``."""
+    return _per_thread.prompt
+
+
+class PromptKnown:
+    """Has ``generate`` of a model remember how long the prompt is, as a forward may see but a chunk of it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def place(self) -> None:
+        self._generate = None
+        if hasattr(self.model, "generate") and "generate" not in vars(self.model):
+            self._generate, self.model.generate = self.model.generate, self._generate_from_prompt
+
+    def remove(self) -> None:
+        if vars(self.model).get("generate") == self._generate_from_prompt:  # else another library has wrapped it since
+            del self.model.generate
+
+    def _generate_from_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = args[0] if args else kwargs.get("inputs")
+        known = (kwargs.get("attention_mask"), inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((x for x in known if x is not None), None)
+        with generating(0 if prompt is None else prompt.shape[1]):
+            return self._generate(*args, **kwargs)
 
 
 def _on_the_way(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vtw_kernels.integration import compat
 from vtw_kernels.integration.cross_attention import CrossAttentionHooks, check_layers
 from vtw_kernels.integration.families import find_parts, find_visual_tokens
-from vtw_kernels.integration.hooks import Hooks, generating
+from vtw_kernels.integration.hooks import Hooks, PromptKnown
 from vtw_kernels.integration.policies import Policy, boundaries_of, chosen_layer, policies_of, saved_in_config
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -139,6 +139,7 @@ class Withdrawal:
     ):
         self.model = model = unwrapped(model)
         self.parts = find_parts(model, decoder)
+        self._prompt = PromptKnown(model)
         self.layer = chosen_layer(layer, model, len(self.parts.layers))
         policies = self.layer if isinstance(self.layer, list) else [self.layer]
         for policy in policies:
@@ -174,11 +175,17 @@ class Withdrawal:
         """Puts it into effect.
 
         Raises:
-            ValueError: another one is.
+            ValueError: another one is, or visual pruning that it is no part of.
         """
         if (active := _active(self.parts.decoder)) is not None:
             raise ValueError(
                 f"model: expected one without withdrawal, got one with withdraw(layer={active.layer}) in effect"
+            )
+        pruned = getattr(self.parts.decoder, "_vtw_pruning", None)
+        if pruned is not None and pruned.withdrawal is not self:
+            raise ValueError(
+                "model: expected one without visual pruning, which takes the policy as an argument, got one under "
+                f"{pruned.pruning!r}"
             )
         compat.warn_if_newer()
         self.parts.decoder._vtw_withdrawal = self
@@ -186,9 +193,7 @@ class Withdrawal:
         self.model.config.vtw = saved_in_config(self.layer)
         if self._hooks.first < len(self.parts.layers):
             self._hooks.place()
-            self._generate = None
-            if hasattr(self.model, "generate") and "generate" not in vars(self.model):
-                self._generate, self.model.generate = self.model.generate, self._generate_from_prompt
+            self._prompt.place()
         return self
 
     def remove(self) -> None:
@@ -197,20 +202,11 @@ class Withdrawal:
             return
         del self.parts.decoder._vtw_withdrawal
         self._hooks.remove()
-        if vars(self.model).get("generate") == self._generate_from_prompt:  # else another library has wrapped it since
-            del self.model.generate
+        self._prompt.remove()
         if self._config_before is not None:
             self.model.config.vtw = self._config_before
         else:
             del self.model.config.vtw
-
-    def _generate_from_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Remembers how long the prompt is, as a forward may see but a chunk of it."""
-        inputs = args[0] if args else kwargs.get("inputs")
-        known = (kwargs.get("attention_mask"), inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        prompt = next((x for x in known if x is not None), None)
-        with generating(0 if prompt is None else prompt.shape[1]):
-            return self._generate(*args, **kwargs)
 
 
 def _active(decoder: nn.Module) -> Withdrawal | None:

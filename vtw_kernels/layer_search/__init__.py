@@ -7,6 +7,7 @@ position, and the first layer at or below a threshold. More positions, other div
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from vtw_kernels.integration.exit_routers import check_threshold
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.policies import Policy
 from vtw_kernels.integration.policy_text import parse_policy, policy_text
+from vtw_kernels.integration.skip_adapters import SkipAdapters
+from vtw_kernels.integration.skip_attention import SkipAttention
 from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.layer_search.comparison import Comparison
 from vtw_kernels.layer_search.costs import measure_policies
@@ -31,6 +34,8 @@ from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
 from vtw_kernels.layer_search.result import PAPER_THRESHOLD, LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, check_among, check_groups
 from vtw_kernels.layer_search.scorer import Scorer, Scores
+from vtw_kernels.layer_search.settings import is_function
+from vtw_kernels.layer_search.skip_search import Bandit, SkipScorer, SkipScores, SkipSearch
 
 COSTED = 4  # batches of a comparison whose costs are measured
 
@@ -129,8 +134,10 @@ def compare(
             counts, each policy reads the prompt alone before it, as in ``generate``; it has to follow all visual
             tokens.
         policies: what ``withdraw`` takes: a layer, a policy, a list of policies that act together, the path of a file;
-            or a text as ``parse_policy`` takes it. By name, or else the name is this text, or the policy's ``repr``.
-            Several layers are scored in one run, as ``find_layer`` scores them.
+            a ``SkipAttention``, alone or in such a list; or a text as ``parse_policy`` takes it. By name, or else the
+            name is this text, or the policy's ``repr``. Several layers are scored in one run, as ``find_layer`` scores
+            them. Or, by a name, a function from the model to a context manager within which it runs, for what saves no
+            rows but other work; such a one reads answers together with their prompts.
         costed: on how many of the batches, the first, operations, bytes of the cache and seconds are measured
             (``measure_policies``); 0 for none.
 
@@ -222,6 +229,74 @@ def train_exit(
     )
 
 
+def find_skippable(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    skip: int = 12,
+    *,
+    candidates: Sequence[int] | None = None,
+    metric: str = "kl",
+    statistic: str = "mean",
+    positions: int | str = "last",
+    greedy: bool = True,
+    bandit: Bandit | None = Bandit(),
+    adapters: SkipAdapters | None = None,
+    groups: Sequence[str] | None = None,
+    decoder: nn.Module | None = None,
+    progress: bool = True,
+) -> SkipSearch:
+    """Searches decoder layers whose attention can be skipped, in several ways, and compares what they find.
+
+    "alone": the layers without whose attention, one at a time, the next tokens' distribution changes least; that takes
+    a forward a batch and candidate. "greedy": one more at a time, always the one that adds least to the mean KL, so
+    that layers which stand in for one another are not skipped together; about ``skip`` times as many forwards.
+    "bandit": the search of Efficient Attention Skipping (EAS, arXiv 2403.15226), which rates subsets drawn at random by
+    ``exp(-loss)``; see ``Bandit``. Each choice is then measured by its mean KL on the same batches.
+
+    Args:
+        model, batches, metric, statistic, positions, groups, decoder, progress: as for ``find_layer``. All batches are
+            held in memory.
+        skip: how many layers.
+        candidates: among which layers; by default all.
+        greedy: whether to search that way, too.
+        bandit: its settings, or None to leave it out. Its loss is that of the answer's tokens, with
+            ``positions="answer"``, or else of those that the model as it is finds most likely.
+        adapters: ``SkipAdapters`` of all candidates, which are trained as the bandit searches, as in the paper, and
+            that what comes afterwards is measured with. By default there are none, and layers are left without
+            attention, as by ``skip_attention`` without adapters.
+
+    Returns:
+        A ``SkipSearch``; its ``layers`` are the best choice, by mean KL.
+
+    Raises:
+        TypeError, ValueError: what ``find_layer`` and ``skip_attention`` raise, or an argument is out of range.
+    """
+    check_among("metric", metric, METRICS)
+    check_among("statistic", statistic, STATISTICS)
+    if bandit is not None:
+        bandit.check()
+    scorer = SkipScorer(model, skip, positions=positions, candidates=candidates, adapters=adapters, decoder=decoder)
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches: expected an iterable of batches, got one, a {type(batches).__name__}: pass [batch]")
+    batches = list(batches)
+    rated = scorer.search(batches, bandit, progress) if bandit is not None and batches else None
+    scores = SkipScores.join(_score_all(scorer, batches, "skip", progress))
+    search = SkipSearch(
+        type(scorer.model).__name__,
+        len(scorer.parts.layers),
+        scorer.candidates,
+        *scores,
+        skip=skip,
+        metric=metric,
+        statistic=statistic,
+        positions=positions,
+        greedy=scorer.greedy(batches, progress) if greedy else None,
+        bandit=rated,
+        groups=check_groups(groups, len(scores.tokens)),
+    )
+    return replace(search, kl_of=scorer.kl_of(batches, search))
+
+
 def gate_layers(parts: Parts, every: int, first: int | None, last: int | None) -> list[int]:
     """The layers before which there is a gate. Raises ValueError where there is none."""
     allowed = range(parts.min_layer, min(parts.max_layer, len(parts.layers) - 1) + 1)
@@ -239,12 +314,14 @@ def named_policies(policies: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any
     Raises:
         TypeError, ValueError: one in place of several, none, two of one name, or a text that is no policy.
     """
-    if isinstance(policies, str | Policy) or not isinstance(policies, Iterable):
+    if isinstance(policies, str | Policy | SkipAttention) or not isinstance(policies, Iterable):
         raise TypeError(f"policies: expected several of them, got one, a {type(policies).__name__}: pass [policy]")
     given = policies.items() if isinstance(policies, Mapping) else ((None, policy) for policy in policies)
     named: dict[str, Any] = {}
     for name, policy in given:
         policy = parse_policy(policy) if isinstance(policy, str) else policy
+        if name is None and is_function(policy):
+            raise TypeError(f"policies: expected functions by name, in a dict, got {policy!r} without one")
         name = policy_text(policy) if name is None else name
         if name in named:
             raise ValueError(f"policies: expected one of each name, got two of {name!r}")

@@ -29,8 +29,8 @@ class Comparison(Scored):
     policies: their names; those of this package's as ``parse_policy`` takes them. per_sample: fp32 ``[N, C]``,
     KL(withdrawn‖full) in nats, and per_sample_reverse, KL(full‖withdrawn), both the mean over the positions of a
     sample; disagreement: fp32 ``[N, C]``, the share of positions where the most likely token is another one.
-    rows_saved: fp32 ``[N, C]``, of all rows of a prompt in all layers, the share that is not computed, which is that of
-    the KV cache.
+    rows_saved: fp32 ``[N, C]``, of all rows of a prompt in all layers, the share that attention does not have, which is
+    that of the KV cache. Rows that have left have no MLP either; those of a layer whose attention is skipped have.
     tokens, visual_tokens: int64 ``[N]``, of the prompts. num_layers: decoder layers of the model. positions: which
     predictions count, as ``compare`` takes it. metric, statistic: what policies are chosen by. groups: of each sample
     the kind of task that it is of, or None. costs: what was measured of some samples, if it was. settings: what else

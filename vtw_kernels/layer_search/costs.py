@@ -21,8 +21,10 @@ from vtw_kernels.integration.cross_attention import sees_images
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, padded_left, prepare
 from vtw_kernels.integration.masks import attended_tokens
+from vtw_kernels.integration.pruned_cache import stores_of
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
 from vtw_kernels.layer_search.decisions import Replayed, watched
+from vtw_kernels.layer_search.settings import Setting, settings_of
 
 DECODED = 8  # tokens, whose steps are measured
 TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
@@ -187,7 +189,7 @@ def measure_policies(
     Args:
         model, decoder: as for ``withdraw``.
         batches: keyword arguments of the model's forward for prompts, as ``find_layer`` takes them.
-        policies: by name, layers, policies or lists of these.
+        policies: by name, what ``compare`` takes.
 
     Raises:
         TypeError, ValueError: what ``withdraw`` does not take, no batches, no repeats.
@@ -196,6 +198,7 @@ def measure_policies(
     parts = find_parts(model, decoder)
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    settings = settings_of(model, policies, decoder)
     devices = {x.device for x in model.parameters()}
     runs, tokens, visual_tokens = [], 0, 0
     for batch in batches:
@@ -204,19 +207,19 @@ def measure_policies(
         attended = attended_tokens(inputs.get("attention_mask"), visual)
         tokens, visual_tokens = tokens + int(attended.sum()), visual_tokens + int((attended & visual).sum())
 
-        def under(policy: Any, mask: Tensor | None = visual if by_mask else None):
-            return nullcontext() if policy is None else withdraw(model, policy, visual_mask=mask, decoder=decoder)
+        def under(setting: Setting | None, mask: Tensor | None = visual if by_mask else None):
+            return nullcontext() if setting is None else setting.under(model, mask, decoder)
 
         prefill = partial(_prefill, model, parts, inputs)
-        rows: dict[str | None, list[list[float]]] = {name: [] for name in (*policies, None)}
+        rows: dict[str | None, list[list[float]]] = {name: [] for name in (*settings, None)}
         counts = []
         with in_eval_mode(model), torch.inference_mode():
-            for policy in (*policies.values(), None):
-                with under(policy if policy is None else _replayed(policy, prefill, under)):
+            for setting in (*settings.values(), None):
+                with under(setting if setting is None else _replayed(setting, prefill, under)):
                     counts.append([sum(x) for x in _count(parts, prefill)])
             for _ in range(1 + repeats):
                 for name, seconds in rows.items():
-                    with under(policies.get(name)):
+                    with under(settings.get(name)):
                         seconds.append([_seconds(prefill, devices), _decode_seconds(model, inputs, devices)])
         quartiles = np.quantile([seconds[1:] for seconds in rows.values()], [0.25, 0.5, 0.75], axis=1)  # [3, C + 1, 2]
         runs.append(np.concatenate([counts, quartiles[1], quartiles[2] - quartiles[0]], axis=1))
@@ -238,13 +241,13 @@ def measure_policies(
     )
 
 
-def _replayed(policy: Any, prefill: Callable[[], Cache], under: Callable[[Any], Any]) -> Any:
-    """A policy, or layer, that decides the same in a prefill."""
-    if isinstance(policy, int):
-        return policy
-    with under(watched(policy, decided := {})):
+def _replayed(setting: Setting, prefill: Callable[[], Cache], under: Callable[[Any], Any]) -> Setting:
+    """One that decides the same in a prefill."""
+    if setting.is_layer:
+        return setting
+    with under(setting.replaced(watched(setting.policy, decided := {}))):
         prefill()
-    return Replayed(decided) if decided else policy
+    return setting.replaced(Replayed(decided)) if decided else setting
 
 
 def _prefill(model: nn.Module, parts: Parts, inputs: Mapping[str, Any]) -> Cache:
@@ -309,6 +312,7 @@ def _count(parts: Parts, prefill: Callable[[], Cache]) -> tuple[list[int], list[
         attention[layer] += 2 * query[..., 0].numel() * key.shape[2] * (query.shape[3] + options["value"].shape[3])
         return result
 
+    observe.in_parts = True
     # A layer, and the block that looks at images in front of it, where there is one.
     blocks = {i: nn.ModuleList(dict.fromkeys([x.block, parts.layers[i]])) for i, x in parts.cross_attention.items()}
     counted = {i: blocks.get(i, [layer]) for i, layer in enumerate(parts.layers)}
@@ -334,9 +338,9 @@ def _count(parts: Parts, prefill: Callable[[], Cache]) -> tuple[list[int], list[
             f"{none[0]}: the numbers are too low",
             stacklevel=3,
         )
-    states = [[x for x in vars(layer).values() if isinstance(x, Tensor) and x.ndim > 1] for layer in cache.layers]
-    kv_bytes = [sum(x.nbytes for x in layer) for layer in states]
-    kv_bytes += [0] * (len(flops) - len(kv_bytes))  # layers that read those of others
+    kv_bytes = [0] * len(flops)  # of layers that read those of others
+    for i, layer in stores_of(cache):
+        kv_bytes[i] += sum(x.nbytes for x in vars(layer).values() if isinstance(x, Tensor) and x.ndim > 1)
     return [a + b for a, b in zip(flops, attention)], kv_bytes
 
 

@@ -1,8 +1,9 @@
-"""What ``vtw-kernels search``, ``compare`` and ``train-exit`` do with records, each in its own way."""
+"""What ``vtw-kernels search`` and its sisters do with records, each in its own way."""
 
 import hashlib
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from vtw_kernels.integration.exit_routers import check_threshold
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.policy_text import parse_policy
+from vtw_kernels.integration.skip_adapters import WEIGHTS
+from vtw_kernels.integration.skip_attention import SkipAttention
 from vtw_kernels.layer_search import COSTED, gate_layers, named_policies
 from vtw_kernels.layer_search.attention import attention_mass
 from vtw_kernels.layer_search.comparison import Comparison
@@ -19,10 +22,11 @@ from vtw_kernels.layer_search.costs import measure_costs, measure_policies
 from vtw_kernels.layer_search.exit_scorer import ExitScorer, ExitScores
 from vtw_kernels.layer_search.exit_training import ExitTraining, Training, train_gates
 from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
-from vtw_kernels.layer_search.report import write_comparison, write_exit_report, write_report
+from vtw_kernels.layer_search.report import write_comparison, write_exit_report, write_report, write_skip_report
 from vtw_kernels.layer_search.result import LayerSearch
 from vtw_kernels.layer_search.scored import Scored
 from vtw_kernels.layer_search.scorer import Scorer, Scores
+from vtw_kernels.layer_search.skip_search import Bandit, SkipScorer, SkipScores, SkipSearch
 
 SHOWN = 8  # samples in a report, and those whose attention it shows
 
@@ -31,8 +35,9 @@ class Job:
     """What is found out about records.
 
     name: as messages have it. result: what is made of their scores. fields: the names of these, as a scorer returns
-    them. measured: fields of the result that are measured afterwards, on some records. of_some: whether there is a
-    result of some of the records, where it is stopped. write_report: writes the page.
+    them. measured: fields of the result that are measured afterwards, on some records. answered: whether these are read
+    with their answers then. of_some: whether there is a result of some of the records, where it is stopped.
+    write_report: writes the page.
     """
 
     name: ClassVar[str]
@@ -40,6 +45,7 @@ class Job:
     fields: ClassVar[tuple[str, ...]]
     measured: ClassVar[tuple[str, ...]]
     of_some: ClassVar[bool] = True
+    answered = False
 
     def __init__(self, options: Namespace):
         self.options = options
@@ -142,7 +148,14 @@ class CompareJob(Job):
         self.policies = named_policies(map(parse_policy, options.policy))
 
     def files(self) -> dict[str, Path]:
-        return {f"policy {name}": policy for name, policy in self.policies.items() if isinstance(policy, Path)}
+        files = {}
+        for name, policy in self.policies.items():
+            for step in policy if isinstance(policy, list) else [policy]:
+                if isinstance(step, Path):
+                    files[f"policy {name}"] = step
+                elif isinstance(step, SkipAttention) and isinstance(step.adapters, Path):
+                    files[f"policy {name}"] = step.adapters / WEIGHTS
+        return files
 
     def settings(self) -> dict[str, Any]:
         digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
@@ -205,3 +218,61 @@ class ExitJob(Job):
         names, rows = list(result.settings["records"]), result.held_out()
         worst = rows[result.at_exit().argsort(descending=True, stable=True)[:SHOWN]]
         return {"worst": [names[row] for row in worst.tolist()]}
+
+
+class SkipJob(Job):
+    """The layers one at a time by record; what looks at all records together, from the beginning, is measured last."""
+
+    name, result, fields, measured = "skip search", SkipSearch, SkipScores._fields, ("greedy", "bandit", "kl_of")
+    write_report = staticmethod(write_skip_report)
+
+    def __init__(self, options: Namespace):
+        super().__init__(options)
+        self.answered = options.positions == "answer"
+        self.bandit = None
+        if options.bandit != "none":
+            names = ("steps", "warm_up", "every", "subsets", "learning_rate")
+            of_bandit = {name: getattr(options, name) for name in names}
+            self.bandit = Bandit(chances=options.bandit, seed=options.bandit_seed, **of_bandit)
+        self.together: dict[str, Any] = {}  # what has been measured
+
+    def check(self) -> None:
+        if self.bandit is not None:
+            self.bandit.check()
+        if self.options.tp:
+            raise ValueError("tp: expected a model on each rank, as records are searched together in the end, got --tp")
+
+    def settings(self) -> dict[str, Any]:
+        bandit = None if self.bandit is None else self.bandit._asdict()
+        return {name: getattr(self.options, name) for name in ("candidates", "skip", "greedy")} | {"bandit": bandit}
+
+    def wanted(self, earlier: SkipSearch | None) -> list[str]:
+        return ["greedy"] * self.options.greedy + ["bandit"] * (self.bandit is not None) + ["kl_of"]
+
+    def scorer(self, model: nn.Module) -> SkipScorer:
+        return SkipScorer(
+            model, self.options.skip, positions=self.options.positions, candidates=self.options.candidates
+        )
+
+    def columns(self, source: SkipScorer | SkipSearch) -> tuple[list[int]]:
+        return (source.candidates,)
+
+    def make(self, of_model: tuple[Any, ...], scores: list[Tensor], device: torch.device, **further: Any) -> SkipSearch:
+        return super().make(of_model, scores, device, skip=self.options.skip, **further)
+
+    def choose_records(self, result: SkipSearch) -> dict[str, list[str]]:
+        """All of them; the worst if one of the layers is skipped that are chosen one at a time."""
+        self.found, names = result, list(result.settings["records"])
+        columns = [result.candidates.index(layer) for layer in result.choices["alone"]]
+        worst = result.by_sample()[:, columns].amax(dim=1).argsort(descending=True, stable=True)[:SHOWN].tolist()
+        return dict.fromkeys(self.measured, names) | {"worst": [names[row] for row in worst]}
+
+    def measure(self, name: str, scorer: SkipScorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
+        batches, progress = list(inputs), not self.options.quiet
+        if name == "greedy":
+            self.together[name] = scorer.greedy(batches, progress)
+        elif name == "bandit":
+            self.together[name] = scorer.search(batches, self.bandit, progress)
+        else:
+            self.together[name] = scorer.kl_of(batches, replace(self.found, **self.together))
+        return self.together[name]

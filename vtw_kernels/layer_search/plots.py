@@ -198,6 +198,15 @@ def draw_exits(axes: Axes, layers: Sequence[int], total: int) -> None:
     _legend(axes)
 
 
+def draw_bars(
+    axes: Axes, places: Sequence[int], values: Sequence[float], name: str, log: bool = False, xlabel: str = "layer"
+) -> None:
+    """A value of each layer, or number of layers."""
+    heights = [max(x, FLOOR) for x in values] if log else list(values)
+    axes.bar(list(places), heights, color=BLUE)
+    axes.set(xlabel=xlabel, ylabel=name, yscale="log" if log else "linear")
+
+
 def draw_exit_curve(
     axes: Axes,
     gates: Sequence[tuple[float, float]],

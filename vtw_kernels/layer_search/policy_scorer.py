@@ -7,6 +7,7 @@ behind.
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.families import find_parts
+from vtw_kernels.integration.hooks import generating
 from vtw_kernels.integration.inputs import in_eval_mode, take_tokens
 from vtw_kernels.integration.masks import attended_tokens
-from vtw_kernels.integration.withdraw import Withdrawal, unwrapped, withdraw
+from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.layer_search.decisions import Decisions, Replayed, watched
 from vtw_kernels.layer_search.scorer import (
     Questions,
@@ -28,13 +30,14 @@ from vtw_kernels.layer_search.scorer import (
     compare_logits,
     read_questions,
 )
+from vtw_kernels.layer_search.settings import settings_of
 
 
 class PolicyScores(NamedTuple):
     """Of ``B`` samples and ``C`` policies, on the CPU.
 
     kl, reverse_kl, disagreement, tokens, visual_tokens: as ``Scores``, the latter two of the prompts alone. rows_saved:
-    fp32 ``[B, C]``, the share of the prompt's rows in all layers that are not computed.
+    fp32 ``[B, C]``, the share of the prompt's rows in all layers that attention does not have.
     """
 
     kl: Tensor
@@ -73,14 +76,14 @@ class PolicyScorer:
                 "images come in by cross-attention; find_layer compares its layers"
             )
         check_positions(positions)
-        layers, no_mask = len(self.parts.layers), torch.zeros(1, 1, dtype=torch.bool)
-        self.policies = {
-            name: Withdrawal(self.model, policy, no_mask, decoder).layer for name, policy in policies.items()
-        }
-        for name, policy in self.policies.items():
-            if isinstance(policy, Sequence) and isinstance(policy[0], int):
-                raise TypeError(f"policies: expected one layer, or policies, got the layers {policy} as {name!r}")
-        fixed = [x for x in self.policies.values() if isinstance(x, int) and x < layers]
+        layers = len(self.parts.layers)
+        self.policies = settings_of(self.model, policies, decoder)
+        for name, setting in self.policies.items():
+            if isinstance(setting.policy, Sequence) and isinstance(setting.policy[0], int):
+                raise TypeError(
+                    f"policies: expected one layer, or policies, got the layers {setting.policy} as {name!r}"
+                )
+        fixed = [x.policy for x in self.policies.values() if x.is_layer and x.skip is None and x.policy < layers]
         # Layers that share keys can't run side by side.
         in_one_run = fixed and self.parts.num_cached == layers
         self.fixed = Scorer(model, positions=positions, candidates=fixed, decoder=decoder) if in_one_run else None
@@ -96,35 +99,37 @@ class PolicyScorer:
         known = {} if self.fixed is None else dict(zip(self.fixed.candidates, self._columns_of(questions)))
         reading, by_mask = Reading(questions), batch.get("visual_mask") is not None
         layers, full, columns = len(self.parts.layers), None, []
-        for policy in self.policies.values():
-            is_layer = isinstance(policy, int)
-            decided: Decisions = {policy: None} if is_layer else {}
-            if is_layer and policy in known:
-                columns.append((*known[policy], reading.visual_rows(decided, layers)))
+        for setting in self.policies.values():
+            policy, skip = setting.policy, setting.skip
+            decided: Decisions = {policy: None} if setting.is_layer else {}
+            if skip is None and setting.is_layer and policy in known:
+                columns.append((*known[policy], reading.rows_left(decided, layers)))
                 continue
             full = self._full_logits(reading) if full is None else full
-            asked = policy if is_layer else watched(policy, decided)
-            if not is_layer and reading.has_answers:
-                with self._under(asked, reading.prompt_visual if by_mask else None):
+            asked = policy if setting.is_layer else watched(policy, decided)
+            if not setting.is_layer and reading.has_answers:
+                with setting.replaced(asked).under(
+                    self.model, reading.prompt_visual if by_mask else None, self.decoder
+                ):
                     self.model(**reading.prompt, **self._rows(1), use_cache=False)
                 asked = Replayed(decided) if decided else layers
-            with self._under(asked, reading.visual if by_mask else None):
-                scores = compare_logits(self._logits(reading)[None], full)
+            with (
+                setting.replaced(asked).under(self.model, reading.visual if by_mask else None, self.decoder),
+                generating(reading.columns) if skip is not None and reading.has_answers else nullcontext(),
+            ):
+                scores = compare_logits(self.logits(reading)[None], full)
             means = (questions.mean_over_positions(x)[:, 0] for x in scores)
-            columns.append((*means, reading.visual_rows(decided, layers)))
-        kl, reverse_kl, disagreement, visual_rows = (torch.stack(x, dim=1) for x in zip(*columns))
+            columns.append((*means, reading.rows_left(decided, layers, setting.skipped)))
+        kl, reverse_kl, disagreement, rows = (torch.stack(x, dim=1) for x in zip(*columns))
         check_numbers(kl, reverse_kl)
         tokens, visual_tokens = reading.counts()
-        saved = (visual_tokens[:, None] * layers - visual_rows) / (tokens[:, None] * layers)
+        saved = 1 - rows / (tokens[:, None] * layers)
         return PolicyScores(kl, reverse_kl, disagreement, saved.float(), tokens, visual_tokens)
 
     def _columns_of(self, questions: Questions) -> list[tuple[Tensor, ...]]:
         """Scores of all fixed layers, ``[B]`` each."""
         scores = self.fixed.score_questions(questions)
         return list(zip(*(x.unbind(1) for x in (scores.kl, scores.reverse_kl, scores.disagreement))))
-
-    def _under(self, policy: Any, visual: Tensor | None) -> withdraw:
-        return withdraw(self.model, policy, visual_mask=visual, decoder=self.decoder)
 
     def _full_logits(self, reading: "Reading") -> Tensor:
         """Of the model as it is, in which answers see no later tokens, as if they were generated one by one."""
@@ -138,12 +143,12 @@ class PolicyScorer:
             for layer in self.parts.layers if isinstance(self.positions, int) else ():
                 hook = partial(check, arguments=Arguments(layer))
                 hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            return self._logits(reading)
+            return self.logits(reading)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _logits(self, reading: "Reading") -> Tensor:
+    def logits(self, reading: "Reading") -> Tensor:
         """``[P, V]``, of the rows that predict what counts."""
         rows = reading.visual.shape[1] - int(reading.predicting.int().argmax(1).min())
         logits = self.model(**reading.inputs, **self._rows(rows), use_cache=False).logits[:, -rows:]
@@ -201,10 +206,15 @@ class Reading:
         attended = attended_tokens(self.prompt.get("attention_mask"), self.prompt_visual)
         return attended.sum(1).cpu(), (attended & self.prompt_visual).sum(1).cpu()
 
-    def visual_rows(self, decided: Decisions, layers: int) -> Tensor:
-        """int64 ``[B]``: of the prompts, how many visual rows all layers together have."""
+    def rows_left(self, decided: Decisions, layers: int, skipped: Sequence[int] = ()) -> Tensor:
+        """int64 ``[B]``: of the prompts, how many rows the attention of all layers together has."""
+
+        def attending(begin: int, end: int) -> int:
+            return sum(i not in skipped for i in range(begin, end))
+
         ends = [*list(decided)[1:], layers]
-        rows = self.counts()[1] * next(iter(decided), layers)
+        tokens, visual = self.counts()
+        rows = (tokens - visual) * attending(0, layers) + visual * attending(0, next(iter(decided), layers))
         for (layer, stays), end in zip(decided.items(), ends):
-            rows += 0 if stays is None else stays.sum(1).cpu() * (end - layer)
+            rows += 0 if stays is None else stays.sum(1).cpu() * attending(layer, end)
         return rows

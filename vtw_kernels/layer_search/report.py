@@ -30,6 +30,7 @@ from vtw_kernels.layer_search.plots import (
     Layers,
     draw_agreement,
     draw_attention,
+    draw_bars,
     draw_choices,
     draw_exit_curve,
     draw_exits,
@@ -41,6 +42,7 @@ from vtw_kernels.layer_search.plots import (
 )
 from vtw_kernels.layer_search.result import LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, Scored
+from vtw_kernels.layer_search.skip_search import SkipSearch
 
 Plot = tuple[str, str, str, Callable[[Axes], None]]  # name, title, caption, what draws it
 Table = tuple[list[str], list[tuple[bool, list[str]]]]  # headings; and by row whether it is chosen, and its cells
@@ -191,6 +193,49 @@ def write_exit_report(
     )
 
 
+def write_skip_report(
+    path: str | Path, search: SkipSearch, *, samples: Sequence[Sample] = (), command: str = ""
+) -> None:
+    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
+    it.
+
+    It shows what skipping each layer's attention changes, one at a time, greedily and, if there was one, by the scores
+    of the bandit; and of ``samples``, the dozen that are hurt most.
+
+    Args:
+        samples, command: as for ``write_report``.
+
+    Raises:
+        ValueError: a sample's index is out of range or not the only one. Nothing is written then.
+        OSError: it can't be written.
+    """
+    _check_samples(search, samples)
+    columns = [search.candidates.index(layer) for layer in search.choices["alone"]]
+    values, layers = search.by_sample()[:, columns].max(dim=1)
+    settings = {
+        "model": search.model,
+        "decoder layers": search.num_layers,
+        "candidates": search.candidates,
+        "samples": len(search.tokens),
+        "positions": _positions(search),
+    }
+    _write(
+        Path(path),
+        "skip.html",
+        search,
+        _skip_plots(search),
+        samples,
+        command,
+        worst=[
+            (row, f"{value:.3g} without attention in layer {search.choices['alone'][layers[row]]}")
+            for row, value in _worst(values, samples)
+        ],
+        table=_marked_table(search.columns()),
+        groups=[(group, "", _marked_table(part.columns())) for group, part in search.by_group().items()],
+        settings=_with_versions(search, settings),
+    )
+
+
 def _write(
     path: Path,
     template: str,
@@ -199,9 +244,11 @@ def _write(
     samples: Sequence[Sample],
     command: str,
     worst: list[tuple[int, str]],
+    costs: str = "",
     **content: Any,
 ) -> None:
-    """A page from a template. ``worst``: rows of samples to show, and what is said of each."""
+    """A page from a template. ``worst``: rows of samples to show, and what is said of each. ``costs``: what costs are
+    of."""
     figures = _draw(plots)
     templates = Environment(
         loader=PackageLoader("vtw_kernels.layer_search"),
@@ -217,6 +264,7 @@ def _write(
         worst=_shown(found, worst, samples),
         with_questions=bool(samples),
         command=command,
+        costs=costs,
         **content,
     )
     path.write_text(html, encoding="utf-8")
@@ -358,6 +406,43 @@ def _exit_plots(training: ExitTraining) -> list[Plot]:
     ]
 
 
+def _skip_plots(search: SkipSearch) -> list[Plot]:
+    plots: list[Plot] = [
+        (
+            "alone",
+            "What attention matters",
+            "Each layer's attention skipped alone.",
+            lambda axes: draw_bars(axes, search.candidates, search.values().tolist(), search.criterion, log=True),
+        )
+    ]
+    if search.greedy is not None:
+        plots.append(
+            (
+                "greedy",
+                "One layer more at a time",
+                f"In the order {', '.join(map(str, search.greedy['layers']))}.",
+                lambda axes: draw_bars(
+                    axes,
+                    range(1, search.skip + 1),
+                    search.greedy["kl"],
+                    METRICS["kl"],
+                    log=True,
+                    xlabel="layers skipped",
+                ),
+            )
+        )
+    if search.bandit is not None:
+        plots.append(
+            (
+                "bandit",
+                "The bandit's scores",
+                "High ones are of layers that can be skipped.",
+                lambda axes: draw_bars(axes, search.candidates, search.bandit["scores"], "score"),
+            )
+        )
+    return plots
+
+
 def _draw(plots: list[Plot]) -> list[tuple[str, str, str, Figure]]:
     """Name, title, caption and figure."""
     result = []
@@ -400,7 +485,7 @@ def _table(search: LayerSearch) -> Table:
 
 def _marked_table(columns: dict[str, list[str]]) -> Table:
     """Rows that have something in the column without a heading are marked."""
-    marks = columns.pop("")
+    marks = columns.pop("", [""] * len(next(iter(columns.values()))))
     return list(columns), [(bool(mark), list(row)) for mark, row in zip(marks, zip(*columns.values()))]
 
 
@@ -528,7 +613,7 @@ def _exit_settings(training: ExitTraining) -> dict[str, str]:
     return _with_versions(training, settings | training.training._asdict())
 
 
-def _positions(found: LayerSearch | Comparison | ExitTraining) -> str:
+def _positions(found: LayerSearch | Comparison | ExitTraining | SkipSearch) -> str:
     positions = {
         "last": "the last of the prompt",
         "answer": "those of the given answer",

@@ -165,7 +165,9 @@ def run(options: Namespace, command: str, job: Job) -> int:
             )
             return 128 + stopped_by
         measured = {
-            name: job.measure(name, scorer, (encoder(records[index_of[x]]) for x in chosen[name]))
+            name: job.measure(
+                name, scorer, (encoder(records[index_of[x]], with_answer=job.answered) for x in chosen[name])
+            )
             for name in planned["missing"]
         }
         if result is None:  # another rank of a tensor-parallel model
@@ -463,7 +465,7 @@ def read_known(records: Records) -> dict[str, tuple[str, str | None]]:
 
 
 def tell_of_earlier_runs(out: Path, state: State, done: int, total: int) -> None:
-    only = ": only the choice is made anew" if done == total else ""
+    only = "; the model is not run" if done == total else ""
     print(f"{out}: {done} of {total} records were scored before{only}", file=sys.stderr)
     for rank, names in state.left_over().items():
         print(f"rank {rank} of the last run left {len(names)}: {listed(names)}", file=sys.stderr)
