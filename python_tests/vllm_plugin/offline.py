@@ -4,9 +4,12 @@ refuses. ``make test-vllm`` runs this in an environment of its own.
 Starting an engine takes most of the time, so that each one is asked for many things."""
 
 import functools
+import inspect
 import os
 import random
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the scheduler is here to be looked at
 
@@ -14,16 +17,20 @@ import pytest
 import torch
 import vllm
 import vllm_models
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import vtw_kernels as vtw
-from vtw_kernels.integration.vllm.cache import TextOnlyManager
+from vtw_kernels.integration.vllm.cache import TextOnlyManager, TextOnlySpec
 from vtw_kernels.integration.vllm.config import TESTED_VLLM
 
 TOKENS = 16
@@ -230,7 +237,7 @@ def test_without_the_setting(checkpoints, oracle):
 def test_chunks_and_preemption(checkpoints, oracle, caching):
     """Steps of 32 rows, so that some lie within an image, and fewer blocks than all requests need at a time."""
     some = requests("llava")
-    blocks = {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 32, "max_num_seqs": 8}
+    blocks = {"num_gpu_blocks_override": 25, "max_num_batched_tokens": 32, "max_num_seqs": 16, "max_model_len": 384}
     with Engine(checkpoints["llava"], 3, enable_prefix_caching=caching, **blocks) as engine:
         free = engine.free_blocks
         params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True)
@@ -311,6 +318,37 @@ def test_memory_and_a_thousand_requests(checkpoints, oracle):
         print(f"\nblocks of {len(some)} requests: {stock} of all layers in vLLM")
 
 
+def test_the_model_of_the_demo(tmp_path):
+    """Served, it answers what it answers in transformers, as right as it is there."""
+    from vtw_kernels.demo import data
+
+    shutil.copytree(data.ASSETS, tmp_path, dirs_exist_ok=True)
+    vllm_models.rename_for_vllm(tmp_path)
+    batches = data.load_batches("test", 32, 128)
+    model, words = data.load_model(), data.load_tokenizer()
+    torch.set_num_threads(1)
+    wanted = []
+    with torch.inference_mode(), vtw.withdraw(model, 4):
+        for batch in batches:
+            tokens = model.generate(**batch.inputs, max_new_tokens=data.MAX_NEW_TOKENS, do_sample=False)
+            new = tokens[:, batch.inputs["input_ids"].shape[1] :]
+            wanted += [text.strip() for text in words.batch_decode(new, skip_special_tokens=True)]
+    shown = [(question, image) for batch in batches for question, image in zip(batch.questions, batch.images)]
+    asked = [
+        {
+            "prompt": data.PROMPT.format(question=question),
+            "multi_modal_data": {"image": Image.fromarray(image).convert("RGB")},
+        }
+        for question, image in shown
+    ]
+    params = SamplingParams(temperature=0, max_tokens=data.MAX_NEW_TOKENS)
+    with Engine(tmp_path, 4, max_model_len=128) as engine:
+        given = [x.outputs[0].text.strip() for x in engine.llm.generate(asked, params, use_tqdm=False)]
+    assert given == wanted
+    right = [given == wanted for given, wanted in zip(given, (x for batch in batches for x in batch.answers))]
+    assert sum(right) / len(right) > 0.95
+
+
 @pytest.mark.parametrize("layer", [2, 4])
 def test_torch_compile(checkpoints, oracle, layer):
     some = requests("llava", 8)
@@ -381,3 +419,32 @@ def test_the_layer_of_a_search(checkpoints, tmp_path):
     found.write_text('{"layer": 4, "num_layers": 32, "model": "any"}')
     with pytest.raises(ValueError, match="a search on a model of 6 decoder layers"):
         EngineArgs(model=str(checkpoints["llava"]), hf_overrides={"vtw": {"layer": str(found)}}).create_engine_config()
+
+
+def test_what_the_other_runner_hands_on(monkeypatch):
+    """That of a GPU, as far as it can be looked at without one."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    from vtw_kernels.integration.vllm.attention import text_backend
+    from vtw_kernels.integration.vllm.model_state import TextModelState
+
+    given = {}
+
+    def stock(self, batch, *args, model_specific_attn_metadata, **kwargs):
+        given.update(kwargs, metadata=model_specific_attn_metadata)
+        return {}
+
+    assert "model_specific_attn_metadata" in inspect.signature(DefaultModelState.prepare_attn).parameters
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", stock)
+    place = PlaceholderRange(offset=3, length=6, is_embed=torch.tensor([False, True, True, False, True, True]))
+    state = object.__new__(TextModelState)
+    image = SimpleNamespace(modality="image", mm_position=place)
+    state.encoder_cache = SimpleNamespace(mm_features={"b": [image]})
+    state.prepare_attn(SimpleNamespace(req_ids=["a", "b"]), for_capture=False)
+    metadata = given["metadata"]
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    of_text = SimpleNamespace(kv_cache_spec=TextOnlySpec.of(spec))
+    assert metadata.get_extra_attn_kwargs(of_text, 3) == {"ranges": [[], [(4, 6), (7, 9)], []]}
+    assert metadata.get_extra_attn_kwargs(SimpleNamespace(kv_cache_spec=spec), 3) == {}
+    build = text_backend(CPUAttentionBackend).get_builder_cls().build
+    assert "ranges" in inspect.signature(build).parameters

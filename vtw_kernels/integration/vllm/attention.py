@@ -15,6 +15,8 @@ from vllm.v1.attention.backend import subclass_attention_backend_with_overrides
 
 from vtw_kernels.ops import PackedPlan, plan_packed_
 
+Ranges = list[list[tuple[int, int]]]
+
 
 @dataclass
 class TextRows:
@@ -37,8 +39,16 @@ def text_backend(backend: type) -> type:
             # Their addresses stay, for graphs.
             self._plan = PackedPlan.empty(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
 
-        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-            common, text = text_metadata(common_attn_metadata, self.kv_cache_spec.block_size, self._plan)
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: Any,
+            fast_build: bool = False,
+            ranges: Ranges | None = None,
+        ) -> Any:
+            # A GPU's runner gives ranges (model_state.py), and gives none when it captures a graph of decoding.
+            ranges = ranges_of(common_attn_metadata) if ranges is None else ranges
+            common, text = text_metadata(common_attn_metadata, ranges, self.kv_cache_spec.block_size, self._plan)
             metadata = super().build(common_prefix_len, common, fast_build)
             metadata.text_rows = text
             return metadata
@@ -62,18 +72,23 @@ def text_backend(backend: type) -> type:
     )
 
 
-def text_metadata(common: Any, block_size: int, memory: PackedPlan) -> tuple[Any, TextRows]:
+def ranges_of(common: Any) -> Ranges:
+    """What the first model runner says, whose ranges end with a visual token; it says nothing where no request of the
+    engine can have images."""
+    given, requests = common.mm_req_doc_ranges or {}, len(common.seq_lens_cpu_upper_bound)
+    return [sorted((start, last + 1) for start, last in given.get(i, ())) for i in range(requests)]
+
+
+def text_metadata(common: Any, ranges: Ranges, block_size: int, memory: PackedPlan) -> tuple[Any, TextRows]:
     """``CommonAttentionMetadata`` of the text rows, of those of all rows, and which rows they are. Written to
-    ``memory``, which is large enough for any step."""
+    ``memory``, which is large enough for any step. ranges: of each request, as ``visual_ranges`` has them."""
     # Without speculative decoding, the upper bound is the length.
     lengths = common.seq_lens_cpu_upper_bound.numpy()
     requests = len(lengths)
     starts = common.query_start_loc_cpu.numpy()
-    # Ranges end with a visual token; none is given where no request of the engine can have images.
-    ranges = [sorted((common.mm_req_doc_ranges or {}).get(i, ())) for i in range(requests)]
     visual_start = np.zeros(requests + 1, np.int32)
     visual_start[1:] = np.cumsum([len(some) for some in ranges])
-    visual = np.array([(start, last + 1) for some in ranges for start, last in some], np.int32).reshape(-1, 2)
+    visual = np.array([x for some in ranges for x in some], np.int32).reshape(-1, 2)
 
     def texts(tokens: np.ndarray) -> np.ndarray:
         """How many of the first so many tokens of each request are text."""
