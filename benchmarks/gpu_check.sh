@@ -111,7 +111,7 @@ step smoke 60 "$PYTHON" "$ROOT/benchmarks/gpu_smoke.py" || exit
 
 # The CUDA kernels all of it; Triton's, of which each kind of tensor is compiled anew, a part. No other file is read, as
 # that may need what is not here.
-files=("$ROOT"/python_tests/test_{bad_input,compaction,compaction_paged,gpu,kl_divergence,transforms,withdraw_gpu}.py)
+files=("$ROOT"/python_tests/test_{bad_input,compaction,compaction_paged,gpu,kl_divergence,packed,transforms,withdraw_gpu}.py)
 workers=()
 "$PYTHON" -c "import xdist" 2>/dev/null && workers=(--numprocesses "$JOBS" --dist worksteal --max-worker-restart 2)
 step tests 120 "$PYTHON" -m pytest "${files[@]}" -p no:cacheprovider -q -m gpu "${workers[@]}" \
