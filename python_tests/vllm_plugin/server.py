@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import openai
@@ -114,7 +114,7 @@ def test_server(folder, tmp_path):
         assert server.ask(*QUESTIONS[0]) == right[0]
         with ThreadPoolExecutor(4) as threads:  # killed while it answers
             running = [threads.submit(server.ask, *question) for question in QUESTIONS * ROUNDS]
-            time.sleep(0.3)
+            next(as_completed(running))
             os.killpg(server.process.pid, signal.SIGKILL)
             assert any(isinstance(x.exception(), openai.APIError) for x in running)
     with Server(folder, tmp_path / "second.log") as server:
