@@ -13,7 +13,7 @@ struct WithTables : Twins<move_kernel<capacities, GatheredRows, false>..., move_
                           move_kernel<capacities, DenseRows, true>..., move_kernel<capacities, PagedRows, false>...,
                           move_kernel<capacities, PagedRows, true>...> {};
 WithTables<kSmallTable, kMediumTable, kLargeTable> with_tables;
-Twins<plan_kernel, invert_kernel> plans;
+Twins<plan_kernel, pack_kernel, invert_kernel> plans;
 
 template <typename... T>
 struct OfLogits : Twins<kl::forward_kernel<T>..., kl::scale_kernel<T>...> {};
