@@ -6,13 +6,12 @@ first token of the answer, in nats. Cache: share of the bytes of keys and values
 prompts, each by itself.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import DynamicCache
 
 import vtw_kernels as vtw
@@ -21,22 +20,26 @@ from vtw_kernels.demo.data import Batch
 from vtw_kernels.demo.evaluate import accuracy, answer
 from vtw_kernels.demo.run import cache_bytes
 from vtw_kernels.integration.arguments import Arguments
+from vtw_kernels.layer_search.settings import Setting
 
 TABLE = Path(__file__).parent / "methods.md"
 # How many questions of the test split there are, and before which layer the first gate is.
 MODELS = {"digits": (data, 1400, 1), "SmolLM2": (smollm2, 192, 14)}
 TRAINED = 320  # how many questions gates are trained with, a fifth of them held out
 PAPERS = {"VTW": "2405.05803", "DyVTE": "2411.19628", "FastV": "2403.06764", "PyramidDrop": "2410.17247"}
-PAPERS["EAS"] = "2403.15226"
-VTW, DYVTE, FASTV, PYRAMIDDROP, EAS = (f"[{name}](https://arxiv.org/abs/{paper})" for name, paper in PAPERS.items())
+PAPERS |= {"YOPO": "2410.06169", "EAS": "2403.15226"}
+VTW, DYVTE, FASTV, PYRAMIDDROP, YOPO, EAS = (
+    f"[{name}](https://arxiv.org/abs/{paper})" for name, paper in PAPERS.items()
+)
 
 
-Method = int | vtw.Policy | list[vtw.Policy] | vtw.SkipAttention
+Method = int | vtw.Policy | list[vtw.Policy] | vtw.SkipAttention | Callable
 
 
-def methods(layer: int, layers: int, gates: vtw.ExitRouters, skipped: list[int]) -> dict[str, Method]:
-    """By what leaves and who says so. ``layer``: what the search found, of so many ``layers``; ``skipped``: whose
-    attention can be."""
+def methods(layer: int, layers: int, gates: vtw.ExitRouters, heads: Tensor, skipped: list[int]) -> dict[str, Method]:
+    """By what leaves and who says so. ``layer``: what the search found, of so many ``layers``; ``heads``: those
+    with work on visual tokens; ``skipped``: whose attention can be."""
+    pruning = vtw.VisualPruning(heads=heads, window=3, ffn_ratio=2)
     return {
         "nothing | | ": layers,
         f"all visual tokens, at the layer that `find_layer` finds | {VTW} | `Withdraw(K)`": layer,
@@ -50,27 +53,19 @@ def methods(layer: int, layers: int, gates: vtw.ExitRouters, skipped: list[int])
         "half before layer 2, drawn at random | (to compare with) | `RandomVisual(2, 0.5)`": [vtw.RandomVisual(2, 0.5)],
         "the least attended half before layer 2, the rest at the layer found | both | "
         "`[TopAttention(2, 0.5), Withdraw(K)]`": [vtw.TopAttention(2, 0.5), vtw.Withdraw(layer)],
+        f"nothing; visual tokens have half of the heads and of the MLP, and see their neighbours | {YOPO} | "
+        "`prune_visual(model, VisualPruning(heads, 3, 2))`": lambda model: vtw.prune_visual(model, pruning),
         f"nothing; an eighth of the layers skip attention | {EAS} | `SkipAttention(layers)`": vtw.SkipAttention(
             skipped
         ),
     }
 
 
-@contextmanager
-def skipping(model, method: Method) -> Iterator[Any]:
-    """Yields what is withdrawn beside the attention that is skipped meanwhile, if any is."""
-    if not isinstance(method, vtw.SkipAttention):
-        yield method
-        return
-    with vtw.skip_attention(model, method.layers):
-        yield model.config.text_config.num_hidden_layers
-
-
 @torch.inference_mode()
 def kv_bytes(model, prompts: list[Batch], method: Method) -> int:
     """Of prompts each by itself."""
     caches = [DynamicCache(config=model.config.text_config) for _ in prompts]
-    with skipping(model, method) as policy, vtw.withdraw(model, policy):
+    with Setting.of(model, method, None).under(model, None, None):
         for prompt, cache in zip(prompts, caches):
             model(**prompt.inputs, **{Arguments(model).cache: cache})
     return sum(map(cache_bytes, caches))
@@ -87,9 +82,9 @@ def measure(name: str) -> tuple[str, dict[str, str]]:
     gates = vtw.train_exit(model, calibration, positions="last", first=first).routers
     skipped = vtw.find_skippable(model, calibration[:2], layers // 8, bandit=None).layers
     plain, plain_bytes, cells = None, kv_bytes(model, single, layers), {}
-    for method, setting in methods(layer, layers, gates, skipped).items():
-        with skipping(model, setting) as policy:
-            answers, first = answer(model, tokenizer, test, policy)
+    heads = vtw.find_visual_heads(model, calibration[:6], keep=0.5).heads
+    for method, setting in methods(layer, layers, gates, heads, skipped).items():
+        answers, first = answer(model, tokenizer, test, setting)
         plain = first if plain is None else plain
         kl = F.kl_div(plain, first, log_target=True, reduction="batchmean").item()
         left = kv_bytes(model, single, setting) / plain_bytes
