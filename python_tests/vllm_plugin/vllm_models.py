@@ -4,7 +4,6 @@ Heads are as small as the attention of vLLM on a CPU takes them. An image has mo
 that chunks of a prompt may lie within one."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 LAYERS, HIDDEN, IMAGE_TOKENS = 6, 128, 64
@@ -99,24 +102,34 @@ def make_llava(folder: Path, layers: int = LAYERS, image_size: int = 32, **text)
     return _save(model, folder, processor)
 
 
-def make_qwen2_vl(folder: Path) -> Path:
+def make_qwen_vl(folder: Path, family: str) -> Path:
+    """Qwen2-VL, 2.5 or 3. The third adds features of two layers of its tower to the rows of its first two layers."""
     torch.manual_seed(0)
-    vision = dict(
-        depth=2, embed_dim=64, num_heads=2, hidden_size=HIDDEN, patch_size=4, spatial_merge_size=2, mlp_ratio=2
-    )
+    config_class, model_class, processor_class = {
+        "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, "Qwen2VLProcessor"),
+        "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, "Qwen2_5_VLProcessor"),
+        "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, "Qwen3VLProcessor"),
+    }[family]
+    later = {"hidden_size": 64, "out_hidden_size": HIDDEN, "intermediate_size": 96}
+    tower = {
+        "qwen2_vl": {"embed_dim": 64, "hidden_size": HIDDEN, "mlp_ratio": 2},
+        "qwen2_5_vl": later | {"window_size": 32, "fullatt_block_indexes": [1]},
+        "qwen3_vl": later | {"num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]},
+    }[family]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    config = Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": rope},
-        vision_config=vision,
+    config = config_class(
+        text_config=TEXT | {"rope_parameters": rope} | ({"head_dim": 32} if family == "qwen3_vl" else {}),
+        vision_config=dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2) | tower,
         image_token_id=SPECIAL.index("<|image_pad|>"),
         video_token_id=SPECIAL.index("<|video_pad|>"),
         vision_start_token_id=SPECIAL.index("<|vision_start|>"),
         vision_end_token_id=SPECIAL.index("<|vision_end|>"),
         tie_word_embeddings=False,
     )
-    model = Qwen2VLForConditionalGeneration(config).eval()
-    for parameter in model.model.visual.merger.parameters():
-        parameter.data.normal_(std=0.3)
+    model = model_class(config).eval()
+    for name, parameter in model.model.visual.named_parameters():
+        if "merger" in name:
+            parameter.data.normal_(std=0.3)
     processor = {
         "image_processor": {
             "image_processor_type": "Qwen2VLImageProcessor",
@@ -127,7 +140,7 @@ def make_qwen2_vl(folder: Path) -> Path:
             "image_mean": [0.5] * 3,
             "image_std": [0.5] * 3,
         },
-        "processor_class": "Qwen2VLProcessor",
+        "processor_class": processor_class,
     }
     return _save(model, folder, processor)
 
@@ -155,11 +168,3 @@ def image(seed: int, size: int = 32) -> Image.Image:
     """Large patches, so that models see a difference."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.NEAREST)
-
-
-def copy_with(folder: Path, target: Path, **changes) -> Path:
-    """The same checkpoint, with changes to its config."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | changes))
-    return target
