@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import vtw_kernels as vtw
-from vtw_kernels.integration.prune import prune_visual
+from vtw_kernels.integration.pruning.prune import prune_visual
 
 pytestmark = pytest.mark.op("withdraw")
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, BEFORE, WINDOW = 1024, 2752, 16, 16, 35, 5

@@ -391,7 +391,7 @@ def test_folded_weights(monkeypatch):
     batch, ends = with_decode_steps(make_batch("qwen2_vl", ONE), 4)
     folds, fold = [], vtw.SkipAdapters.for_model(model, [0]).adapter(0, True).__class__.fold
     monkeypatch.setattr(
-        "vtw_kernels.integration.skip_adapters.BlockAdapter.fold", lambda *x: folds.append(x) or fold(*x)
+        "vtw_kernels.integration.skipping.adapters.BlockAdapter.fold", lambda *x: folds.append(x) or fold(*x)
     )
     with vtw.skip_attention(model, adapters=adapters):
         cache = DynamicCache(config=model.config)

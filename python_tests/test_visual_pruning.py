@@ -27,9 +27,9 @@ from vlm import (
 )
 
 import vtw_kernels as vtw
-from vtw_kernels.integration import prune, windows
-from vtw_kernels.integration.grids import find_grids
-from vtw_kernels.integration.windows import make_blocks
+from vtw_kernels.integration.pruning import prune, windows
+from vtw_kernels.integration.pruning.grids import find_grids
+from vtw_kernels.integration.pruning.windows import make_blocks
 from vtw_kernels.layer_search import visual_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")

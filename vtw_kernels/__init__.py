@@ -124,11 +124,11 @@ if TYPE_CHECKING:
     from vtw_kernels.integration.exit_routers import ExitRouters
     from vtw_kernels.integration.policies import Boundary, Policy, RandomVisual, TopAttention, Withdraw
     from vtw_kernels.integration.policy_text import parse_policy
-    from vtw_kernels.integration.prune import prune_visual
-    from vtw_kernels.integration.skip_adapters import SkipAdapters
-    from vtw_kernels.integration.skip_attention import SkipAttention, skip_attention
+    from vtw_kernels.integration.pruning.prune import prune_visual
+    from vtw_kernels.integration.pruning.visual_pruning import VisualPruning
+    from vtw_kernels.integration.skipping.adapters import SkipAdapters
+    from vtw_kernels.integration.skipping.skip_attention import SkipAttention, skip_attention
     from vtw_kernels.integration.verify import Verification, verify
-    from vtw_kernels.integration.visual_pruning import VisualPruning
     from vtw_kernels.integration.withdraw import apply, remove, withdraw
     from vtw_kernels.layer_search import compare, find_layer, find_skippable, train_exit
     from vtw_kernels.layer_search.comparison import Comparison

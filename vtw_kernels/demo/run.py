@@ -21,7 +21,7 @@ from vtw_kernels.demo.data import Batch
 from vtw_kernels.demo.evaluate import accuracy, answer
 from vtw_kernels.integration import withdraw
 from vtw_kernels.integration.arguments import Arguments
-from vtw_kernels.integration.pruned_cache import stores_of
+from vtw_kernels.integration.pruning.cache import stores_of
 from vtw_kernels.layer_search import find_layer
 
 MODELS = {"digits": data, "smollm2": smollm2}

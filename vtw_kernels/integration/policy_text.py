@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vtw_kernels.integration.policies import Policy, RandomVisual, TopAttention, Withdraw
-from vtw_kernels.integration.skip_adapters import CONFIG
-from vtw_kernels.integration.skip_attention import SkipAttention
+from vtw_kernels.integration.skipping.adapters import CONFIG
+from vtw_kernels.integration.skipping.skip_attention import SkipAttention
 
 FORMS = "layer=LAYER, top-attention:LAYER:KEEP, random:LAYER:KEEP, random:LAYER:KEEP:SEED, skip:LAYERS or skip:FOLDER"
 FILES = (".json", ".safetensors")

@@ -23,8 +23,8 @@ from vtw_kernels.integration.exit_routers import check_threshold
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.policies import Policy
 from vtw_kernels.integration.policy_text import parse_policy, policy_text
-from vtw_kernels.integration.skip_adapters import SkipAdapters
-from vtw_kernels.integration.skip_attention import SkipAttention
+from vtw_kernels.integration.skipping.adapters import SkipAdapters
+from vtw_kernels.integration.skipping.skip_attention import SkipAttention
 from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.layer_search.comparison import Comparison
 from vtw_kernels.layer_search.costs import measure_policies

@@ -21,7 +21,7 @@ from vtw_kernels.integration.cross_attention import sees_images
 from vtw_kernels.integration.families import Parts, find_parts
 from vtw_kernels.integration.inputs import in_eval_mode, padded_left, prepare
 from vtw_kernels.integration.masks import attended_tokens
-from vtw_kernels.integration.pruned_cache import stores_of
+from vtw_kernels.integration.pruning.cache import stores_of
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
 from vtw_kernels.layer_search.decisions import Replayed, watched
 from vtw_kernels.layer_search.settings import Setting, settings_of

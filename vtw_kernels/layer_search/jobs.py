@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vtw_kernels.integration.exit_routers import check_threshold
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.policy_text import parse_policy
-from vtw_kernels.integration.skip_adapters import WEIGHTS
-from vtw_kernels.integration.skip_attention import SkipAttention
+from vtw_kernels.integration.skipping.adapters import WEIGHTS
+from vtw_kernels.integration.skipping.skip_attention import SkipAttention
 from vtw_kernels.layer_search import COSTED, gate_layers, named_policies
 from vtw_kernels.layer_search.attention import attention_mass
 from vtw_kernels.layer_search.comparison import Comparison

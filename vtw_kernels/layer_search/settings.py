@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.policies import Policy, Withdraw
-from vtw_kernels.integration.skip_attention import SkipAttention, Skipping, skip_attention
+from vtw_kernels.integration.skipping.skip_attention import SkipAttention, Skipping, skip_attention
 from vtw_kernels.integration.withdraw import Withdrawal, withdraw
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from vtw_kernels.integration.families import find_parts
 from vtw_kernels.integration.hooks import generating
 from vtw_kernels.integration.inputs import in_eval_mode
-from vtw_kernels.integration.skip_adapters import SkipAdapters
-from vtw_kernels.integration.skip_attention import SkipAttention, check_skipped, skip_attention
+from vtw_kernels.integration.skipping.adapters import SkipAdapters
+from vtw_kernels.integration.skipping.skip_attention import SkipAttention, check_skipped, skip_attention
 from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.layer_search.policy_scorer import PolicyScorer, Reading
 from vtw_kernels.layer_search.scored import Scored, check_among, markdown

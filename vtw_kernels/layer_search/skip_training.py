@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 from transformers.optimization import get_cosine_schedule_with_warmup
 
-from vtw_kernels.integration.skip_adapters import CONFIG, KIND, SkipAdapters
+from vtw_kernels.integration.skipping.adapters import CONFIG, KIND, SkipAdapters
 from vtw_kernels.layer_search.exit_training import Training
 from vtw_kernels.layer_search.records import Encoder, load_records
 from vtw_kernels.layer_search.run import describe_device, find_device, fingerprint, load_model

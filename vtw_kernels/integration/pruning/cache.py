@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from vtw_kernels.integration import compat
 from vtw_kernels.integration.cache import Slots, WithdrawnDynamicLayer, WithdrawnLayer, WithdrawnStaticLayer
-from vtw_kernels.integration.visual_pruning import VisualPruning
+from vtw_kernels.integration.pruning.visual_pruning import VisualPruning
 
 KINDS = (DynamicLayer, StaticLayer)
 

@@ -26,7 +26,7 @@ from vtw_kernels.integration.families import ATTENTION_LAYERS, Parts, find_parts
 from vtw_kernels.integration.hooks import PromptKnown, prompt_length
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.projections import check_shape
-from vtw_kernels.integration.skip_adapters import SkipAdapters
+from vtw_kernels.integration.skipping.adapters import SkipAdapters
 from vtw_kernels.integration.stand_ins import StandIns
 from vtw_kernels.integration.withdraw import unwrapped
 

@@ -23,13 +23,13 @@ from vtw_kernels.integration.arguments import Arguments
 from vtw_kernels.integration.attention import observing
 from vtw_kernels.integration.cache import Slots, WithdrawnLayer
 from vtw_kernels.integration.families import NO_PLACEHOLDER, Parts, find_parts, find_visual_tokens
-from vtw_kernels.integration.grids import Grid, Sizes, find_grids, near, places, within
 from vtw_kernels.integration.hooks import generating, may_be_visual
 from vtw_kernels.integration.masks import attended_tokens, kind_of_masks
 from vtw_kernels.integration.policies import Policy, Withdraw
 from vtw_kernels.integration.projections import projections
-from vtw_kernels.integration.pruned_cache import PrunedCache, check_cache, claim, past_visual
-from vtw_kernels.integration.pruned_layer import (
+from vtw_kernels.integration.pruning.cache import PrunedCache, check_cache, claim, past_visual
+from vtw_kernels.integration.pruning.grids import Grid, Sizes, find_grids, near, places, within
+from vtw_kernels.integration.pruning.layer import (
     Heads,
     LayerHeads,
     attend,
@@ -43,10 +43,10 @@ from vtw_kernels.integration.pruned_layer import (
     taken,
     values,
 )
+from vtw_kernels.integration.pruning.visual_pruning import VisualPruning
+from vtw_kernels.integration.pruning.windows import Blocks, make_blocks, of_blocks
 from vtw_kernels.integration.stage import Stage
 from vtw_kernels.integration.stand_ins import StandIns
-from vtw_kernels.integration.visual_pruning import VisualPruning
-from vtw_kernels.integration.windows import Blocks, make_blocks, of_blocks
 from vtw_kernels.integration.withdraw import Withdrawal, unwrapped
 from vtw_kernels.ops import CompactionPlan, compact, plan_compaction
 

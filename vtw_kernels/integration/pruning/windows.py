@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtw_kernels.integration.grids import Grid, near
+from vtw_kernels.integration.pruning.grids import Grid, near
 
 QUERIES = 128  # of a block, about
 

@@ -1,0 +1,1 @@
+"""Attention that is skipped (EAS), and the adapters that may stand in its place."""
