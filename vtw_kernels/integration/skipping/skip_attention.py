@@ -31,7 +31,9 @@ from vtw_kernels.integration.stand_ins import StandIns
 from vtw_kernels.integration.withdraw import unwrapped
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-ROWS = "vtw_prompt_rows"  # the keyword argument: bool [B, q], what adapters take their means over, or None
+# The keyword argument that layers are given: bool [B, q], what adapters take their means over; or the books of the
+# cache, which have these means.
+PROMPT = "vtw_prompt"
 
 
 class skip_attention(ContextDecorator):  # a context manager, named as a function is
@@ -199,8 +201,11 @@ def check_skipped(layers: Sequence[int], parts: Parts) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
+Folded = dict[nn.Module, tuple[Tensor, Tensor]]  # weight and bias, by the module that they stand in for
+
+
 class _PerThread(threading.local):
-    folded: dict[nn.Module, tuple[Tensor, Tensor | None]] | None = None  # of the layer whose attention runs
+    folded: Folded | None = None  # of the layer whose attention runs
 
 
 _per_thread = _PerThread()
@@ -265,10 +270,10 @@ class SkipHooks(StandIns):
     def enter(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self._call(module, args, kwargs)
-        cache = self.arguments[module].cache_among(self.arguments[module].named(args, kwargs))
+        cache = self.arguments[module].cache_in(args, kwargs)
         books = None if cache is None else self._books(cache)
-        if self.adapters is not None and ROWS not in kwargs:
-            kwargs[ROWS] = self._prompt_rows(self.arguments[module].named(args, kwargs), cache, books)
+        if self.adapters is not None and PROMPT not in kwargs:
+            kwargs[PROMPT] = self._prompt(self.arguments[module].named(args, kwargs), cache, books)
         return self._call(module, args, kwargs)
 
     def _books(self, cache: Cache) -> Skipped:
@@ -280,12 +285,12 @@ class SkipHooks(StandIns):
     def _begin(self, cache: Cache) -> Skipped:
         return skip_layers(cache, self.like, len(self.parts.layers))
 
-    def _prompt_rows(self, inputs: dict[str, Any], cache: Cache | None, books: Skipped | None) -> Tensor | None:
-        """Which rows of a forward adapters take their means over, bool ``[B, q]``; None if they have."""
-        prompt = prompt_length()
+    def _prompt(self, inputs: dict[str, Any], cache: Cache | None, books: Skipped | None) -> Tensor | Skipped:
+        """What layers are told of the prompt."""
         if books is not None and books.states:
             self._check_states(cache, books)
-            return None
+            return books
+        prompt = prompt_length()
         sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         rows, device = torch.ones(sequence.shape[:2], dtype=torch.bool, device=sequence.device), sequence.device
         rows = attended_tokens(inputs.get("attention_mask"), rows)
@@ -329,42 +334,49 @@ class SkipHooks(StandIns):
         return (args[0] if args else next(iter(kwargs.values()))).new_zeros(())
 
     def attend(self, index: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        has_rows, rows = ROWS in kwargs, kwargs.pop(ROWS, None)
-        if not self.active:
-            return self._call(module, args, kwargs)
-        if index not in self.layers and index not in self.adapters.kept:
+        prompt = kwargs.pop(PROMPT, None)
+        if not self.active or (index not in self.layers and index not in self.adapters.kept):
             return self._call(module, args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = self.arguments[module].cache_among(self.arguments[module].named(args, kwargs))
-        books = None if cache is None else self._books(cache)
+        books = prompt
+        if not isinstance(prompt, Skipped):
+            cache = self.arguments[module].cache_in(args, kwargs)  # a decoder that was given none may have made one
+            books = None if cache is None else self._books(cache)
         if self.adapters is None:
             return hidden.new_zeros(()), None  # and no weights
-        if not has_rows:
+        if prompt is None:
             raise RuntimeError(
                 f"skip_attention: expected decoder layer {index} to run within a forward of its model, got a call of "
                 "its own, which does not say what the prompt is"
             )
-        adapter = self.adapters.adapter(index, index in self.layers)
-        state = None if books is None else books.states.get(index)
-        folds = state is not None and self._folds(hidden)
-        if state is None:
-            if rows is None:
-                raise RuntimeError(f"skip_attention: expected what adapters know of the prompt in layer {index}")
-            state = adapter.read(hidden, rows.to(hidden.device))
-            if books is not None:
-                books.states[index] = tuple(x.detach() for x in state)
-        if index in self.layers:
-            return self._skipped(index, hidden, adapter, state, books if folds else None), None
-        if folds and (folded := self._folded_attention(index, adapter, state, books)):
+        if prompt is books and self._folds(hidden) and (folded := self._folded(index, books)):
+            if index in self.layers:
+                mlp = self.parts.layers[index].mlp
+                gate, up = F.linear(hidden, *folded[mlp]).chunk(2, dim=-1)
+                return mlp.down_proj(mlp.act_fn(gate) * up), None
             _per_thread.folded = folded
             try:
                 return self._call(module, args, kwargs)
             finally:
                 _per_thread.folded = None
-        adapted = adapter(hidden, state)
+        adapted = self._adapted(index, hidden, prompt, books)
+        if index in self.layers:
+            layer = self.parts.layers[index]
+            gain = layer.post_attention_layernorm.weight + self.offsets[index]
+            return self._call(layer.mlp, (adapted * gain,), {}), None
         if args:
             return self._call(module, (adapted, *args[1:]), kwargs)
         return self._call(module, args, kwargs | {"hidden_states": adapted})
+
+    def _adapted(self, index: int, hidden: Tensor, prompt: Tensor | Skipped, books: Skipped | None) -> Tensor:
+        """By the adapter of a layer, which reads the prompt if that is what there is."""
+        adapter = self.adapters.adapter(index, index in self.layers)
+        if prompt is books:
+            return adapter(hidden, books.states[index])
+        state = adapter.read(hidden, prompt.to(hidden.device))
+        if books is not None:
+            books.states[index] = tuple(x.detach() for x in state)
+        return adapter(hidden, state)
 
     def _folds(self, hidden: Tensor) -> bool:
         """Whether a forward of a sequence whose prompt was read before uses folded weights."""
@@ -376,31 +388,25 @@ class SkipHooks(StandIns):
             and not self.adapters.training
         )
 
-    def _skipped(
-        self, index: int, hidden: Tensor, adapter: nn.Module, state: tuple[Tensor, ...], books: Skipped | None
-    ) -> Tensor:
-        """What the MLP of a skipped layer makes of its normed input. ``books``: to use weights that are folded."""
-        layer = self.parts.layers[index]
-        mlp, gain = layer.mlp, layer.post_attention_layernorm.weight + self.offsets[index]
-        linear = all(type(x) is nn.Linear and x.weight.is_floating_point() for x in (mlp.gate_proj, mlp.up_proj))
-        if books is None or not linear:
-            return self._call(mlp, (adapter(hidden, state) * gain,), {})
-        if index not in books.folded:
-            books.folded[index] = [adapter.fold(x.weight, x.bias, state, gain) for x in (mlp.gate_proj, mlp.up_proj)]
-        gate, up = (F.linear(hidden, *folded) for folded in books.folded[index])
-        return mlp.down_proj(mlp.act_fn(gate) * up)
-
-    def _folded_attention(
-        self, index: int, adapter: nn.Module, state: tuple[Tensor, ...], books: Skipped
-    ) -> dict[nn.Module, tuple[Tensor, Tensor | None]] | None:
-        """Weights that stand in for those of query, key and value; None where these are not plain."""
-        attention = self.parts.layers[index].self_attn
-        modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-        if not all(x in self.placed and x.weight.is_floating_point() for x in modules):
-            return None
-        if index not in books.folded:
-            books.folded[index] = [adapter.fold(x.weight, x.bias, state) for x in modules]
-        return dict(zip(modules, books.folded[index]))
+    def _folded(self, index: int, books: Skipped) -> Folded | None:
+        """Weights of a layer with its adapter in them, made once: of its MLP's gate and up, one below the other, if its
+        attention is skipped; or else of its query, key and value. None where these are not plain."""
+        if index in books.folded:
+            return books.folded[index]
+        layer, skipped = self.parts.layers[index], index in self.layers
+        adapter, state, gain = self.adapters.adapter(index, skipped), books.states[index], None
+        if skipped:
+            modules = [layer.mlp.gate_proj, layer.mlp.up_proj]
+            gain = layer.post_attention_layernorm.weight + self.offsets[index]
+        else:
+            modules = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+        books.folded[index] = None
+        if all(type(x) is nn.Linear and x.weight.is_floating_point() and not x.weight.is_meta for x in modules):
+            folded = [adapter.fold(x.weight, x.bias, state, gain) for x in modules]
+            books.folded[index] = dict(zip(modules, folded))
+            if skipped:
+                books.folded[index] = {layer.mlp: tuple(map(torch.cat, zip(*folded)))}
+        return books.folded[index]
 
     def project(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         folded = _per_thread.folded
