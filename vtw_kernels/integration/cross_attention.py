@@ -75,7 +75,7 @@ class CrossAttentionHooks(StandIns):
         if not self.active:
             return self._call(module, args, kwargs)
         (layer,) = self.policies(module.training)
-        cache = self.arguments.cache_among(self.arguments.named(args, kwargs))
+        cache = self.arguments.cache_in(args, kwargs)
         if cache is not None:
             if getattr(cache, "withdrawn_before", None) != layer:
                 check_empty(cache, layer)

@@ -192,7 +192,7 @@ class Hooks(StandIns):
         if forward is not None:
             args, kwargs = forward.before_layer(index, args, kwargs)
             if forward.looks_at_attention(index):
-                cache = self.arguments[module].cache_among(self.arguments[module].named(args, kwargs))
+                cache = self.arguments[module].cache_in(args, kwargs)
                 return forward.look_at_attention(index, cache, partial(self._call, module, args, kwargs))
         elif index >= self.first:
             raise RuntimeError(
