@@ -82,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vtw-kernels: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("vtw-kernels: interrupted", file=sys.stderr)
+        resumed = options.command in ("search", "compare", "train-exit", "skip-attention")
+        kept = "; what was done is kept, and the same command goes on from there" if resumed else ""
+        print(f"vtw-kernels: interrupted{kept}", file=sys.stderr)
         return 130
     return 0
 
@@ -205,7 +207,7 @@ def add_skip_attention(commands: argparse._SubParsersAction) -> None:
         help="layers whose attention matters least",
         description="Searches layers whose attention can be skipped: by what the next tokens say, one at a time and "
         "greedily, and by the bandit of the paper. A search that was stopped goes on when the same command is run "
-        "again, from the last record, and what looks at all records together from its beginning.",
+        "again. Under torchrun, or accelerate launch, ranks share the records, and the first searches all together.",
     )
     add_records(search, Path("skip.json"))
     choice = search.add_argument_group("choice of the layers")

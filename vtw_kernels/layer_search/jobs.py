@@ -2,7 +2,7 @@
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,8 +86,11 @@ class Job:
         """Names of the records that each of ``measured`` is measured on, and of the "worst" ones, to show."""
         raise NotImplementedError
 
-    def measure(self, name: str, scorer: Any, inputs: Iterable[Mapping[str, Any]]) -> Any:
-        """One of ``measured``."""
+    def measure(
+        self, name: str, scorer: Any, inputs: Iterable[Mapping[str, Any]], keep: Callable[[str, Callable], list]
+    ) -> Any:
+        """One of ``measured``. ``keep``: of a key and what computes numbers, these numbers, which are computed once in
+        all runs."""
         raise NotImplementedError
 
 
@@ -131,7 +134,9 @@ class SearchJob(Job):
         spread = names[:: -(-len(names) // SHOWN)]
         return {"costs": [names[typical]], "attention": spread, "worst": [names[row] for row in worst]}
 
-    def measure(self, name: str, scorer: Scorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
+    def measure(
+        self, name: str, scorer: Scorer, inputs: Iterable[Mapping[str, Any]], keep: Callable[[str, Callable], list]
+    ) -> Any:
         if name == "costs":
             return measure_costs(scorer.model, next(iter(inputs)), scorer.candidates)
         if scorer.image_layers is not None:
@@ -175,7 +180,13 @@ class CompareJob(Job):
         worst = result.by_sample().amax(dim=1).argsort(descending=True, stable=True)[:SHOWN].tolist()
         return {"costs": [names[row] for row in costed], "worst": [names[row] for row in worst]}
 
-    def measure(self, name: str, scorer: PolicyScorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
+    def measure(
+        self,
+        name: str,
+        scorer: PolicyScorer,
+        inputs: Iterable[Mapping[str, Any]],
+        keep: Callable[[str, Callable], list],
+    ) -> Any:
         return measure_policies(scorer.model, inputs, scorer.policies)
 
 
@@ -221,7 +232,7 @@ class ExitJob(Job):
 
 
 class SkipJob(Job):
-    """The layers one at a time by record; what looks at all records together, from the beginning, is measured last."""
+    """The layers one at a time by record; what looks at all records together is measured last."""
 
     name, result, fields, measured = "skip search", SkipSearch, SkipScores._fields, ("greedy", "bandit", "kl_of")
     write_report = staticmethod(write_skip_report)
@@ -267,12 +278,19 @@ class SkipJob(Job):
         worst = result.by_sample()[:, columns].amax(dim=1).argsort(descending=True, stable=True)[:SHOWN].tolist()
         return dict.fromkeys(self.measured, names) | {"worst": [names[row] for row in worst]}
 
-    def measure(self, name: str, scorer: SkipScorer, inputs: Iterable[Mapping[str, Any]]) -> Any:
+    def measure(
+        self, name: str, scorer: SkipScorer, inputs: Iterable[Mapping[str, Any]], keep: Callable[[str, Callable], list]
+    ) -> Any:
         batches, progress = list(inputs), not self.options.quiet
+        digests = list(self.found.settings["records"].values())
+
+        def keep_of_record(number: int, key: str, compute: Callable[[], list]) -> list:
+            return keep(f"{key} of {digests[number]}", compute)
+
         if name == "greedy":
-            self.together[name] = scorer.greedy(batches, progress)
+            self.together[name] = scorer.greedy(batches, progress, keep_of_record)
         elif name == "bandit":
-            self.together[name] = scorer.search(batches, self.bandit, progress)
+            self.together[name] = scorer.search(batches, self.bandit, progress, keep_of_record)
         else:
-            self.together[name] = scorer.kl_of(batches, replace(self.found, **self.together))
+            self.together[name] = scorer.kl_of(batches, replace(self.found, **self.together), keep_of_record)
         return self.together[name]

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -91,14 +91,15 @@ def run(options: Namespace, command: str, job: Job) -> int:
                 }
             )
             todo = [name for name in index_of if name not in done]
-            if scored:
-                tell_of_earlier_runs(options.out, state, len(done), len(records))
             if earlier is not None and todo:
                 earlier = dataclasses.replace(earlier, **dict.fromkeys(job.measured))  # of other records
             missing = [name for name in job.wanted(earlier) if getattr(earlier, name, None) is None]
+            needs_model = bool(todo or missing) or earlier is None
+            if scored:
+                tell_of_earlier_runs(options.out, state, len(done), len(records), needs_model)
             run, shares = state.begin(todo, ranks.shares)
             planned = {"run": run, "shares": shares, "settings": settings, "missing": missing}
-            return planned | {"needs_model": bool(todo or missing) or earlier is None}
+            return planned | {"needs_model": needs_model}
 
         planned = ranks.agree("plan", plan, readers=ranks.world - 1)
         if planned["settings"]["device"] != machine:
@@ -166,7 +167,10 @@ def run(options: Namespace, command: str, job: Job) -> int:
             return 128 + stopped_by
         measured = {
             name: job.measure(
-                name, scorer, (encoder(records[index_of[x]], with_answer=job.answered) for x in chosen[name])
+                name,
+                scorer,
+                (encoder(records[index_of[x]], with_answer=job.answered) for x in chosen[name]),
+                partial(state.keep, planned["run"]),
             )
             for name in planned["missing"]
         }
@@ -464,9 +468,10 @@ def read_known(records: Records) -> dict[str, tuple[str, str | None]]:
     return known
 
 
-def tell_of_earlier_runs(out: Path, state: State, done: int, total: int) -> None:
-    only = "; the model is not run" if done == total else ""
-    print(f"{out}: {done} of {total} records were scored before{only}", file=sys.stderr)
+def tell_of_earlier_runs(out: Path, state: State, done: int, total: int, needs_model: bool) -> None:
+    further = f", and {len(state.kept)} steps of what looks at all of them were done" if state.kept else ""
+    further += "" if needs_model else "; the model is not run"
+    print(f"{out}: {done} of {total} records were scored before{further}", file=sys.stderr)
     for rank, names in state.left_over().items():
         print(f"rank {rank} of the last run left {len(names)}: {listed(names)}", file=sys.stderr)
 

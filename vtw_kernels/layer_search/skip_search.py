@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from vtw_kernels.layer_search.scorer import read_questions
 
 DRAWS = 100  # for different subsets, at the most: once chances are near 0 and 1, there are hardly any
 CHANCES = {"softmax": 10.0, "sigmoid": 1.0}  # how the paper's codes make probabilities of scores, and their factors
+Keep = Callable[[int, str, Callable[[], list]], list]
 
 
 class Bandit(NamedTuple):
@@ -244,6 +246,12 @@ class SkipLoss:
             return self.whole.logits(reading).float()
 
 
+def computed(number: int, key: str, compute: Callable[[], list]) -> list:
+    """Numbers about the batch ``number``, by a key that says what they are. In its place, a search that may be stopped
+    has what writes them down, and computes none that it finds there."""
+    return compute()
+
+
 class SkipScorer(SkipLoss):
     """Scores batches if the attention of single layers is skipped, and of any subsets.
 
@@ -278,30 +286,57 @@ class SkipScorer(SkipLoss):
         scores = self.singles.score(batch)
         return SkipScores(*(getattr(scores, name) for name in SkipScores._fields))
 
-    def mean_kl(self, batches: Sequence[Mapping[str, Any]], subsets: Sequence[Sequence[int]]) -> Tensor:
+    def mean_kl(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        subsets: Sequence[Sequence[int]],
+        keep: Keep = computed,
+    ) -> Tensor:
         """fp32 ``[subsets]``: KL(skipped‖full) of skipping each of them, the mean over samples."""
         settings = {str(i): SkipAttention(tuple(x), self.adapters) for i, x in enumerate(subsets)}
         scorer = PolicyScorer(self.model, settings, positions=self.positions, decoder=self.decoder)
-        return torch.cat([scorer.score(batch).kl for batch in batches]).mean(0)
 
-    def greedy(self, batches: Sequence[Mapping[str, Any]], progress: bool = False) -> dict[str, list]:
+        def kls(batch: Mapping[str, Any]) -> list[list[float]]:
+            return scorer.score(batch).kl.tolist()
+
+        rows = [keep(number, f"KL {subsets}", partial(kls, batch)) for number, batch in enumerate(batches)]
+        return torch.tensor([row for rows_of_batch in rows for row in rows_of_batch], dtype=torch.float32).mean(0)
+
+    def greedy(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        progress: bool = False,
+        keep: Keep = computed,
+    ) -> dict[str, list]:
         """Skips one layer more at a time, always that which makes the mean KL least."""
         chosen: list[int] = []
         kls = []
-        for _ in tqdm(range(self.skip), "greedy", disable=not progress):
+        for count in range(1, self.skip + 1):
             rest = [x for x in self.candidates if x not in chosen]
-            values = self.mean_kl(batches, [sorted([*chosen, x]) for x in rest])
+            shown = tqdm(batches, f"greedy, {count} of {self.skip} layers", disable=not progress)
+            values = self.mean_kl(shown, [sorted([*chosen, x]) for x in rest], keep)
             best = int(values.argmin())
             chosen.append(rest[best])
             kls.append(values[best].item())
         return {"layers": chosen, "kl": kls}
 
-    def kl_of(self, batches: Sequence[Mapping[str, Any]], search: SkipSearch) -> dict[str, float]:
+    def kl_of(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        search: SkipSearch,
+        keep: Keep = computed,
+    ) -> dict[str, float]:
         """The mean KL of each of its choices."""
         choices = search.choices
-        return dict(zip(choices, self.mean_kl(batches, list(choices.values())).tolist()))
+        return dict(zip(choices, self.mean_kl(batches, list(choices.values()), keep).tolist()))
 
-    def search(self, batches: Sequence[Mapping[str, Any]], bandit: Bandit, progress: bool = False) -> dict[str, Any]:
+    def search(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        bandit: Bandit,
+        progress: bool = False,
+        keep: Keep = computed,
+    ) -> dict[str, Any]:
         """The bandit's scores and probabilities, by candidate."""
         generator = torch.Generator().manual_seed(bandit.seed)
         scores = torch.zeros(len(self.candidates), dtype=torch.float64)
@@ -315,10 +350,10 @@ class SkipScorer(SkipLoss):
             return sorted(torch.multinomial(chances, count, generator=generator).tolist())
 
         for step in tqdm(range(bandit.steps), "bandit", disable=not progress):
-            batch, count = batches[step % len(batches)], bandit.drawn(step, self.skip)
+            number, count = step % len(batches), bandit.drawn(step, self.skip)
             if optimizer is not None:
                 optimizer.zero_grad()
-                self.backward(batch, [self.candidates[i] for i in draw(count)])
+                self.backward(batches[number], [self.candidates[i] for i in draw(count)])
                 optimizer.step()
             if step < bandit.warm_up * bandit.steps or (step + 1) % bandit.every:
                 continue
@@ -326,7 +361,8 @@ class SkipScorer(SkipLoss):
             for _ in range(DRAWS):
                 if len(subsets) < min(bandit.subsets, possible) and (subset := draw(self.skip)) not in subsets:
                     subsets.append(subset)
-            losses = self.losses(batch, [[self.candidates[i] for i in subset] for subset in subsets])
+            layers = [[self.candidates[i] for i in subset] for subset in subsets]
+            losses = keep(number, f"loss {layers}", partial(self.losses, batches[number], layers))
             learn(scores, bandit, subsets, losses)
         return {
             "scores": scores.tolist(),

@@ -4,6 +4,9 @@ A folder holds ``settings.json``, all that decides the scores; and of each run `
 and one ``run-K-rank-R.jsonl`` per rank, with a line per record. A line is on disk before the next record begins, and
 each file has one writer and is only ever appended to: so nothing but its last line can be torn. Whatever else happens
 to a line, its checksum tells, and its record is scored anew.
+
+What looks at all records together, after that, is done from its beginning in each run. But each number that takes a
+forward of the model is a line of ``run-K-together.jsonl``, and so is not computed again.
 """
 
 import base64
@@ -13,7 +16,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OURS = re.compile(r"(settings|run-(?P<run>\d+)(-rank-\d+)?)\.jsonl?(\.part)?")
+OURS = re.compile(r"(settings|run-(?P<run>\d+)(-rank-\d+|-together)?)\.jsonl?(\.part)?")
 
 
 class State:
@@ -49,8 +52,10 @@ class State:
             path = self.folder / "settings.json"
             before = _read_settings(path) if path.exists() else {}
             self._lines = {file: read_lines(file) for file in self._files() if file.suffix == ".jsonl"}
-            lines = {line["record"]: line for file in self._lines.values() for line in file if "record" in line}
-            if (changed := differences(before, settings)) and lines:
+            every = [line for file in self._lines.values() for line in file]
+            lines = {line["record"]: line for line in every if "record" in line}
+            self.kept = {line["key"]: line["values"] for line in every if "key" in line}
+            if (changed := differences(before, settings)) and (lines or self.kept):
                 raise ValueError(
                     f"settings: expected those of the {len(lines)} records in {self.folder}, but {changed} "
                     "(--restart discards these records)"
@@ -76,11 +81,19 @@ class State:
     def rank_file(self, run: int, rank: int) -> Path:
         return self.folder / f"run-{run}-rank-{rank}.jsonl"
 
+    def keep(self, run: int, key: str, compute: Callable[[], list]) -> list:
+        """What ``compute`` returns, numbers, or lists of them. It is called once for a key, in all runs together."""
+        if key not in self.kept:
+            self.kept[key] = compute()
+            with (self.folder / f"run-{run}-together.jsonl").open("ab") as file:
+                append_line(file, {"key": key, "values": self.kept[key]})
+        return self.kept[key]
+
     def remove(self) -> None:
         self._clear()
         (self.folder / "lock").unlink()
         if any(self.folder.iterdir()):
-            print(f"{self.folder}: kept, as there are files in it that are not of the search", file=sys.stderr)
+            print(f"{self.folder}: kept, as there are files in it of something else", file=sys.stderr)
         else:
             self.folder.rmdir()
 
