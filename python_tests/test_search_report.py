@@ -103,7 +103,7 @@ def attention():
 
 def test_needs_no_other_file(tmp_path, attention):
     samples = [Sample("Why?", [png(), png(2000, 1000, "L")], "so", i) for i in range(5)]
-    page = report(tmp_path, make_search(), samples=samples, attention=attention, command="vtw-kernels search")
+    page = report(tmp_path, make_search(attention=attention), samples=samples, command="vtw-kernels search")
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "data", "srcset"):
             value = attributes.get(name, "#")
@@ -124,7 +124,7 @@ def test_needs_no_other_file(tmp_path, attention):
 def test_numbers_are_those_of_the_search(tmp_path, attention):
     search = make_search(6)
     assert search.layer == 3
-    page = report(tmp_path, search, attention=attention)
+    page = report(tmp_path, replace(search, attention=attention))
     names, *rows = page.rows[: len(CANDIDATES) + 2]
     table = {name: [row[i] for row in rows] for i, name in enumerate(names)}
     low, high = search.interval()
@@ -277,7 +277,7 @@ def test_what_users_write_is_text(tmp_path):
 
 def test_no_layer(tmp_path, attention):
     search = make_search(threshold=0.0)
-    page = report(tmp_path, search, samples=[Sample("?", [png()], None, 1)], attention=attention)
+    page = report(tmp_path, replace(search, attention=attention), samples=[Sample("?", [png()], None, 1)])
     assert "Keep the visual tokens: no layer qualifies" in page.text and search.verdict() in page.text
     assert "tokens visual" not in page.text and "Samples that withdrawal before layer 5 hurts most" in page.text
     assert "fine at no layer that was tried" in page.text
@@ -304,7 +304,7 @@ def test_divergence_that_is_not_finite(tmp_path, value):
 def test_one_candidate_and_layers_without_attention(tmp_path, attention):
     one = {name: getattr(make_search(), name)[:, :1] for name in ("per_sample", "per_sample_reverse", "disagreement")}
     attention[:2] = torch.nan
-    page = report(tmp_path, make_search(**one, candidates=[1], costs=None, threshold=1.0), attention=attention)
+    page = report(tmp_path, make_search(**one, candidates=[1], costs=None, threshold=1.0, attention=attention))
     assert "before layer 1 of 6" in page.text and len(page.all("svg")) == 5
 
 
@@ -334,7 +334,6 @@ def test_saved_costs_are_loaded(tmp_path):
         (dict(samples=[Sample("?", [], None, 5)]), r"samples: expected an index in 0\.\.4, got 5"),
         (dict(samples=[Sample("?", [], None, -1)]), r"samples: expected an index in 0\.\.4, got -1"),
         (dict(samples=[Sample("?", [], None, 1)] * 2), "samples: expected one for each index, got several"),
-        (dict(attention=torch.rand(5, 3)), r"attention: expected shape \[6, 3\], got \[5, 3\]"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):
@@ -344,4 +343,8 @@ def test_bad_arguments(tmp_path, options, message):
         ValueError, match=r"search: expected costs of the layers \[1, 2, 3, 4, 6\], got \[1, 2, 3, 5, 6\]"
     ):
         write_report(tmp_path / "report.html", make_search(candidates=[1, 2, 3, 4]))
+    with pytest.raises(ValueError, match=r"attention: expected shape \[6, 3\], got \[5, 3\]"):
+        write_report(tmp_path / "report.html", make_search(attention=torch.rand(5, 3)))
+    with pytest.raises(TypeError, match="found: expected a result of this package, got dict"):
+        write_report(tmp_path / "report.html", {})
     assert not list(tmp_path.iterdir())

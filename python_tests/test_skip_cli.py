@@ -1,5 +1,6 @@
 """``vtw-kernels skip-attention``: records, stops, reports."""
 
+import html
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from vlm import make_model
 
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
-from vtw_kernels.layer_search import run, state
+from vtw_kernels.layer_search import run, skip_command, skip_training, state
 from vtw_kernels.layer_search.policy_scorer import PolicyScorer
+from vtw_kernels.layer_search.skip_search import SkipLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEARCH = ["--skip", "2", "--steps", "6", "--every", "1", "--subsets", "2"]
@@ -120,7 +122,7 @@ def test_damaged_and_discarded_steps(place, monkeypatch, capsys, forwards):  # n
     (place / "skip.json").unlink()
     killed_after(10, monkeypatch)
     assert skip("search", "skip.json", *SEARCH, "--bandit-seed", "1") == 1
-    assert "'seed': 0} and is {" in capsys.readouterr().err
+    assert "bandit: seed was 0 and is 1 (--restart discards it)" in capsys.readouterr().err
     (place / "skip.json").unlink()
     assert skip("search", "skip.json", *SEARCH, "--bandit-seed", "1") == 1
     assert "settings: expected those of the 4 records" in capsys.readouterr().err
@@ -129,40 +131,237 @@ def test_damaged_and_discarded_steps(place, monkeypatch, capsys, forwards):  # n
     assert (place / "skip.json").read_text() == whole
 
 
-def test_train_and_evaluate(place, monkeypatch, capsys):  # noqa: F811
-    options = ["--layers", "1,2", "--epochs", "3", "--accumulate", "2", "--held-out", "0.25", "--dim", "2"]
-    assert skip("train", "whole", *options) == 0
-    adapters = vtw.SkipAdapters.from_pretrained("whole")
+# ------------------------------------------------------------------------------------------------------------- training
+
+TRAIN = ["--layers", "1,2", "--epochs", "3", "--accumulate", "2", "--held-out", "0.25", "--dim", "2"]
+
+
+def test_train(place, monkeypatch, capsys):  # noqa: F811
+    """Trained once; asked again, it writes the page without the model, and so does ``report``."""
+    assert skip("train", "adapters", *TRAIN, "--report", "page.html") == 0
+    adapters = vtw.SkipAdapters.from_pretrained("adapters")
     assert adapters.layers == (1, 2) and adapters.settings["training"]["epochs"] == 3
     assert len(adapters.settings["losses"]) == 3 and list(adapters.settings["records"])[0] == "data.jsonl:1"
-    assert not (place / "whole.partial").exists()
+    assert not (place / "adapters.partial").exists() and (place / "page-loss.png").exists()
+    found = vtw.SkipTraining.load("adapters")
+    assert found.batches == (3, 1) and found.held_out.keys() == {"whole", "skipped", "adapters"}
+    page = (place / "page.html").read_text()
+    for said in (
+        found.verdict(),
+        f"{found.held_out['adapters'][0]:.4g}",
+        "train --model model",
+        "3 trained with, 1 held",
+    ):
+        assert html.escape(said) in page, said
+    assert page.count("<svg") == 1
+    written = {x: (place / "adapters" / x).read_bytes() for x in os.listdir("adapters")}
 
-    save, saved = torch.save, []
+    monkeypatch.setattr(skip_command, "load_model", None)
+    assert main(["report", "adapters"]) == 0
+    assert (place / "adapters.html").read_text() == page
+    (place / "page.html").unlink()
+    assert skip("train", "adapters", *TRAIN, "--report", "page.html") == 0
+    assert (place / "page.html").read_text() == page
+    assert "these adapters were trained before; the model is not run" in capsys.readouterr().err
+    assert skip("train", "adapters", *TRAIN, "--dropout", "0.5") == 1
+    assert "which are of another one: training: dropout was 0.1 and is 0.5 (--restart" in capsys.readouterr().err
+    lines = (place / "data.jsonl").read_text().splitlines()
+    (place / "data.jsonl").write_text("\n".join([lines[1], *lines[1:]]) + "\n")
+    assert skip("train", "adapters", *TRAIN) == 1
+    assert "which are of another one: records: data.jsonl:1 was '" in capsys.readouterr().err
+    assert {x: (place / "adapters" / x).read_bytes() for x in os.listdir("adapters")} == written
 
-    def stop_after_two(state, path):
-        save(state, path)
-        saved.append(path)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
 
+@pytest.fixture
+def backwards(monkeypatch, tmp_path):
+    """How many there were since it was asked last, in all processes."""
+    backward, path = SkipLoss.backward, tmp_path / "backwards"
+
+    def counted(self, *arguments):
+        with path.open("ab") as file:
+            file.write(b".")
+        return backward(self, *arguments)
+
+    def count() -> int:
+        calls = path.stat().st_size if path.exists() else 0
+        path.write_bytes(b"")
+        return calls
+
+    monkeypatch.setattr(SkipLoss, "backward", counted)
+    return count
+
+
+def training_killed(monkeypatch, at: str, number: int, out: str = "adapters") -> None:
+    """In a process of its own, at such a call."""
+    pid = os.fork()
+    if not pid:
+        owner, name = {
+            "backward": (SkipLoss, "backward"),
+            "write": (skip_training, "write_whole"),
+            "replace": (state.os, "replace"),  # with the checkpoint written, and not yet in its place
+            "evaluate": (SkipLoss, "evaluate"),
+        }[at]
+        function, calls = getattr(owner, name), 0
+
+        def dies(*arguments):
+            nonlocal calls
+            calls += "training.pt" in str(arguments) or at in ("backward", "evaluate")
+            if calls > number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, dies)
+        os._exit(skip("train", out, *TRAIN))
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+KILLED = [
+    ("backward", 0),
+    ("backward", 3),
+    ("backward", 5),
+    ("write", 2),
+    ("replace", 2),
+    ("evaluate", 2),
+    ("evaluate", 5),
+]
+
+
+@pytest.mark.parametrize(("at", "number"), KILLED)
+def test_killed_training(place, monkeypatch, capsys, backwards, at, number):  # noqa: F811
+    """To the bit what one process gives in one go, and only the step at hand is repeated."""
+    monkeypatch.setattr(skip_training, "KEPT_SECONDS", 0)
+    assert skip("train", "whole", *TRAIN) == 0
+    assert backwards() == 9
+    training_killed(monkeypatch, at, number)
+    assert not (place / "adapters").exists()
+    assert skip("train", "adapters", *TRAIN) == 0
+    assert 9 <= backwards() <= 9 + 2
+    looked_at = 2 if (at, number) == ("evaluate", 2) else 4
+    begun = "; the training has begun, and goes on" if number > 1 and at != "evaluate" or number == 5 else ""
+    assert f"adapters: {looked_at} of 4 records were looked at before{begun}\n" in capsys.readouterr().err
+    whole, again = (vtw.SkipTraining.load(x) for x in ("whole", "adapters"))
+    assert again.losses == whole.losses and again.held_out == whole.held_out
+    assert all(torch.equal(x, y) for x, y in zip(again.adapters.parameters(), whole.adapters.parameters()))
+    assert not (place / "adapters.partial").exists()
+
+
+def test_killed_while_adapters_are_written(place, monkeypatch, capsys):  # noqa: F811
+    """Weights without their config are none; and of an earlier training's, no other weights stand beside them."""
+    for before in ([], ["--restart", "--epochs", "1"]):
+        pid = os.fork()
+        if not pid:
+            replace = os.replace
+
+            def dies(part, path):
+                replace(part, path)
+                if str(path).endswith(".safetensors"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            monkeypatch.setattr(os, "replace", dies)
+            os._exit(skip("train", "adapters", *TRAIN, *before))
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        assert os.listdir("adapters") == ["adapter_model.safetensors"]
+        assert skip("train", "adapters", *TRAIN, *before[1:]) == 0
+        assert len(vtw.SkipTraining.load("adapters").losses) == (1 if before else 3)
+
+
+def test_stopped_training(place, monkeypatch, capsys):  # noqa: F811
+    """While records are looked at, as a search is; later at the last step that was written down."""
+
+    def stop(number):
+        def stops(*arguments):
+            os.kill(os.getpid(), number)
+            return append_line(*arguments)
+
+        append_line = state.append_line
+        return stops
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with monkeypatch.context() as patch:
+            patch.setattr(skip_command, "append_line", stop(number))
+            assert skip("train", "adapters", *TRAIN) == 128 + number
+        assert "of 4 records were looked at; the same command goes on from there" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", stop_after_two)
-        assert skip("train", "stopped", *options) == 130
-    assert skip("train", "stopped", *options, "--dropout", "0.5") == 1
-    assert "training was" in capsys.readouterr().err
-    assert skip("train", "stopped", *options) == 0
-    again = vtw.SkipAdapters.from_pretrained("stopped")
-    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), adapters.parameters()))
+        patch.setattr(SkipLoss, "backward", stop(signal.SIGINT))
+        assert skip("train", "adapters", *TRAIN) == 130
+    said = capsys.readouterr().err
+    assert "2 of 4 records were looked at before" in said
+    assert "interrupted; what was done is kept, and the same command goes on from there" in said
+    assert skip("train", "adapters", *TRAIN, "--dropout", "0.5") == 1
+    said = capsys.readouterr().err
+    assert "training: dropout was 0.1 and is 0.5 (--restart discards what was done)" in said
+    assert skip("train", "adapters", *TRAIN, "--dropout", "0.5", "--restart") == 0
+
+
+def test_damaged_training(place, monkeypatch, capsys):  # noqa: F811
+    training_killed(monkeypatch, "backward", 7)
+    path = place / "adapters.partial/training.pt"
+    intact = path.read_bytes()
+    middle = len(intact) // 2
+    for damaged in (b"", intact[:middle], intact[:middle] + bytes([intact[middle] ^ 1]) + intact[middle + 1 :]):
+        path.write_bytes(damaged)
+        assert skip("train", "adapters", *TRAIN) == 1
+        said = capsys.readouterr().err
+        assert "checkpoint: expected what a training with the same arguments and batches wrote to" in said
+        assert "adapters.partial/training.pt, got " in said and "remove it to begin anew" in said
+    path.write_bytes(intact)
+    lines = (place / "data.jsonl").read_text().splitlines()
+    (place / "data.jsonl").write_text("\n".join([lines[1], *lines[1:]]) + "\n")
+    assert skip("train", "adapters", *TRAIN) == 1
+    assert "training.pt, got one where records: data.jsonl:1 was '" in capsys.readouterr().err
+    assert skip("train", "adapters", *TRAIN, "--restart") == 0
+
+
+def test_bad_records_of_a_training(place, capsys):  # noqa: F811
+    """Named before it begins, whether they can't be read or the model refuses them."""
+    lines = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    lines[1]["image"] = "data.jsonl"
+    del lines[2]["answer"]
+    (place / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert skip("train", "adapters", *TRAIN) == 1
+    said = capsys.readouterr().err
+    assert "data.jsonl:2: image: data.jsonl can't be read" in said and "pass --skip-bad, and run the same" in said
+    assert skip("train", "adapters", *TRAIN, "--skip-bad", "--report", "page.html") == 0
+    said = capsys.readouterr().err
+    assert (
+        "adapters: 1 of 4 records were looked at before" in said and "2 bad records were skipped: data.jsonl:2" in said
+    )
+    found = vtw.SkipTraining.load("adapters")
+    assert found.batches == (1, 1) and list(found.settings["bad"]) == ["data.jsonl:2", "data.jsonl:3"]
+    assert list(found.settings["records"]) == ["data.jsonl:1", "data.jsonl:4"]
+    assert (
+        "(2 bad records skipped)" in found.verdict() and "(2 bad records skipped)" in (place / "page.html").read_text()
+    )
+    assert skip("train", "adapters", *TRAIN, "--skip-bad") == 0
+    assert "the model is not run" in capsys.readouterr().err
+
+
+def test_what_a_training_refuses(place, monkeypatch, capsys):  # noqa: F811
     (place / "folder").mkdir()
     (place / "folder" / "notes").write_text("mine")
+    (place / "file").write_text("mine")
+    vtw.SkipAdapters.for_model(make_model("llava"), [1]).save_pretrained("untrained")
+    monkeypatch.setattr(skip_command, "load_model", None)
     for wrong, message in (
-        (["folder", *options], "out: expected a new folder or that of earlier adapters"),
+        (["folder", *TRAIN], "out: expected a new folder or that of earlier adapters, got something else"),
+        (["file", *TRAIN, "--restart"], "out: expected a new folder or that of earlier adapters, got something else"),
+        (["untrained", *TRAIN], "untrained: expected adapters that train_skip has trained, got KeyError('losses')"),
         (["other"], "layers: expected --layers or --search, got neither"),
         (["other", "--layers", "1;2"], "layers: expected numbers with commas between"),
+        (["other", *TRAIN, "--report", "folder"], "report: expected a file, got the folder folder"),
+        (["other", *TRAIN, "--report", "file"], "report: expected a new file or an earlier report"),
+        (["other", *TRAIN, "--report", "data.jsonl"], "report: expected another file than that of data"),
+        (["other", *TRAIN, "--tp"], "tp: expected torchrun with several ranks"),
+        (["other", *TRAIN, "--dtype", "float17"], "dtype: expected auto or one of torch"),
     ):
         assert skip("train", *wrong) == 1
-        assert message in capsys.readouterr().err
+        assert message in capsys.readouterr().err, message
+    assert sorted(os.listdir("folder")) == ["notes"] and (place / "file").read_text() == "mine"
+    assert not (place / "other").exists()
 
+
+def test_evaluate(place, capsys):  # noqa: F811
+    assert skip("train", "whole", *TRAIN) == 0
     assert skip("evaluate", "comparison.json", "--layers", "1,2", "--adapters", "whole", "--policy", "layer=2") == 0
     comparison = vtw.Comparison.load("comparison.json")
     assert comparison.policies == ["skip:1,2", "skip:whole", "layer=2"]

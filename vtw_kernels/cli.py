@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = commands.add_parser(
         "report", help="a page of HTML about what search, compare, train-exit or skip-attention found"
     )
-    report.add_argument("result", type=Path, help="what one of these, or save, wrote, such as vtw.json")
+    report.add_argument("result", type=Path, help="what one of these, or save, wrote: vtw.json, or skip-adapters")
     report.add_argument("--out", type=Path, help="the page (default: the result's name with .html)")
     add_bench(commands)
 
@@ -232,7 +232,7 @@ def add_skip_attention(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train adapters that take the place of attention",
         description="Trains adapters for layers whose attention is skipped, in one process; the model stays as it is. "
-        "A training that was stopped goes on from its last epoch when the same command is run again.",
+        "One that was stopped goes on when it is run again.",
     )
     add_records(train, Path("skip-adapters"))
     chosen = train.add_argument_group("layers")
@@ -278,7 +278,7 @@ def skip_attention(options: argparse.Namespace, command: str) -> int:
     if options.action == "search":
         return run_job(options, command, SkipJob(options))
     if options.action == "train":
-        from vtw_kernels.layer_search.skip_training import run_training
+        from vtw_kernels.layer_search.skip_command import run_training
 
         return run_training(options, command)
     from vtw_kernels.layer_search.skip_search import SkipSearch
@@ -431,8 +431,11 @@ def report_on(result: Path, page: Path) -> None:
     from vtw_kernels.layer_search.report import check_page
     from vtw_kernels.layer_search.result import LayerSearch
     from vtw_kernels.layer_search.skip_search import SkipSearch
+    from vtw_kernels.layer_search.skip_training import SkipTraining
 
-    if result.suffix == ".safetensors":
+    if result.is_dir():
+        kind = SkipTraining
+    elif result.suffix == ".safetensors":
         kind = ExitTraining
     else:
         kind = Comparison if Comparison.wrote(result) else SkipSearch if SkipSearch.wrote(result) else LayerSearch

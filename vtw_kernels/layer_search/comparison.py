@@ -161,12 +161,6 @@ class Comparison(Scored):
         draw_front(axes, self.policies, self, self.saving(), self.pareto(), SAVED["rows"])
         figure.savefig(path, dpi=150)
 
-    def report(self, path: str | Path) -> None:
-        """Writes a page of HTML about it, and its figures beside it."""
-        from vtw_kernels.layer_search.report import write_comparison
-
-        write_comparison(path, self)
-
     @staticmethod
     def wrote(path: str | Path) -> bool:
         """Whether ``save`` of a comparison, and not of a search, wrote a file, as far as its fields tell."""

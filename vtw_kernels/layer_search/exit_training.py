@@ -248,12 +248,6 @@ class ExitTraining(Scored):
         fixed = [(float(layer), self.fixed(layer)[name == "kl"]) for layer in layers]
         return [(x.mean_layer, getattr(x, name)) for x in outcomes], fixed
 
-    def report(self, path: str | Path) -> None:
-        """Writes a page of HTML about it, and its figures beside it."""
-        from vtw_kernels.layer_search.report import write_exit_report
-
-        write_exit_report(path, self)
-
     def save(self, path: str | Path) -> None:
         """Writes the gates, as ``ExitRouters.save`` does, and beside them, in the same file, what they were trained
         with, which ``withdraw`` and ``ExitRouters.load`` leave alone. Readers see the old file or the new one."""

@@ -22,7 +22,6 @@ from vtw_kernels.layer_search.costs import measure_costs, measure_policies
 from vtw_kernels.layer_search.exit_scorer import ExitScorer, ExitScores
 from vtw_kernels.layer_search.exit_training import ExitTraining, Training, train_gates
 from vtw_kernels.layer_search.policy_scorer import PolicyScorer, PolicyScores
-from vtw_kernels.layer_search.report import write_comparison, write_exit_report, write_report, write_skip_report
 from vtw_kernels.layer_search.result import LayerSearch
 from vtw_kernels.layer_search.scored import Scored
 from vtw_kernels.layer_search.scorer import Scorer, Scores
@@ -37,7 +36,6 @@ class Job:
     name: as messages have it. result: what is made of their scores. fields: the names of these, as a scorer returns
     them. measured: fields of the result that are measured afterwards, on some records. answered: whether these are read
     with their answers then. of_some: whether there is a result of some of the records, where it is stopped.
-    write_report: writes the page.
     """
 
     name: ClassVar[str]
@@ -96,7 +94,6 @@ class Job:
 
 class SearchJob(Job):
     name, result, fields, measured = "search", LayerSearch, Scores._fields, ("costs", "attention")
-    write_report = staticmethod(write_report)
 
     def check(self) -> None:
         if not self.options.threshold >= 0:
@@ -146,7 +143,6 @@ class SearchJob(Job):
 
 class CompareJob(Job):
     name, result, fields, measured = "comparison", Comparison, PolicyScores._fields, ("costs",)
-    write_report = staticmethod(write_comparison)
 
     def __init__(self, options: Namespace):
         super().__init__(options)
@@ -195,7 +191,6 @@ class ExitJob(Job):
 
     name, result, fields, measured = "training", ExitTraining, ExitScores._fields, ()
     of_some = False
-    write_report = staticmethod(write_exit_report)
 
     def __init__(self, options: Namespace):
         super().__init__(options)
@@ -235,7 +230,6 @@ class SkipJob(Job):
     """The layers one at a time by record; what looks at all records together is measured last."""
 
     name, result, fields, measured = "skip search", SkipSearch, SkipScores._fields, ("greedy", "bandit", "kl_of")
-    write_report = staticmethod(write_skip_report)
 
     def __init__(self, options: Namespace):
         super().__init__(options)

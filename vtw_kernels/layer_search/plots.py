@@ -1,7 +1,7 @@
 """The figures of a search and of a comparison, drawn into axes of matplotlib, in colours of Okabe and Ito."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -205,6 +205,15 @@ def draw_bars(
     heights = [max(x, FLOOR) for x in values] if log else list(values)
     axes.bar(list(places), heights, color=BLUE)
     axes.set(xlabel=xlabel, ylabel=name, yscale="log" if log else "linear")
+
+
+def draw_losses(axes: Axes, losses: Sequence[float], held_out: Mapping[str, float]) -> None:
+    """The loss of each epoch, and by name those of what was held out."""
+    axes.plot(range(1, len(losses) + 1), losses, color=BLUE, marker="o", ms=4, label="trained with, by epoch")
+    for (name, loss), colour, line in zip(held_out.items(), (GREY, ORANGE, GREEN), (":", "--", "-.")):
+        axes.axhline(loss, color=colour, linestyle=line, label=f"held out, {name}")
+    axes.set(xlabel="epoch", ylabel="cross entropy", ylim=(0, None))
+    _legend(axes)
 
 
 def draw_exit_curve(

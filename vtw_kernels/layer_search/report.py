@@ -1,4 +1,4 @@
-"""The reports of a search, a comparison and a training: HTML files that need nothing else, and their figures beside
+"""The reports of searches, comparisons and trainings: HTML files that need nothing else, and their figures beside
 them."""
 
 import base64
@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import singledispatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from vtw_kernels.layer_search.plots import (
     draw_exit_curve,
     draw_exits,
     draw_front,
+    draw_losses,
     draw_savings,
     draw_values,
     new_figure,
@@ -43,6 +45,7 @@ from vtw_kernels.layer_search.plots import (
 from vtw_kernels.layer_search.result import LayerSearch
 from vtw_kernels.layer_search.scored import METRICS, STATISTICS, Scored
 from vtw_kernels.layer_search.skip_search import SkipSearch
+from vtw_kernels.layer_search.skip_training import SkipTraining
 
 Plot = tuple[str, str, str, Callable[[Axes], None]]  # name, title, caption, what draws it
 Table = tuple[list[str], list[tuple[bool, list[str]]]]  # headings; and by row whether it is chosen, and its cells
@@ -64,73 +67,100 @@ class Sample(NamedTuple):
     index: int
 
 
+class Page(NamedTuple):
+    """What a page says of a result. settings: by name. groups: of each its name, what is said of it, and its table.
+    worst: rows of samples to show, and what is said of each. costs: what costs are of. savings: as of ``_savings``."""
+
+    template: str
+    plots: list[Plot]
+    table: Table
+    settings: dict[str, str]
+    groups: Sequence[tuple[str, str, Table]] = ()
+    worst: Sequence[tuple[int, str]] = ()
+    costs: str = ""
+    savings: Sequence[tuple[str, str, str]] = ()
+
+
 def write_report(
-    path: str | Path,
-    search: LayerSearch,
-    *,
-    samples: Sequence[Sample] = (),
-    attention: Tensor | None = None,
-    command: str = "",
+    path: str | Path, found: Scored | SkipTraining, *, samples: Sequence[Sample] = (), command: str = ""
 ) -> None:
     """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
     it.
 
-    It says what was found and what that saves; shows divergence, agreement, attention and savings per layer; and of
-    ``samples``, the dozen that withdrawal before the chosen layer hurts most (where no layer qualifies: before the one
-    with the lowest value).
+    It says what was found, in words, figures and tables; with which settings; and of ``samples``, it shows the dozen
+    that are hurt most: by withdrawal before the chosen layer (where no layer qualifies, before the one with the lowest
+    value), under any policy, where gates let them leave, or without the attention of one of the layers that matter
+    least alone.
 
     Args:
+        found: a ``LayerSearch``, ``Comparison``, ``ExitTraining``, ``SkipSearch`` or ``SkipTraining``.
         samples: any number of them; only these are shown, or the numbers of the worst rows where none are given. An
             image that can't be read is named in its place.
-        attention: fp32 ``[L, 3]``, as ``attention_mass`` returns it; by default that of the search.
-        command: what made the search.
+        command: what made the result.
 
     Raises:
-        ValueError: a sample's index is out of range or not the only one, attention of another shape, costs of other
-            layers than those of the search. Nothing is written then.
+        ValueError: a sample's index is out of range or not the only one; of a search, attention of another shape, or
+            costs of other layers than its own. Nothing is written then.
         OSError: it can't be written.
     """
-    _check_samples(search, samples)
-    attention = search.attention if attention is None else attention
-    layers = [*search.candidates, search.num_layers]
+    path, rows = Path(path), len(found.per_sample) if isinstance(found, Scored) else 0
+    for sample in samples:
+        if not 0 <= sample.index < rows:
+            raise ValueError(f"samples: expected an index in 0..{rows - 1}, got {sample.index}")
+    if len({sample.index for sample in samples}) < len(samples):
+        raise ValueError("samples: expected one for each index, got several")
+    page = _page(found, samples)
+    figures = _draw(page.plots)
+    templates = Environment(
+        loader=PackageLoader("vtw_kernels.layer_search"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = templates.get_template(page.template).render(
+        page._asdict()
+        | {
+            "title": TITLE,
+            "found": found,
+            "figures": [(title, caption, _svg(figure, name)) for name, title, caption, figure in figures],
+            "worst": _shown(found, page.worst, samples),
+            "with_questions": bool(samples),
+            "command": command,
+        }
+    )
+    path.write_text(html, encoding="utf-8")
+    for name, _, _, figure in figures:
+        figure.savefig(path.with_name(f"{path.stem}-{name}.png"), dpi=150)
+
+
+@singledispatch
+def _page(found: Any, samples: Sequence[Sample]) -> Page:
+    raise TypeError(f"found: expected a result of this package, got {type(found).__name__}")
+
+
+@_page.register
+def _page_of_search(search: LayerSearch, samples: Sequence[Sample]) -> Page:
+    layers, attention = [*search.candidates, search.num_layers], search.attention
     if attention is not None and attention.shape != (search.num_layers, 3):
         raise ValueError(f"attention: expected shape {[search.num_layers, 3]}, got {list(attention.shape)}")
     if search.costs is not None and search.costs.layers != layers:
         raise ValueError(f"search: expected costs of the layers {layers}, got {search.costs.layers}")
-
     at_layer = search.by_sample()[:, search.candidates.index(search.shown_layer)]
-    _write(
-        Path(path),
+    return Page(
         "report.html",
-        search,
-        _plots(search, attention),
-        samples,
-        command,
-        worst=[(row, _facts(search, row, value)) for row, value in _worst(at_layer, samples)],
-        table=_table(search),
+        _plots(search),
+        _table(search),
+        _settings(search),
         groups=[(group, part.verdict(), _table(part)) for group, part in search.by_group().items()],
-        settings=_settings(search),
+        worst=[(row, _facts(search, row, value)) for row, value in _worst(at_layer, samples)],
         savings=_savings(search),
     )
 
 
-def write_comparison(
-    path: str | Path, comparison: Comparison, *, samples: Sequence[Sample] = (), command: str = ""
-) -> None:
-    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
-    it.
-
-    It shows the value of each policy over what it saves, with the Pareto fronts, of all samples and of each group; all
-    numbers; and of ``samples``, the dozen that are hurt most under any policy.
-
-    Args:
-        samples, command: as for ``write_report``.
-
-    Raises:
-        ValueError: a sample's index is out of range or not the only one. Nothing is written then.
-        OSError: it can't be written.
-    """
-    _check_samples(comparison, samples)
+@_page.register
+def _page_of_comparison(comparison: Comparison, samples: Sequence[Sample]) -> Page:
+    """The value of each policy over what it saves, with the Pareto fronts, of all samples and of each group."""
     values, costs = comparison.by_sample().nan_to_num(nan=torch.inf), comparison.costs
     said = "" if costs is None else (
         f"Time, operations and bytes are those of {costs.batches} samples, {costs.tokens} tokens with "
@@ -139,77 +169,43 @@ def write_comparison(
         f"(interquartile range {_seconds(costs.prefill_iqr[-1])}) and {_seconds(costs.decode_seconds[-1])} a token "
         f"({_seconds(costs.decode_iqr[-1])})."
     )  # fmt: skip
-    _write(
-        Path(path),
+    return Page(
         "comparison.html",
-        comparison,
         _front_plots(comparison),
-        samples,
-        command,
+        _marked_table(comparison.columns()),
+        _comparison_settings(comparison),
+        groups=[
+            (group, part.verdict(), _marked_table(part.columns())) for group, part in comparison.by_group().items()
+        ],
         worst=[
             (row, f"{value:.3g} under {comparison.policies[int(values[row].argmax())]}")
             for row, value in _worst(values.amax(dim=1), samples)
         ],
-        table=_marked_table(comparison.columns()),
-        groups=[
-            (group, part.verdict(), _marked_table(part.columns())) for group, part in comparison.by_group().items()
-        ],
-        settings=_comparison_settings(comparison),
         costs=said,
     )
 
 
-def write_exit_report(
-    path: str | Path, training: ExitTraining, *, samples: Sequence[Sample] = (), command: str = ""
-) -> None:
-    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
-    it.
-
-    It shows where held-out samples leave, and what that changes, over the mean layer where they do, against one layer
-    for all of them; and of ``samples``, the dozen that are hurt most.
-
-    Args:
-        samples, command: as for ``write_report``.
-
-    Raises:
-        ValueError: a sample's index is out of range or not the only one. Nothing is written then.
-        OSError: it can't be written.
-    """
-    _check_samples(training, samples)
+@_page.register
+def _page_of_exits(training: ExitTraining, samples: Sequence[Sample]) -> Page:
+    """Where held-out samples leave, and what that changes, over the mean layer where they do, against one layer for all
+    of them."""
     values = torch.full((len(training.tokens),), -torch.inf).index_copy(0, training.held_out(), training.at_exit())
     layers = torch.zeros(len(values), dtype=torch.int64).index_copy(0, training.held_out(), training.outcome().layers)
     worst = [(row, value) for row, value in _worst(values, samples) if value > -torch.inf]
-    _write(
-        Path(path),
+    return Page(
         "exit.html",
-        training,
         _exit_plots(training),
-        samples,
-        command,
-        worst=[(row, f"{value:.3g} at layer {layers[row]}") for row, value in worst],
-        table=_marked_table(training.columns()),
+        _marked_table(training.columns()),
+        _exit_settings(training),
         groups=[(group, "", _marked_table(training.columns(group))) for group in training.held_out_groups],
-        settings=_exit_settings(training),
+        worst=[(row, f"{value:.3g} at layer {layers[row]}") for row, value in worst],
     )
 
 
-def write_skip_report(
-    path: str | Path, search: SkipSearch, *, samples: Sequence[Sample] = (), command: str = ""
-) -> None:
-    """Writes ``path``, one HTML file with all its figures and images in it, and each figure as ``STEM-NAME.png`` beside
-    it.
-
-    It shows what skipping each layer's attention changes, one at a time, greedily and, if there was one, by the scores
-    of the bandit; and of ``samples``, the dozen that are hurt most.
-
-    Args:
-        samples, command: as for ``write_report``.
-
-    Raises:
-        ValueError: a sample's index is out of range or not the only one. Nothing is written then.
-        OSError: it can't be written.
-    """
-    _check_samples(search, samples)
+@_page.register
+def _page_of_skips(search: SkipSearch, samples: Sequence[Sample]) -> Page:
+    """What skipping each layer's attention changes, one at a time, greedily and, if there was one, by the scores of the
+    bandit."""
     columns = [search.candidates.index(layer) for layer in search.choices["alone"]]
     values, layers = search.by_sample()[:, columns].max(dim=1)
     settings = {
@@ -217,68 +213,43 @@ def write_skip_report(
         "decoder layers": search.num_layers,
         "candidates": search.candidates,
         "samples": len(search.tokens),
-        "positions": _positions(search),
+        "positions": _positions(search.positions),
     }
-    _write(
-        Path(path),
+    return Page(
         "skip.html",
-        search,
         _skip_plots(search),
-        samples,
-        command,
+        _marked_table(search.columns()),
+        _with_versions(settings, search.settings),
+        groups=[(group, "", _marked_table(part.columns())) for group, part in search.by_group().items()],
         worst=[
             (row, f"{value:.3g} without attention in layer {search.choices['alone'][layers[row]]}")
             for row, value in _worst(values, samples)
         ],
-        table=_marked_table(search.columns()),
-        groups=[(group, "", _marked_table(part.columns())) for group, part in search.by_group().items()],
-        settings=_with_versions(search, settings),
     )
 
 
-def _write(
-    path: Path,
-    template: str,
-    found: Scored,
-    plots: list[Plot],
-    samples: Sequence[Sample],
-    command: str,
-    worst: list[tuple[int, str]],
-    costs: str = "",
-    **content: Any,
-) -> None:
-    """A page from a template. ``worst``: rows of samples to show, and what is said of each. ``costs``: what costs are
-    of."""
-    figures = _draw(plots)
-    templates = Environment(
-        loader=PackageLoader("vtw_kernels.layer_search"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+@_page.register
+def _page_of_adapters(training: SkipTraining, samples: Sequence[Sample]) -> Page:
+    """How the loss fell, and what it is on what was held out."""
+    adapters, (trained, held_out) = training.adapters, training.batches
+    settings = {
+        "model": training.model,
+        "decoder layers": adapters.num_layers,
+        "attention skipped in": list(adapters.layers),
+        "batches": f"{trained} trained with, {held_out} held out, drawn by the seed",
+        "weights": f"{adapters.nbytes} bytes",
+    }
+    known = {name: x for name, x in training.settings.items() if name not in (*training.FIGURES, "command")}
+    if "positions" in known:
+        known["positions"] = _positions(known["positions"])
+    plot = (
+        "loss",
+        "Cross entropy by epoch",
+        "Of the batches that were trained with, the mean over each epoch, as adapters were then and with dropout; and "
+        "of the held-out ones, in the end.",
+        lambda axes: draw_losses(axes, training.losses, {name: loss for name, (loss, _) in training.held_out.items()}),
     )
-    html = templates.get_template(template).render(
-        title=TITLE,
-        found=found,
-        figures=[(title, caption, _svg(figure, name)) for name, title, caption, figure in figures],
-        worst=_shown(found, worst, samples),
-        with_questions=bool(samples),
-        command=command,
-        costs=costs,
-        **content,
-    )
-    path.write_text(html, encoding="utf-8")
-    for name, _, _, figure in figures:
-        figure.savefig(path.with_name(f"{path.stem}-{name}.png"), dpi=150)
-
-
-def _check_samples(found: Scored, samples: Sequence[Sample]) -> None:
-    rows = len(found.per_sample)
-    for sample in samples:
-        if not 0 <= sample.index < rows:
-            raise ValueError(f"samples: expected an index in 0..{rows - 1}, got {sample.index}")
-    if len({sample.index for sample in samples}) < len(samples):
-        raise ValueError("samples: expected one for each index, got several")
+    return Page("adapters.html", [plot], _marked_table(training.columns()), _with_versions(settings, known))
 
 
 def check_page(name: str, path: Path) -> None:
@@ -287,8 +258,9 @@ def check_page(name: str, path: Path) -> None:
         raise ValueError(f"{name}: expected a new file or an earlier report, got something else in {path}")
 
 
-def _plots(search: LayerSearch, attention: Tensor | None) -> list[Plot]:
+def _plots(search: LayerSearch) -> list[Plot]:
     layers, groups = Layers(search.candidates, search.num_layers, search.layer), shown_groups(search)
+    attention = search.attention
     costs = search.costs
     saved = "The share of rows that the decoder layers need not compute, which is that of the KV cache."
     visual = "" if costs is None else f", {costs.visual_tokens} of them visual"
@@ -536,9 +508,11 @@ def _facts(search: LayerSearch, row: int, value: float) -> str:
     return f"{value:.3g} at layer {search.shown_layer}; {fine}"
 
 
-def _shown(found: Scored, worst: list[tuple[int, str]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _shown(
+    found: Scored | SkipTraining, worst: Sequence[tuple[int, str]], samples: Sequence[Sample]
+) -> list[dict[str, Any]]:
     names = list(found.settings.get("records", ()))
-    if len(names) != len(found.per_sample):
+    if worst and len(names) != len(found.per_sample):
         names = [f"Sample {row}" for row in range(len(found.per_sample))]
     given = {sample.index: sample for sample in samples}
     shown = []
@@ -579,12 +553,12 @@ def _settings(search: LayerSearch) -> dict[str, str]:
         "decoder layers": search.num_layers,
         "layers tried": tried,
         "samples": len(search.per_sample),
-        "positions": _positions(search),
+        "positions": _positions(search.positions),
         "metric": METRICS[search.metric],
         "statistic": STATISTICS[search.statistic],
         "threshold": f"{search.threshold:g}",
     }
-    return _with_versions(search, settings)
+    return _with_versions(settings, search.settings, search.costs)
 
 
 def _comparison_settings(comparison: Comparison) -> dict[str, str]:
@@ -592,11 +566,11 @@ def _comparison_settings(comparison: Comparison) -> dict[str, str]:
         "model": comparison.model,
         "decoder layers": comparison.num_layers,
         "samples": len(comparison.per_sample),
-        "positions": _positions(comparison),
+        "positions": _positions(comparison.positions),
         "metric": METRICS[comparison.metric],
         "statistic": STATISTICS[comparison.statistic],
     }
-    return _with_versions(comparison, settings)
+    return _with_versions(settings, comparison.settings, comparison.costs)
 
 
 def _exit_settings(training: ExitTraining) -> dict[str, str]:
@@ -606,27 +580,24 @@ def _exit_settings(training: ExitTraining) -> dict[str, str]:
         "decoder layers": training.num_layers,
         "gates": training.candidates,
         "samples": f"{trained} trained with, {held_out} held out, drawn by the seed",
-        "positions": _positions(training),
+        "positions": _positions(training.positions),
         "threshold": f"{training.routers.threshold:g}",
         "weights": f"{training.routers.nbytes} bytes",
     }
-    return _with_versions(training, settings | training.training._asdict())
+    return _with_versions(settings | training.training._asdict(), training.settings)
 
 
-def _positions(found: LayerSearch | Comparison | ExitTraining | SkipSearch) -> str:
-    positions = {
-        "last": "the last of the prompt",
-        "answer": "those of the given answer",
-    }
-    return positions.get(found.positions, f"up to {found.positions} of the model's own answer")
+def _positions(positions: int | str) -> str:
+    said = {"last": "the last of the prompt", "answer": "those of the given answer"}
+    return said.get(positions, f"up to {positions} of the model's own answer")
 
 
-def _with_versions(found: Scored, settings: dict[str, Any]) -> dict[str, str]:
+def _with_versions(settings: dict[str, Any], further: dict[str, Any], costs: Any = None) -> dict[str, str]:
     """In words, with what else reproduces a result."""
-    if found.costs is not None:
-        settings["costs measured on"] = found.costs.device
+    if costs is not None:
+        settings["costs measured on"] = costs.device
     versions = {name: version(name) for name in ("vtw_kernels", "torch", "transformers")}
-    settings |= {"Python": platform.python_version()} | versions | found.settings
+    settings |= {"Python": platform.python_version()} | versions | further
     if "records" in settings:
         settings["records"] = list(settings["records"])  # without their digests
     return {name: _in_words(value) for name, value in settings.items()}

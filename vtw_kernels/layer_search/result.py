@@ -189,12 +189,6 @@ class LayerSearch(Scored):
         draw_values(axes, Layers(self.candidates, self.num_layers, self.layer), self, self.threshold)
         figure.savefig(path, dpi=150)
 
-    def report(self, path: str | Path) -> None:
-        """Writes the page of ``write_report`` about it; of samples it knows the names, but not what was asked."""
-        from vtw_kernels.layer_search.report import write_report
-
-        write_report(path, self)
-
     def _found(self) -> dict[str, Any]:
         return {"layer": self.layer, "kl": self.kl.tolist()}
 

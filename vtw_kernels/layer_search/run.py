@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from vtw_kernels.integration.families import describe
 from vtw_kernels.layer_search.jobs import Job
 from vtw_kernels.layer_search.records import BadRecord, DataSet, Encoder, JsonFile, brief, load_records
-from vtw_kernels.layer_search.report import Sample, check_page
+from vtw_kernels.layer_search.report import Sample, check_page, write_report
 from vtw_kernels.layer_search.scored import METRICS, NO_GROUP, STATISTICS, Scored, check_among
 from vtw_kernels.layer_search.state import State, append_line, differences, packed, read_lines, unpacked
 from vtw_kernels.ops import backend_info
@@ -80,7 +80,7 @@ def run(options: Namespace, command: str, job: Job) -> int:
             describe(options.model)  # refuses a model before its weights are loaded
             if not options.skip_bad:
                 records.check()
-            settings = find_settings(options, job, machine, ranks)
+            settings = find_settings(options, job.settings(), machine, ranks)
             earlier, known = find_earlier(options, job, records, settings, state)
             scored = lines_of(earlier, job) | stack.enter_context(state.open(settings, options.restart))
             done.update(
@@ -185,7 +185,7 @@ def run(options: Namespace, command: str, job: Job) -> int:
                 for record, row in zip((records[index_of[name]] for name in chosen["worst"]), rows)
             ]
             options.report.parent.mkdir(parents=True, exist_ok=True)
-            job.write_report(options.report, result, samples=samples, command=command)
+            write_report(options.report, result, samples=samples, command=command)
         state.remove()
         if not options.quiet:
             print(result.table())
@@ -313,33 +313,48 @@ def check_options(options: Namespace, job: Job, ranks: Ranks) -> None:
     check_among("metric", options.metric, METRICS)
     check_among("statistic", options.statistic, STATISTICS)
     job.check()
+    check_loading(options, ranks)
+    if ranks.rank == 0:
+        check_files(options, job)
+
+
+def check_loading(options: Namespace, ranks: Ranks) -> None:
+    """Raises ValueError for options of loading a model that do not go together."""
     if options.tp and (ranks.world == 1 or options.device or options.device_map):
         raise ValueError("tp: expected torchrun with several ranks, and neither device nor device_map")
     if options.device_map and ranks.world > 1:
         raise ValueError(f"device_map: expected one rank, which it gives all devices to, got {ranks.world}")
     if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected auto or one of torch, such as bfloat16, got {options.dtype}")
-    if ranks.rank == 0:
-        check_files(options, job)
 
 
 def check_files(options: Namespace, job: Job) -> None:
     """Raises ValueError where something would be overwritten that is not an earlier result, or an earlier report."""
-    files = {name: Path(x) for name in ("data", "out", "report") if (x := getattr(options, name)) is not None}
-    files |= job.files()
-    for (name, path), (other_name, other) in combinations(files.items(), 2):
-        if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
-            raise ValueError(f"{other_name}: expected another file than that of {name}, got {other}")
-    for name in ("out", "report"):
-        if name in files and files[name].is_dir():
-            raise ValueError(f"{name}: expected a file, got the folder {files[name]}")
+    check_different({name: getattr(options, name) for name in ("data", "out", "report")} | job.files())
+    if options.out.is_dir():
+        raise ValueError(f"out: expected a file, got the folder {options.out}")
     if has_content(options.out):
         try:
             job.result.load(options.out)
         except ValueError as error:
             raise ValueError(f"out: expected a new file or an earlier result, got something else: {error}") from error
-    if options.report is not None:
-        check_page("report", options.report)
+    check_report(options.report)
+
+
+def check_different(files: dict[str, Path | str | None]) -> None:
+    """Raises ValueError for two options with the same file."""
+    paths = {name: Path(x) for name, x in files.items() if x is not None}
+    for (name, path), (other_name, other) in combinations(paths.items(), 2):
+        if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
+            raise ValueError(f"{other_name}: expected another file than that of {name}, got {other}")
+
+
+def check_report(path: Path | None) -> None:
+    """Raises ValueError where it would take the place of something else."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"report: expected a file, got the folder {path}")
+    if path is not None:
+        check_page("report", path)
 
 
 def has_content(path: Path) -> bool:
@@ -375,10 +390,10 @@ def describe_device(device: torch.device) -> str:
     return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {memory:.0f} GiB"
 
 
-def find_settings(options: Namespace, job: Job, machine: str, ranks: Ranks) -> dict[str, Any]:
-    """All that decides the scores of a record."""
+def find_settings(options: Namespace, own: dict[str, Any], machine: str, ranks: Ranks) -> dict[str, Any]:
+    """All that decides the scores of a record. ``own``: of what is done with records."""
     chosen = ("model", "dtype", "attention", "device_map", "positions", "prompt_template")
-    settings = {name: getattr(options, name) for name in chosen} | job.settings()
+    settings = {name: getattr(options, name) for name in chosen} | own
     settings |= {"model_files": fingerprint(options.model), "device": machine}
     settings |= {"tensor_parallel": ranks.world if ranks.tensor_parallel else 1, "backend": backend_info()["forced"]}
     return settings | {package: version(package) for package in ("vtw_kernels", "torch", "transformers")}

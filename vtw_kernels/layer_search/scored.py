@@ -103,6 +103,13 @@ class Scored:
             parts[group] = replace(self, **changes, groups=None, costs=None, settings=settings)
         return parts
 
+    def report(self, path: str | Path) -> None:
+        """Writes a page of HTML about it, and its figures beside it; of samples it has the names, but not what was
+        asked."""
+        from vtw_kernels.layer_search.report import write_report  # with matplotlib and jinja2
+
+        write_report(path, self)
+
     def save(self, path: str | Path) -> None:
         """Writes everything as JSON, with what was found spelt out for other readers."""
         values = {x.name: getattr(self, x.name) for x in fields(self)} | {"costs": self.costs and asdict(self.costs)}

@@ -148,12 +148,6 @@ class SkipSearch(Scored):
             said.append(f"{name} {layers}" + ("" if kl is None else f", mean KL {kl:.3g} nats") + ";")
         return " ".join(said)[:-1] + "."
 
-    def report(self, path: str | Path) -> None:
-        """Writes a page of HTML about it."""
-        from vtw_kernels.layer_search.report import write_skip_report
-
-        write_skip_report(path, self)
-
     @staticmethod
     def wrote(path: str | Path) -> bool:
         """Whether ``save`` of such a search wrote a file, as far as its fields tell."""

@@ -1,26 +1,26 @@
 """The training of adapters that take the place of attention."""
 
-import json
-import os
-from argparse import Namespace
+import io
+import pickle
+import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoProcessor
 from transformers.optimization import get_cosine_schedule_with_warmup
 
-from vtw_kernels.integration.skipping.adapters import CONFIG, KIND, SkipAdapters
+from vtw_kernels.integration.skipping.adapters import SkipAdapters
 from vtw_kernels.layer_search.exit_training import Training
-from vtw_kernels.layer_search.records import Encoder, load_records
-from vtw_kernels.layer_search.run import describe_device, find_device, fingerprint, load_model
 from vtw_kernels.layer_search.scored import markdown
-from vtw_kernels.layer_search.skip_search import SkipLoss, SkipSearch
-from vtw_kernels.layer_search.state import State, differences
+from vtw_kernels.layer_search.skip_search import SkipLoss
+from vtw_kernels.layer_search.state import differences, write_whole
+
+KEPT_SECONDS = 30  # so often, what a training has done is written down
 
 
 class AdapterTraining(NamedTuple):
@@ -48,6 +48,13 @@ class AdapterTraining(NamedTuple):
         shared = {name: getattr(self, name) for name in ("epochs", "learning_rate", "warm_up", "held_out")}
         Training(**shared | {"held_out": self.held_out or 0.5}).check()
 
+    def new_adapters(
+        self, model: nn.Module, layers: Sequence[int], settings: Mapping[str, Any] | None = None
+    ) -> SkipAdapters:
+        """To begin with. ``settings``: of the adapters."""
+        sizes = {"dim": self.dim, "skipped_dim": self.skipped_dim, "dropout": self.dropout}
+        return SkipAdapters.for_model(model, sorted(layers), seed=self.seed, settings=settings, **sizes)
+
     def split(self, batches: int) -> tuple[list[int], list[int]]:
         """Which batches are trained with, and which held out. Raises ValueError for too few."""
         if batches < 1 + (self.held_out > 0):
@@ -64,7 +71,8 @@ class SkipTraining:
 
     losses: the mean over the batches of each epoch, as adapters were then. held_out: cross entropy and the share of
     tokens that are the most likely ones, means over the batches that were held out, by name: "whole" of the model as it
-    is, "skipped" without adapters, and "adapters". batches: how many were trained with, and how many held out.
+    is, "skipped" without adapters, and "adapters". batches: how many were trained with, and how many held out. All of
+    that, and how they were trained, is in the ``settings`` of the adapters, too, and so saved with them.
     """
 
     adapters: SkipAdapters
@@ -72,25 +80,64 @@ class SkipTraining:
     held_out: dict[str, tuple[float, float]]
     batches: tuple[int, int]
 
-    def table(self) -> str:
-        """The same for people to read; Markdown."""
+    FIGURES: ClassVar[tuple[str, ...]] = ("losses", "held_out", "batches")  # of the settings
+
+    @property
+    def model(self) -> str:
+        """The name of its class."""
+        return self.adapters.model
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.adapters.settings
+
+    def columns(self) -> dict[str, list[str]]:
+        """What was held out for people to read, by headings."""
         names = {"whole": "the model as it is", "skipped": "skipped, without adapters", "adapters": "with adapters"}
         losses, right = zip(*(self.held_out[name] for name in names)) if self.held_out else ((), ())
-        rows = {
+        return {
             "held out": list(names.values()) if self.held_out else [],
             "cross entropy": [f"{x:.4g}" for x in losses],
             "most likely token right": [f"{x:.1%}" for x in right],
         }
-        return f"{markdown(rows)}\n\n{self.verdict()}"
+
+    def table(self) -> str:
+        """The same, and the verdict; Markdown."""
+        return f"{markdown(self.columns())}\n\n{self.verdict()}"
 
     def verdict(self) -> str:
         """The result in a few sentences."""
         trained, held_out = self.batches
         losses = ", ".join(f"{x:.4g}" for x in self.losses)
+        bad = len(self.settings.get("bad", ()))
+        skipped = f" ({bad} bad record{'s' if bad > 1 else ''} skipped)" if bad else ""
         return (
             f"Adapters for layers {list(self.adapters.layers)} ({self.adapters.nbytes / 2**20:.3g} MiB), trained on "
-            f"{trained} batches, {held_out} held out; mean loss by epoch {losses}."
+            f"{trained} batches, {held_out} held out{skipped}; mean loss by epoch {losses}."
         )
+
+    def report(self, path: str | Path) -> None:
+        """Writes a page of HTML about it, and its figure beside it."""
+        from vtw_kernels.layer_search.report import write_report  # with matplotlib and jinja2
+
+        write_report(path, self, command=self.settings.get("command", ""))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SkipTraining":
+        """Reads what ``adapters.save_pretrained`` wrote.
+
+        Raises:
+            OSError: it can't be read.
+            ValueError: something else, or adapters that were not trained by ``train_skip``.
+        """
+        adapters = SkipAdapters.from_pretrained(folder)
+        try:
+            losses, held_out, batches = (adapters.settings[name] for name in cls.FIGURES)
+            found = cls(adapters, losses, {name: tuple(x) for name, x in held_out.items()}, tuple(batches))
+            found.table()
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}: expected adapters that train_skip has trained, got {error!r}") from error
+        return found
 
 
 def train_skip(
@@ -115,49 +162,62 @@ def train_skip(
         positions: "answer": of the tokens that ``labels`` have; a number: of so many tokens of the model's own greedy
             answer, which the adapters then learn to give; or "last", of its next token.
         adapters: to go on from, which are changed; by default new ones, for all layers.
-        checkpoint: a file that is written after each epoch, and that a training with the same arguments goes on from.
+        checkpoint: a file that is written twice a minute and after each epoch, and that a training with the same
+            arguments and batches goes on from, to the same bits.
 
     Returns:
         A ``SkipTraining``.
 
     Raises:
-        TypeError, ValueError: what ``find_layer`` and ``skip_attention`` raise, or an argument is out of range.
+        TypeError, ValueError: what ``find_layer`` and ``skip_attention`` raise, an argument is out of range, or the
+            checkpoint is of a training with other arguments, or none.
     """
     training.check()
     batches = batches if isinstance(batches, Sequence) else list(batches)
     trained, held_out = training.split(len(batches))
-    if adapters is None:
-        sizes = {"dim": training.dim, "skipped_dim": training.skipped_dim, "dropout": training.dropout}
-        adapters = SkipAdapters.for_model(model, sorted(layers), seed=training.seed, **sizes)
+    adapters = training.new_adapters(model, layers) if adapters is None else adapters
     loss = SkipLoss(model, positions, adapters, decoder)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=training.learning_rate, weight_decay=0.0)
     per_epoch = -(-len(trained) // training.accumulate)
     steps = training.epochs * per_epoch
     schedule = get_cosine_schedule_with_warmup(optimizer, round(training.warm_up * steps), steps)
-    losses: list[float] = []
+    settings = {"layers": list(layers), "positions": positions, "training": training._asdict()}
+    settings = adapters.settings | settings | {"batches": [len(trained), len(held_out)]}
+    named = {"adapters": adapters, "optimizer": optimizer, "schedule": schedule}
+    losses, total, step, random = [], 0.0, 0, None
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        losses = state["losses"]
-        for name, x in (("adapters", adapters), ("optimizer", optimizer), ("schedule", schedule)):
-            x.load_state_dict(state[name])
-    for epoch in range(len(losses), training.epochs):
-        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + epoch)
-        order = torch.tensor(trained)[torch.randperm(len(trained), generator=generator)].split(training.accumulate)
-        total = 0.0
+        losses, total, step, random = _read_checkpoint(checkpoint, settings, named)
+
+    def keep() -> None:
+        content = {"settings": settings, "done": (losses, total, step, random_states())}
+        file = io.BytesIO()
+        torch.save(content | {name: x.state_dict() for name, x in named.items()}, file)
+        write_whole(checkpoint, _checksum(file.getvalue()) + file.getvalue())
+
+    kept = time.monotonic()
+    while len(losses) < training.epochs:
+        seed = training.seed * 1_000_003 + len(losses)
+        order = torch.tensor(trained)[torch.randperm(len(trained), generator=torch.Generator().manual_seed(seed))]
         with torch.random.fork_rng():
-            torch.manual_seed(training.seed * 1_000_003 + epoch)  # of dropout
-            for part in tqdm(order, f"epoch {epoch + 1} of {training.epochs}", disable=not progress):
+            torch.manual_seed(seed)  # of dropout
+            if step:
+                set_random_states(random)
+            epoch = f"epoch {len(losses) + 1} of {training.epochs}"
+            parts = order.split(training.accumulate)[step:]
+            for part in tqdm(parts, epoch, initial=step, total=per_epoch, disable=not progress):
                 optimizer.zero_grad()
                 for i in part.tolist():
                     total += loss.backward(batches[i], layers, 1 / len(part))
                 optimizer.step()
                 schedule.step()
+                step += 1
+                if checkpoint is not None and time.monotonic() - kept >= KEPT_SECONDS:
+                    keep()
+                    kept = time.monotonic()
         losses.append(total / len(trained))
+        total, step = 0.0, 0
         if checkpoint is not None:
-            named = (("adapters", adapters), ("optimizer", optimizer), ("schedule", schedule))
-            part_file = checkpoint.with_name(checkpoint.name + ".part")
-            torch.save({"losses": losses} | {name: x.state_dict() for name, x in named}, part_file)
-            os.replace(part_file, checkpoint)
+            keep()
     found: dict[str, tuple[float, float]] = {}
     if held_out:
         plain = SkipLoss(model, positions, None, decoder)
@@ -167,95 +227,44 @@ def train_skip(
         ]
         means = torch.tensor(rows).mean(0).tolist()
         found = {name: (x[0], x[1]) for name, x in zip(("whole", "skipped", "adapters"), means)}
+    adapters.settings = settings | {"losses": losses, "held_out": found}
     return SkipTraining(adapters, losses, found, (len(trained), len(held_out)))
 
 
-def chosen_layers(layers: str | None, search: Path | None) -> list[int]:
-    """Those that a command names, as ``3,5``, or the best choice that a search has found.
-
-    Raises:
-        ValueError, OSError: neither or both, or not what they should be.
-    """
-    if (layers is None) == (search is None):
-        raise ValueError("layers: expected --layers or --search, got " + ("neither" if layers is None else "both"))
-    if search is not None:
-        return SkipSearch.load(search).layers
-    if not all(x.isascii() and x.isdecimal() for x in layers.split(",")):
-        raise ValueError(f"layers: expected numbers with commas between, as 3,5, got {layers!r}")
-    return sorted(map(int, layers.split(",")))
-
-
-def earlier(folder: Path) -> bool:
-    """Whether there are adapters."""
-    return (folder / CONFIG).is_file() and json.loads((folder / CONFIG).read_text()).get("peft_type") == KIND
-
-
-class _Records(Sequence):
-    """Records as batches, encoded when they are asked for."""
-
-    def __init__(self, records: Any, encoder: Encoder, with_answer: bool):
-        self.records, self.encoder, self.with_answer = records, encoder, with_answer
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self.encoder(self.records[index], with_answer=self.with_answer)
-
-
-def run_training(options: Namespace, command: str) -> int:
-    """``vtw-kernels skip-attention train``: adapters for a model, trained on records, written to ``options.out``.
-
-    What was done is kept after each epoch, and the same command goes on from there.
-
-    Raises:
-        ValueError, OSError, ImportError: about the options, the data, the model or the state of an earlier run.
-    """
-    training = AdapterTraining(**{name: getattr(options, name) for name in AdapterTraining._fields if name != "seed"})
-    training = training._replace(seed=options.training_seed)
-    training.check()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("skip-attention train: expected one process, got several ranks")
-    layers = chosen_layers(options.layers, options.search)
-    if options.out.is_file() or (options.out.is_dir() and any(options.out.iterdir()) and not earlier(options.out)):
-        raise ValueError(f"out: expected a new folder or that of earlier adapters, got something else in {options.out}")
-    records = load_records(options.data, options.images, options.subset, options.split, options.limit, options.seed)
-    records.check()
-    device = find_device(options.device)
-    settings = {
-        name: getattr(options, name) for name in ("model", "dtype", "attention", "device_map", "positions", "data")
-    }
-    digests = {records.name(i): records[i].digest() for i in range(len(records))}
-    settings |= {"layers": layers, "model_files": fingerprint(options.model), "device": describe_device(device)}
-    settings |= {"prompt_template": options.prompt_template, "training": training._asdict(), "records": digests}
-    state = State(options.out.with_name(options.out.name + ".partial"))
-    checkpoint, known = state.folder / "training.pt", state.folder / "settings.json"
-    changed = differences(json.loads(known.read_text()), settings) if checkpoint.exists() and known.exists() else ""
-    if changed and not options.restart:
+def _read_checkpoint(
+    path: Path, settings: Mapping[str, Any], named: Mapping[str, Any]
+) -> tuple[list[float], float, int, list[Tensor]]:
+    """How far a training was: the losses of its epochs, the sum of those in the epoch that it was in, how many steps of
+    this were done, and the states of random numbers. Those of adapters and the like are loaded into ``named``."""
+    content = path.read_bytes()
+    try:
+        if content[:4] != _checksum(content[4:]):  # torch reads whatever the weights have become
+            raise ValueError("a damaged file")
+        state = torch.load(io.BytesIO(content[4:]), weights_only=True)
+        if changed := differences(state["settings"], settings):
+            raise ValueError(f"one where {changed}")
+        losses, total, step, random = state["done"]
+        for name, x in named.items():
+            x.load_state_dict(state[name])
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError) as error:
+        said = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"settings: expected those of the training in {state.folder}, but {changed} (--restart discards it)"
-        )
-    with state.open(settings, options.restart):
-        if options.restart:
-            checkpoint.unlink(missing_ok=True)
-        encoder = Encoder(AutoProcessor.from_pretrained(options.model), options.prompt_template)
-        model = load_model(options, device)
-        encoder.dtype = model.dtype
-        batches = _Records(records, encoder, options.positions == "answer")
-        found = train_skip(
-            model,
-            batches,
-            layers,
-            training,
-            positions=options.positions,
-            checkpoint=checkpoint,
-            progress=not options.quiet,
-        )
-        found.adapters.settings = settings | {"losses": found.losses, "held_out": found.held_out, "command": command}
-        found.adapters.save_pretrained(options.out)
-        checkpoint.unlink()
-        state.remove()
-    if not options.quiet:
-        print(found.table())
-        print(f"written: {options.out}")
-    return 0
+            f"checkpoint: expected what a training with the same arguments and batches wrote to {path}, got {said}; "
+            "remove it to begin anew"
+        ) from error
+    return losses, total, step, random
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "big")
+
+
+def random_states() -> list[Tensor]:
+    """Of the generators that dropout takes its numbers from, on the CPU and on GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def set_random_states(states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])

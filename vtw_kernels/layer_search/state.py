@@ -6,7 +6,8 @@ each file has one writer and is only ever appended to: so nothing but its last l
 to a line, its checksum tells, and its record is scored anew.
 
 What looks at all records together, after that, is done from its beginning in each run. But each number that takes a
-forward of the model is a line of ``run-K-together.jsonl``, and so is not computed again.
+forward of the model is a line of ``run-K-together.jsonl``, and so is not computed again. A training of adapters has its
+weights and its whole state in ``training.pt`` instead, of which there is always an old one or a new one.
 """
 
 import base64
@@ -24,14 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OURS = re.compile(r"(settings|run-(?P<run>\d+)(-rank-\d+|-together)?)\.jsonl?(\.part)?")
+OURS = re.compile(r"((settings|run-(?P<run>\d+)(-rank-\d+|-together)?)\.jsonl?|training\.pt)(\.part)?")
+
+DIFFERENCES = 8  # that are told
 
 
 class State:
     """Of one search. Only rank 0 calls ``open``, ``begin`` and ``remove``."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.checkpoint = folder, folder / "training.pt"
 
     @contextmanager
     def open(self, settings: dict[str, Any], restart: bool) -> Iterator[dict[str, dict]]:
@@ -55,10 +58,11 @@ class State:
             every = [line for file in self._lines.values() for line in file]
             lines = {line["record"]: line for line in every if "record" in line}
             self.kept = {line["key"]: line["values"] for line in every if "key" in line}
-            if (changed := differences(before, settings)) and (lines or self.kept):
+            has_some = lines or self.kept or self.checkpoint.exists()
+            if (changed := differences(before, settings)) and has_some:
                 raise ValueError(
                     f"settings: expected those of the {len(lines)} records in {self.folder}, but {changed} "
-                    "(--restart discards these records)"
+                    "(--restart discards what was done)"
                 )
             write_whole(path, json.dumps(settings, indent=1) + "\n")
             yield lines
@@ -170,18 +174,21 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between settings, in words; empty where nothing does."""
-    return "; ".join(
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    )
+    said = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            said += [f"{name}: {inner}"] if (inner := differences(old, new)) else []
+        elif old != new:
+            said.append(f"{name} was {old!r} and is {new!r}")
+    return "; ".join(said[:DIFFERENCES]) + ("; ..." if len(said) > DIFFERENCES else "")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Readers see the old file or the new one."""
     part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
