@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from vlm import FAMILIES, Batch, make_batch, make_model
+from test_skip_attention import LIMIT, adapters_of, windows_model
+from vlm import FAMILIES, LAYERS, VOCABULARY, Batch, make_batch, make_cache, make_model
 
 import vtw_kernels as vtw
 
@@ -100,6 +101,42 @@ def test_parts(how):
 @pytest.mark.parametrize("how", ["model.compile", "layer.compile"])
 def test_inductor(how):
     assert_equal_to_eager("llava", how, "inductor", prompts("llava", 4, 6), ["forward", "static"])
+
+
+@torch.no_grad()
+def greedy_answer(model, prompt: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a prompt ``[B, S]`` and of the answer's first four tokens, which are returned, too, ``[B, 4]``."""
+    cache, ids = make_cache(model, kind, 20), prompt
+    logits = [model(input_ids=ids, past_key_values=cache).logits]
+    for _ in range(4):
+        ids = torch.cat([ids, logits[-1][:, -1:].argmax(-1)], dim=1)
+        logits.append(model(input_ids=ids[:, -1:], past_key_values=cache).logits)
+    return torch.cat(logits, dim=1), ids[:, prompt.shape[1] :]
+
+
+# All of it is compiled: where torch gives up, after 8 variants of a function by default, plain code would be compared.
+@pytest.mark.parametrize(("how", "kind"), [("model.compile", "dynamic"), ("layers", "static")])
+def test_skipped_attention_with_adapters_compiled(how, kind):
+    """In fp64, of prompts of two lengths in turn: of none stays what adapters knew of another."""
+    model, eager = (windows_model(["full_attention"] * LAYERS) for _ in range(2))
+    adapters = adapters_of(model, [1, 2])
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(10, VOCABULARY, (1, length), generator=generator) for length in (5, 9, 5, 9)]
+    if how == "model.compile":
+        model.compile(backend="eager")
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    limited = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limited), vtw.skip_attention(model, adapters=adapters):
+        found = [greedy_answer(model, prompt, kind) for prompt in prompts]
+    with vtw.skip_attention(eager, adapters=adapters):
+        wanted = [greedy_answer(eager, prompt, kind) for prompt in prompts]
+    for (logits, answer), (wanted_logits, wanted_answer) in zip(found, wanted):
+        assert (logits - wanted_logits).abs().max() < LIMIT and torch.equal(answer, wanted_answer)
+    plain = greedy_answer(eager, prompts[0], kind)[0]
+    (first, _), (second, _), *_ = wanted
+    assert (plain - first).abs().max() > 0.1 and (first[:, -4:] - second[:, -4:]).abs().max() > 1e-3
 
 
 def test_threads():
