@@ -153,7 +153,7 @@ def test_train(place, monkeypatch, capsys):  # noqa: F811
         "3 trained with, 1 held",
     ):
         assert html.escape(said) in page, said
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 1 and page.count("skip-attention train --model") == 1
     written = {x: (place / "adapters" / x).read_bytes() for x in os.listdir("adapters")}
 
     monkeypatch.setattr(skip_command, "load_model", None)
@@ -360,8 +360,27 @@ def test_what_a_training_refuses(place, monkeypatch, capsys):  # noqa: F811
     assert not (place / "other").exists()
 
 
-def test_evaluate(place, capsys):  # noqa: F811
+def test_evaluate(place, monkeypatch, capsys):  # noqa: F811
+    """As ``compare`` does: it names bad records, goes on where it was stopped, and has a page."""
     assert skip("train", "whole", *TRAIN) == 0
+    options = ["--layers", "1,2", "--adapters", "whole", "--policy", "layer=2"]
+    lines = (place / "data.jsonl").read_text().splitlines()
+    (place / "data.jsonl").write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
+    assert skip("evaluate", "other.json", *options) == 1
+    assert "1 of 4 records are bad (--skip-bad): data.jsonl:2: " in capsys.readouterr().err
+    (place / "data.jsonl").write_text("\n".join(lines) + "\n")
+    assert skip("evaluate", "undisturbed.json", *options, "--no-costs") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "append_line", after_lines(2, lambda file, line: os.kill(os.getpid(), signal.SIGINT)))
+        assert skip("evaluate", "stopped.json", *options, "--no-costs") == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert skip("evaluate", "stopped.json", *options, "--no-costs", "--report", "page.html") == 0
+    assert "stopped.json: 2 of 4 records were scored before\n" in capsys.readouterr().err
+    assert (place / "stopped.json").read_text() == (place / "undisturbed.json").read_text()
+    assert "skip:whole" in (place / "page.html").read_text()
+    assert skip("evaluate", "stopped.json", *options[:2], "--no-costs") == 1
+    assert "policies was [" in capsys.readouterr().err
+
     assert skip("evaluate", "comparison.json", "--layers", "1,2", "--adapters", "whole", "--policy", "layer=2") == 0
     comparison = vtw.Comparison.load("comparison.json")
     assert comparison.policies == ["skip:1,2", "skip:whole", "layer=2"]
