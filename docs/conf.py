@@ -20,7 +20,6 @@ suppress_warnings = ["myst.header"]  # what is included begins where its page is
 html_theme = "furo"
 html_title = f"vtw_kernels {release}"
 html_static_path, html_css_files = ["_static"], ["pages.css"]
-
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 autodoc_member_order = "bysource"
@@ -38,7 +37,6 @@ def write_families(app: Sphinx) -> None:
     lines = ["| `model_type` | class in transformers | visual tokens |", "|---|---|---|"]
     for family, recipe in sorted(RECIPES.items()):
         told_by = "pass `visual_mask=`" if recipe.masked else "found in the inputs"
-
         lines.append(f"| `{family}` | {f'`{CLASSES[family]}`' if family in CLASSES else ''} | {told_by} |")
     lines += ["", "Refused:", ""]
     lines += [f"* `{name}`: {family.refused}." for name, family in sorted(FAMILIES.items()) if family.refused]
