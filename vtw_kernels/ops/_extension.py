@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-# Of the names of all ops and of their arguments: an extension that was built from older sources has others. Whoever
-# changes a schema is told the new number.
+# A checksum of the names of all ops and of their arguments: an extension that was built from other sources has another
+# one. After a change of a schema, the error at the end of this file says the new number.
 INTERFACE = 0xFEE26A7F
 
-# Looked at before anything is loaded, so that a second attempt finds nothing half done.
+# Checked before anything is loaded, so that an import that fails leaves nothing half done.
 FORCED_BACKEND = os.environ.get("VTW_KERNELS_BACKEND") or None
 if FORCED_BACKEND not in (None, *BACKENDS):
     raise ImportError(f"VTW_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {FORCED_BACKEND!r}")
@@ -25,6 +25,7 @@ def op_names() -> list[str]:
 
 
 def interface() -> int:
+    """The checksum of the ops that are registered."""
     schemas = [schema for name in op_names() for schema in torch._C._jit_get_schemas_for_operator(name)]
     text = [f"{schema.name}({', '.join(x.name for x in schema.arguments)})" for schema in schemas]
     return zlib.crc32("\n".join(text).encode())
@@ -38,8 +39,8 @@ def _is_loaded(path: Path) -> bool:
     return True
 
 
-def _refuse_another() -> None:
-    """A second library with the same ops would end the process."""
+def _refuse_second_build() -> None:
+    """Raises ImportError if another library has registered these ops: a second one would end the process."""
     folder = Path(__file__).parents[1]
     ours = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").exists()]
     if op_names() and not any(map(_is_loaded, ours)):
@@ -50,7 +51,7 @@ def _refuse_another() -> None:
         )
 
 
-_refuse_another()
+_refuse_second_build()
 try:
     import vtw_kernels._C as _C
     from vtw_kernels._build_info import build_info  # noqa: F401

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from vtw_kernels.ops._extension import FORCED_BACKEND, build_info, op_names
 
-# Ops that are made of other ops have no kernels of their own; this is the one that does the work of each.
+# Ops that are made of other ops have no kernels of their own. For each, the op whose kernel does its work.
 KERNEL_OF = {
     "kl_divergence": "kl_divergence_with_state",
     "kl_state": "kl_divergence_with_state",
@@ -30,16 +30,15 @@ KERNEL_OF = {
 
 _library = torch.library.Library("vtw_kernels", "IMPL")
 
-
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _in_triton: set[str] = set()  # ops whose CUDA kernel is Triton's
 
 
 def register(name: str, *, reference: Callable, fake: Callable, triton: str | None = None) -> None:
-    """Gives an op its fake, Triton's kernel on a GPU if there is no compiled one, and its reference as the kernel of
+    """Registers an op's fake, Triton's kernel for GPUs if there is no compiled one, and the reference as the kernel of
     every device that has none of its own.
 
-    A forced backend is the only one that registers kernels, so a tensor on a device it doesn't serve raises.
+    If a backend is forced, only that one registers kernels, so that a tensor on a device it doesn't serve raises.
 
     Args:
         triton: the module of ``vtw_kernels.triton`` that has the op.
@@ -53,7 +52,7 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: str | No
 
 
 def _refusal(name: str) -> Callable:
-    """The kernel, beside a forced backend, of devices which that does not serve."""
+    """The kernel for devices that a forced backend does not serve: it raises."""
 
     def refuse(*args):
         given = next((x.device.type for x in tree_leaves(args) if isinstance(x, torch.Tensor)), "no device")
@@ -67,7 +66,8 @@ def _refusal(name: str) -> Callable:
 
 
 def _triton_kernel(module: str, name: str) -> Callable:
-    """Imports Triton when it is first called: whoever has no GPU doesn't wait for it."""
+    """A kernel that imports Triton when it is first called, so that machines without a GPU don't wait for the
+    import."""
 
     def kernel(*args):
         return getattr(import_module(f"vtw_kernels.triton.{module}"), name)(*args)
@@ -76,18 +76,17 @@ def _triton_kernel(module: str, name: str) -> Callable:
 
 
 def register_over_ops(name: str, *, kernel: Callable, fake: Callable) -> None:
-    """Gives an op that has a gradient of its own, but computes by calling other ops, its fake and its only kernel:
-    which backend does the work is decided where those are called."""
+    """Registers the fake and the only kernel of an op that has a gradient of its own but computes by calling other ops:
+    the dispatcher picks a backend for each of those."""
     torch.library.register_fake(f"vtw_kernels::{name}", fake)
     _replace(name, kernel, "CompositeExplicitAutograd")
 
 
 def _replace(name: str, kernel: Callable, key: str) -> None:
-    """Takes the place of a kernel of ``csrc/composite.cpp``, which is for programs without Python: an error of an op
-    that is called through the C interface of the stable ABI loses its type on the way, and before torch 2.13 its
-    text."""
+    """Replaces a kernel of ``csrc/composite.cpp``. Those are for programs without Python: they call other ops through
+    the C interface of the stable ABI, on which an error loses its type and, before torch 2.13, its text."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there is one already
+        warnings.simplefilter("ignore")  # torch warns that there is a kernel already
         _library.impl(name, kernel, key)
 
 
@@ -129,10 +128,12 @@ EACH_RANK = "call it on every rank with x.to_local(), which has the sequences or
 
 
 def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_place: bool = False) -> Any:
-    """``op(tensors, *args)``, past the kernels of autograd where nothing is to be differentiated: they are Python, and
-    take longer than a small compaction (a C++ one could not go on below itself: the C interface of the stable ABI calls
-    ops from the top, and hands no set of keys to a kernel). Whoever else may want to see the call (a compiler,
-    torch.func, ``__torch_function__``) sees it as ever."""
+    """``op(tensors, *args)``, without the detour through autograd's kernels where nothing is to be differentiated.
+
+    Those kernels are written in Python and take longer than a small compaction. (They can't be written in C++: the C
+    interface of the stable ABI always calls an op from the top of the dispatcher, so a kernel could not call the one
+    below it.) If somebody else may want to see the call (a compiler, torch.func, ``__torch_function__``), it is made in
+    the usual way."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -144,7 +145,7 @@ def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_pla
     try:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op(tensors, *args)
-    except (NotImplementedError, RuntimeError):  # what DTensor says of an op that it does not know
+    except (NotImplementedError, RuntimeError):  # which DTensor raises for an op that it does not know
         refuse_sharded(op._schema.name.removeprefix("vtw_kernels::"), EACH_RANK, tensors, args)
         raise
     if in_place:
@@ -153,7 +154,7 @@ def call_on_list(op: OpOverload, tensors: list[torch.Tensor], *args: Any, in_pla
 
 
 def is_sharded(*values: Any) -> bool:
-    """Whether a DTensor is among them; whoever has one has imported its module."""
+    """Whether a DTensor is among them. Its module takes long to import; if nobody has imported it, there is none."""
     if torch.compiler.is_compiling() or (module := sys.modules.get("torch.distributed.tensor")) is None:
         return False
     return any(type(x) is not torch.Tensor and isinstance(x, module.DTensor) for x in tree_leaves(values))
@@ -165,8 +166,8 @@ def refuse_sharded(name: str, instead: str, *values: Any) -> None:
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable | None = None) -> None:
-    """What torch.library.register_autograd does, which takes several times as long where tensors come in lists, and
-    computes on without the tangents of forward-mode differentiation. Here, these raise.
+    """Does what torch.library.register_autograd does, for two reasons: that one takes several times as long per call
+    if tensors come in lists, and it silently drops the tangents of forward-mode differentiation, which raise here.
 
     Only the first argument may be a list of tensors.
     """
@@ -196,7 +197,7 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable | N
         below = keyset & torch._C._after_autograd_keyset
         if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return op._handle.redispatch_boxed(below, *args)
-        args += tuple(x.default_value for x in arguments[len(args) :])  # which the dispatcher leaves out
+        args += tuple(x.default_value for x in arguments[len(args) :])  # the dispatcher leaves out defaults
         first, *rest = args
         refuse_tangents(name, first if takes_list else args)
         output = apply(Recorded, *(first if takes_list else [first]), *rest, below)
@@ -206,8 +207,8 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable | N
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, which within torch.func refuses every function without rules for its transforms: a kernel of
-    the dispatcher needs none, as what it calls is transformed in its turn."""
+    """``function.apply``, also within torch.func. There, torch refuses a function that has no rules for transforms; but
+    a kernel of the dispatcher needs none, as the ops that it calls are transformed themselves."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     with enable_single_level_autograd_function():
@@ -216,13 +217,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 @cache
 def _of_one_level(function: type[torch.autograd.Function]) -> Any:
-    """The same for one transform, as torch.func itself makes it of each function."""
+    """The function in the form in which torch.func runs it under a single transform."""
     both = {name: vars(function)[name] for name in ("forward", "backward")}
     return type(function.__name__, (_SingleLevelFunction,), both)
 
 
 def refuse_tangents(name: str, values: Sequence[Any]) -> None:
-    """Raises within forward-mode differentiation (torch.func.jvp, dual numbers) if it is to go through an op."""
+    """Raises if one of the values carries a tangent of forward-mode differentiation (torch.func.jvp, dual numbers)."""
     if forward_ad._current_level < 0:
         return
     for x in values:
@@ -233,12 +234,13 @@ def refuse_tangents(name: str, values: Sequence[Any]) -> None:
 
 
 def register_autograd_kernel(name: str, function: Callable) -> None:
-    """Registers what runs where autograd records: ``function(keyset, *args)``, which goes on below it by itself."""
+    """Registers an op's autograd kernel ``function(keyset, *args)``, which has to call the kernel below it by
+    itself."""
     _library.impl(name, function, "Autograd", with_keyset=True)
 
 
 def register_composite(name: str, function: Callable) -> None:
-    """Registers an op that only calls other ops: kernels, fakes and gradients are theirs."""
+    """Registers an op that only calls other ops, and so needs no fake and no gradient of its own."""
     _replace(name, function, "CompositeImplicitAutograd")
 
 

@@ -1,8 +1,8 @@
 """Batching rules for torch.func.vmap.
 
-KL: a batch dimension is one more leading dimension that broadcasts, so nothing is expanded or copied, and a reference
-that is not batched is still read once. Compaction: under one plan for all it is one more dimension of a tensor; with a
-plan for each, the sequences of all are those of one batch.
+KL: the dimension that vmap maps over is one more leading dimension that broadcasts, so nothing is expanded or copied,
+and a tensor that is not mapped over is still read once. Compaction: with one plan for all it is one more dimension of
+each tensor; with a plan for each, it is merged with the batch dimension.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ OPS = torch.ops.vtw_kernels
 
 
 def _batched_pair(p: Tensor, q: Tensor, p_dim: int | None, q_dim: int | None) -> tuple[Tensor, Tensor]:
-    """Batch dimensions in front, with ones behind them up to the rank of the other tensor."""
+    """Both tensors with the dimension of vmap in front, and behind it as many dimensions of size 1 as it takes for the
+    two to broadcast."""
     pair = ((p, p_dim), (q, q_dim))
     rank = max(x.dim() - (dim is not None) for x, dim in pair)
     in_front = (x if dim is None else x.movedim(dim, 0) for x, dim in pair)
@@ -28,6 +29,7 @@ def _batched_pair(p: Tensor, q: Tensor, p_dim: int | None, q_dim: int | None) ->
 
 
 def _batched(x: Tensor, dim: int | None, batch: int) -> Tensor:
+    """With the dimension of vmap in front, expanded where there is none."""
     return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
@@ -49,7 +51,8 @@ def _backward(info, in_dims, grad, p_logits, q_logits, state, temperature, need_
 
 
 def _loss(info, in_dims, p_logits, q_logits, temperature=1.0, weight=None):
-    """The gradient is that of the divergence: how a result for each batch is weighed is not known before."""
+    """From the divergence, whose gradient is used: what each result of vmap will count is not known beforehand, so the
+    gradients can't be computed in the forward."""
     kl = OPS.kl_divergence_with_state(*_batched_pair(p_logits, q_logits, *in_dims[:2]), temperature)[0]
     if in_dims[:2] == (None, None):
         kl = kl.expand(info.batch_size, *kl.shape)
@@ -77,7 +80,8 @@ def _plan(info, in_dims, keep: Tensor, length: int = -1, pad_left: bool = False)
 
 
 def _from_front(op: str, name: str, tensors: Sequence[Tensor], in_dims: Sequence[int | None], dims: Sequence[int]):
-    """Dimensions of the tensors that a function under vmap sees, counted from the front."""
+    """Checks dimensions that count within the tensors that a function under vmap sees; returns them counted from the
+    front."""
     require(len(dims) == len(tensors), op, name, f"one entry for each of the {len(tensors)} tensors", len(dims))
     ranks = [x.dim() - (dim is not None) for x, dim in zip(tensors, in_dims)]
     for i, (rank, dim) in enumerate(zip(ranks, dims)):
@@ -85,8 +89,8 @@ def _from_front(op: str, name: str, tensors: Sequence[Tensor], in_dims: Sequence
     return [dim % rank for rank, dim in zip(ranks, dims)]
 
 
-def _beside(x: Tensor, dim: int | None, batch_dim: int, source: Tensor) -> Tensor:
-    """A tensor with the dimension of vmap in front of its sequences, as ``source`` ``[N, B, T]`` has it."""
+def _next_to_batch(x: Tensor, dim: int | None, batch_dim: int, source: Tensor) -> Tensor:
+    """The tensor with the dimension of vmap right before its batch dimension, as in ``source`` ``[N, B, T]``."""
     x = x.unsqueeze(batch_dim) if dim is None else x.movedim(dim, batch_dim)
     sizes = [-1] * x.dim()
     sizes[batch_dim] = source.shape[0]
@@ -95,7 +99,14 @@ def _beside(x: Tensor, dim: int | None, batch_dim: int, source: Tensor) -> Tenso
     return x.expand(sizes)
 
 
-def _gathering(name: str):
+def _under_one_plan(tensors, in_dims, token_dims: list[int], batch_dims: list[int]) -> tuple[list[Tensor], ...]:
+    """Tensors with the dimension of vmap in front, and their token and batch dimensions there."""
+    tensors = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims)]
+    moved = ([d + (dim is not None) for d, dim in zip(dims, in_dims)] for dims in (token_dims, batch_dims))
+    return tensors, *moved
+
+
+def _gather_rule(name: str):
     op = getattr(OPS, name)
 
     def rule(info, in_dims, tensors, token_dims, batch_dims, source: Tensor, *length: int):
@@ -103,13 +114,12 @@ def _gathering(name: str):
         token_dims = _from_front(name, "token_dims", tensors, of_tensors, token_dims)
         batch_dims = _from_front(name, "batch_dims", tensors, of_tensors, batch_dims)
         if of_source is None:
-            tensors = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, of_tensors)]
-            dims = ([d + (dim is not None) for d, dim in zip(x, of_tensors)] for x in (token_dims, batch_dims))
-            return op(tensors, *dims, source, *length), [None if dim is None else 0 for dim in of_tensors]
+            moved = _under_one_plan(tensors, of_tensors, token_dims, batch_dims)
+            return op(*moved, source, *length), [None if dim is None else 0 for dim in of_tensors]
         source = source.movedim(of_source, 0)
         merged = [
-            # One that all sequences of all share is broadcast as ever.
-            x if dim is None and x.shape[b] == 1 else _beside(x, dim, b, source).flatten(b, b + 1)
+            # A tensor that all sequences of all calls share is broadcast, as without vmap.
+            x if dim is None and x.shape[b] == 1 else _next_to_batch(x, dim, b, source).flatten(b, b + 1)
             for x, dim, b in zip(tensors, of_tensors, batch_dims)
         ]
         outputs = op(merged, token_dims, batch_dims, source.flatten(0, 1), *length)
@@ -118,19 +128,17 @@ def _gathering(name: str):
     return rule
 
 
-def _moving(info, in_dims, tensors, token_dims, batch_dims, source: Tensor):
+def _compact_inplace(info, in_dims, tensors, token_dims, batch_dims, source: Tensor):
     of_tensors, of_source = in_dims[0], in_dims[3]
     token_dims = _from_front("compact_", "token_dims", tensors, of_tensors, token_dims)
     batch_dims = _from_front("compact_", "batch_dims", tensors, of_tensors, batch_dims)
     if of_source is None:
-        tensors = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, of_tensors)]
-        dims = ([d + (dim is not None) for d, dim in zip(x, of_tensors)] for x in (token_dims, batch_dims))
-        OPS.compact_(tensors, *dims, source)
+        OPS.compact_(*_under_one_plan(tensors, of_tensors, token_dims, batch_dims), source)
         return None, None
     source = source.movedim(of_source, 0)
     for i, dim in enumerate(of_tensors):
         require(dim is not None, "compact_", f"tensors[{i}]", "one that vmap maps over, as over source", "one for all")
-    # Sequences that lie apart in memory are no dimension of a view; a copy moves in their place.
+    # Merging the two dimensions gives a view only if memory allows it; otherwise a copy is compacted, and copied back.
     apart = [x.movedim(dim, b) for x, dim, b in zip(tensors, of_tensors, batch_dims)]
     merged = [x.flatten(b, b + 1) for x, b in zip(apart, batch_dims)]
     OPS.compact_(merged, token_dims, batch_dims, source.flatten(0, 1))
@@ -140,7 +148,7 @@ def _moving(info, in_dims, tensors, token_dims, batch_dims, source: Tensor):
     return None, None
 
 
-def _moving_pages(info, in_dims, caches, block_table, seq_lens, keep, layout="NHD"):
+def _compact_paged_inplace(info, in_dims, caches, block_table, seq_lens, keep, layout="NHD"):
     shared = all(dim is None for dim in in_dims[0])
     require(shared, "compact_paged_", "caches", "pages that are the same for all that vmap maps over", "some for each")
     each = [_batched(x, dim, info.batch_size) for x, dim in zip((block_table, seq_lens, keep), in_dims[1:4])]
@@ -152,7 +160,7 @@ def _moving_pages(info, in_dims, caches, block_table, seq_lens, keep, layout="NH
 
 
 def _one_by_one(name: str):
-    """A loop: each has matrix products of its own, whose size is what counts."""
+    """A rule that loops over the calls: the time goes into the matrix products, which are the same in a loop."""
     op = getattr(OPS, name)
 
     def rule(info, in_dims, *args):
@@ -168,10 +176,10 @@ def _one_by_one(name: str):
 
 
 torch.library.register_vmap("vtw_kernels::plan_compaction", _plan)
-torch.library.register_vmap("vtw_kernels::compact", _gathering("compact"))
-torch.library.register_vmap("vtw_kernels::expand", _gathering("expand"))
-torch.library.register_vmap("vtw_kernels::compact_", _moving)
-torch.library.register_vmap("vtw_kernels::compact_paged_", _moving_pages)
+torch.library.register_vmap("vtw_kernels::compact", _gather_rule("compact"))
+torch.library.register_vmap("vtw_kernels::expand", _gather_rule("expand"))
+torch.library.register_vmap("vtw_kernels::compact_", _compact_inplace)
+torch.library.register_vmap("vtw_kernels::compact_paged_", _compact_paged_inplace)
 torch.library.register_vmap(
     "vtw_kernels::linear_kl_divergence_with_state", _one_by_one("linear_kl_divergence_with_state")
 )

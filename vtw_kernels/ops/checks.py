@@ -17,7 +17,7 @@ def require(condition: bool, op: str, argument: str, wanted: str, given: object)
 
 
 def real_dtype(logits: Tensor) -> torch.dtype:
-    """What logits are computed in."""
+    """What logits of this dtype are computed in."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -188,7 +188,7 @@ def check_packed_values(
     block_table: Tensor,
     block_size: int,
 ) -> None:
-    """What the lists say, where they lie in host memory."""
+    """The values of all lists, where they lie in host memory."""
     if query_start.device.type != "cpu":
         return
     op = "plan_packed_"
@@ -216,13 +216,18 @@ def check_packed_values(
         require(needed <= block_table.shape[1], op, "block_table", wanted, block_table.shape[1])
 
 
-def check_disjoint(op: str, name: str, tensors: list[Tensor], **read: Tensor) -> None:
-    """In place, two elements at one address would leave whichever was written last; and what says where rows go, which
-    is only ``read``, must not change while they do. The latter is refused wherever its bytes lie between those of a
-    tensor.
+def check_packed_disjoint(plan: list[Tensor], *read: Tensor) -> None:
+    names = ("query_start", "seq_lens", "visual", "visual_start", "block_table")
+    check_disjoint("plan_packed_", "plan", plan, **dict(zip(names, read, strict=True)))
 
-    Strides *nest* when each is at least as long as all that lies inside it; every view of a cache nests, and then
-    overlap has an exact answer. Anything else is refused rather than trusted.
+
+def check_disjoint(op: str, name: str, tensors: list[Tensor], **read: Tensor) -> None:
+    """Raises if tensors that are written to in place overlap themselves, one another, or a tensor that is only
+    ``read``, such as the plan, which must not change while rows move. The latter is refused even where its bytes lie in
+    a gap between those of a tensor.
+
+    Strides *nest* when each is at least as long as all that lies inside it. Every view of a cache nests, and for nested
+    strides overlap can be decided exactly. Any other strides are refused.
     """
     extents = []
     for i, x in enumerate(tensors):
@@ -254,8 +259,8 @@ def check_disjoint(op: str, name: str, tensors: list[Tensor], **read: Tensor) ->
 
 
 def _meet(dims: list[tuple[int, int]], other: list[tuple[int, int]], apart: int, item: int) -> bool:
-    """Do two tensors of equal strides, ``apart`` bytes from each other, share bytes? What lies inside a stride is
-    shorter than it, so only the two nearest multiples of it can make up the distance."""
+    """Whether two tensors of equal strides, ``apart`` bytes from each other, share bytes. All that lies inside a stride
+    is shorter than it, so only the two multiples of it that are nearest to the distance have to be tried."""
     if not dims:
         return abs(apart) < item
     (stride, size), (_, other_size) = dims[0], other[0]
@@ -339,7 +344,7 @@ def check_state(op: str, argument: str, state: Tensor) -> None:
 
 
 def check_row_states(op: str, p_logits: Tensor, q_logits: Tensor, *last: int, **given: Tensor) -> None:
-    """Tensors ``[..., *last]`` with a part for each pair of rows, of the type that the logits are computed in."""
+    """Tensors ``[..., *last]`` with an entry for each pair of rows, in the dtype that logits are computed in."""
     rows = torch.broadcast_shapes(p_logits.shape[:-1], q_logits.shape[:-1])
     dtype = real_dtype(p_logits)
     for argument, x in given.items():

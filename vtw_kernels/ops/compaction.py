@@ -208,8 +208,8 @@ def compact_paged_(
 def _check_plan(
     op: str, plan: CompactionPlan, tensors: Sequence[Tensor] = (), token_dims: Sequence[int] = (), longer: bool = False
 ) -> None:
-    """A stale plan, or a dimension that isn't that of the tokens, would silently lose rows: an op sees only
-    ``source``."""
+    """Checks that tensors have as many rows as the plan was made for. The op itself sees only ``source``, and would
+    silently lose rows to a stale plan or a wrong token dimension."""
     if not isinstance(plan, CompactionPlan):
         raise TypeError(f"{op}: plan: expected what plan_compaction returns, got {type(plan).__name__}")
     if plan.tokens is None:
@@ -255,9 +255,9 @@ def _compact_fake(tensors, token_dims, batch_dims, source):
 
 
 def _check_offsets(op: str, name: str, tensors: list[Tensor], instead: str = "") -> None:
-    """Inductor makes the views that an op writes to anew, and loses an offset that depends on a dynamic shape; that of
-    a view that was cloned, too."""
-    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # seconds to import, and here already there
+    """Refuses views at an offset that depends on a dynamic shape: Inductor makes the views that an op writes to again,
+    without that offset, and the op would write elsewhere."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # takes seconds; under torch.compile it is there
 
     for i, x in enumerate(tensors):
         offset = x.storage_offset()

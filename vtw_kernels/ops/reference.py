@@ -15,6 +15,7 @@ from vtw_kernels.ops.checks import (
     check_logits,
     check_loss,
     check_packed,
+    check_packed_disjoint,
     check_packed_values,
     check_paged,
     check_pages,
@@ -115,15 +116,13 @@ def plan_packed_(
 ) -> None:
     args = (query_start, seq_lens, visual, visual_start, block_table)
     check_packed(plan, *args, block_size)
-    names = ("query_start", "seq_lens", "visual", "visual_start", "block_table")
-    check_disjoint("plan_packed_", "plan", plan, **dict(zip(names, args)))
+    check_packed_disjoint(plan, *args)
     check_packed_values(plan, *args, block_size)
     source, text_start, text_lens, slots = plan
     source.fill_(-1)
     slots.fill_(-1)
     text_start.zero_()
-    # A row is text if as many tokens before it are text as up to it, less one: counting is all there is to it. What
-    # lies on a GPU comes to the host here, which no kernel does.
+    # What lies on a GPU comes to the host here, which no kernel does.
     first, lens, images, table = (x.tolist() for x in (query_start, seq_lens, visual_start, block_table))
     written = 0
     for b, length in enumerate(lens):
@@ -132,19 +131,18 @@ def plan_packed_(
             is_text[max(start, 0) : max(stop, 0)] = False
         rows = first[b + 1] - first[b]
         text_lens[b] = int(is_text.sum())
-        index = is_text.cumsum(0) - 1
+        index = is_text.cumsum(0) - 1  # of each text token among those of its sequence
         for i in is_text[length - rows :].nonzero().flatten().tolist():
             t = int(index[length - rows + i])
+            block = table[b][t // block_size]
             source[written] = first[b] + i
-            slots[written] = (
-                table[b][t // block_size] * block_size + t % block_size if table[b][t // block_size] >= 0 else -1
-            )
+            slots[written] = -1 if block < 0 else block * block_size + t % block_size
             written += 1
         text_start[b + 1] = written
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    """fp8 tensors as uint8: torch can index the one and not the other, and rows are only moved, never computed on."""
+    """fp8 tensors as uint8, which torch can index; rows are only moved, never computed with."""
     return x.view(torch.uint8) if x.is_floating_point() and x.element_size() == 1 else x
 
 
@@ -162,9 +160,9 @@ def _gather(x: Tensor, token_dim: int, batch_dim: int, source: Tensor) -> Tensor
     return out.movedim((0, 1), (batch_dim, token_dim)).contiguous().view(x.dtype)
 
 
-# As the kernels do, sums a = Σ e^(p - m_p)·(p - q) in units of 2^40. Where q is masked by the least finite number, p -
-# q is close to what a number can hold, and a sum of it beyond; yet it may weigh nothing in the end, where p is low as
-# well.
+# The sums a = Σ e^(p - m_p)·(p - q) are in units of 2^40, as in the kernels. Where q is masked by the most negative
+# finite number, p - q is close to the largest number, and a sum of several overflows, although it may weigh nothing in
+# the end, where p is low as well.
 UNIT = 2.0**40
 
 
@@ -261,7 +259,7 @@ def kl_divergence_with_gradients(
 
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     check_scaled(tensors, factor)
-    if factor.device.type == "cpu" and factor.item() == 1:  # elsewhere a number is not read back
+    if factor.device.type == "cpu" and factor.item() == 1:  # of a GPU, no number is read back
         return
     for x in tensors:
         x.copy_(x.to(factor.dtype) * factor)  # mul_ would round the factor to the dtype of x
@@ -284,9 +282,10 @@ def _divergence(m_p: Tensor, z_p: Tensor, a: Tensor, m_q: Tensor, z_q: Tensor) -
 
 
 def _rounded_state(m_p: Tensor, z_p: Tensor, a: Tensor, m_q: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:
-    """The state of fp64 numbers, ``a`` in units. Where ``a`` without them overflows, the sums of p are made relative to
-    a number above the maximum instead, which says the same. Beyond 2^27 or so, numbers are too coarse for that; but
-    there a logit weighs all or nothing, and ``a`` itself, which only has to be finite, stops at the largest number."""
+    """The state of fp64 numbers, given ``a`` in units of ``UNIT``, in which a state does not have it. If ``a`` would
+    overflow without the unit, the sums of p are made relative to a number above the maximum instead, which describes
+    the same sums. For maxima beyond 2^27 or so, numbers are too coarse for that; but there each logit weighs all or
+    nothing, and it is enough that ``a`` is finite: it is limited to the largest number."""
     largest, step = torch.finfo(dtype).max, 27.7  # ln 2^40
     raised = (m_p + step).to(dtype).double()
     raises = a.isfinite() & (a.abs() > largest / UNIT) & ((raised - m_p - step).abs() < 8)

@@ -6,9 +6,9 @@ and values of all layers do, go in one launch, at most ``GROUP`` of them; their 
 kernel, so nothing is copied to the device first. Offsets are 64-bit, and any value of a plan or a block table keeps to
 the tensors.
 
-Triton compiles a kernel anew for each combination of integers that are or are not multiples of 16, here lengths,
-strides and every address of a list. It would learn nothing: what strides and addresses are multiples of is said by
-VECTOR. So it is kept from looking.
+By default, Triton compiles a kernel again for each combination of integer arguments that are or are not multiples of
+16: here lengths, strides, and every address of a list. That would gain nothing, as VECTOR already says what strides and
+addresses are multiples of. So all these arguments are excluded from it (``do_not_specialize_on_alignment``).
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ DIMS = 3  # more than any layout of a decoder has; the rest is unrolled
 THREADS = 256
 ON_HIP = torch.version.hip is not None
 PLAN_TILE = 1024
-# 16 bytes go as two elements, which Triton joins: they have no type.
+# A vector of 16 bytes is two elements, which Triton joins to one access, as it has no type of 16 bytes.
 ELEMENTS = {16: tl.uint64, 8: tl.uint64, 4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
 
 
@@ -108,7 +108,8 @@ def launches(described: list[tuple[Lanes, int, int]]) -> Iterator[tuple[Lanes, i
         for first in range(0, len(pairs), GROUP):
             some = pairs[first : first + GROUP]
             full = some + some[:1] * (GROUP - len(some))
-            # Odd numbers, because the elements of a tuple are looked at in any case.
+            # Twice the address plus 1: for elements of a tuple, Triton looks at alignment in any case, and odd numbers
+            # all look alike.
             yield lanes, len(some), tuple(2 * a + 1 for a, _ in full), tuple(2 * b + 1 for _, b in full)
 
 
@@ -328,8 +329,8 @@ def move_kernel(
         mask = writable[:, None] & inside
         value = tl.load(base + (lane_start + start)[:, None] * PER_VECTOR + column[None, :], mask=mask)
         if WAIT:
-            # AMD's barrier is passed by loads that are still on their way, and the compiler does not hold them back:
-            # only what reads their registers does, here an instruction that is none.
+            # On AMD, loads may still be on their way after a barrier, and the compiler does not wait for them there. It
+            # waits where something reads the loaded registers; so an empty piece of assembly reads them here.
             wide = value.to(tl.uint32) if VECTOR < 4 else value
             value = tl.inline_asm_elementwise("", "=v,0", [wide], wide.dtype, is_pure=False, pack=1).to(ELEMENT)
         tl.debug_barrier()  # no row of this step is overwritten before all of them are read

@@ -1,10 +1,10 @@
-"""KL divergence in Triton: the ops of ``ops/kl_divergence.py``, where it is told what a state is, for tensors on a GPU.
+"""KL divergence in Triton: the ops of ``ops/kl_divergence.py``, which explains states, for tensors on a GPU.
 
 Many rows: a program owns a row. Few rows and a long vocabulary: a row is cut into spans of whole tiles, a program owns
-a span, and a second launch merges the states of its spans in a fixed order. That launch takes the place of a counter by
-which the last program would know that it is the last: a counter would have to be zero before every launch and not be
-shared by two streams, and the merging kernel is there anyway, for ``merge_kl_states``. How rows are cut depends on
-nothing but the shape, and who comes first decides nothing: equal inputs give equal bits.
+a span, and a second launch merges the states of a row's spans in a fixed order. (The alternative to a second launch is
+a counter that tells the last program of a row to merge. It would have to be zero before every launch and could not be
+shared by two streams; and the merging kernel exists anyway, for ``merge_kl_states``.) How rows are cut depends only on
+the shape, and the order of programs changes nothing: equal inputs give equal bits.
 """
 
 import struct
@@ -27,9 +27,9 @@ from vtw_kernels.ops.checks import (
 from vtw_kernels.ops.reference import weights_of
 from vtw_kernels.triton.launch import launch
 
-# A tile is shared out to one lane per thread. A lane has its own maxima, so threads exchange nothing before the end of
-# a row, and looks at all its entries of a tile before it rescales its sums once: after the memory, the unit for
-# exponentials is the nearest limit, and a rescale per entry would double its work.
+# A tile is divided among lanes, one per thread. A lane has its own maxima, so threads exchange nothing before the end
+# of a row. It looks at all its entries of a tile and then rescales its sums once: next to memory, the unit for
+# exponentials is the closest limit, and a rescale per entry would double its work.
 LANES = 128
 # Entries of a lane in a tile, by the entries of a 16-byte vector: 16 are 2 loads per row of fp16 and bf16 or 4 of fp32,
 # in about 80 registers with those of the next tile on their way. fp64 (2) is for checks of gradients, and rows without

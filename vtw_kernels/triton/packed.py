@@ -1,14 +1,14 @@
 """The plan for packed rows in Triton: the op of ``ops/packed.py``, for tensors on a GPU.
 
-One program for each sequence. Where its text rows begin, each program sums up for itself, so that none waits for
-another; and where a row goes, follows from how many of the tokens before it are text. Any value of a list keeps to the
-tensors."""
+One program for each sequence. It adds up the text rows of the sequences before its own by itself, so that no program
+waits for another; where a row goes follows from how many of the tokens before it are text. Whatever the values of the
+lists are, nothing outside of the tensors is read or written."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtw_kernels.ops.checks import check_disjoint, check_packed
+from vtw_kernels.ops.checks import check_packed, check_packed_disjoint
 from vtw_kernels.triton.launch import launch
 
 TILE = 256  # rows
@@ -18,8 +18,8 @@ THREADS = 128
 
 @triton.jit
 def text_tokens(tokens, first, last, visual):
-    """How many of the first so many tokens are text, and whether the one behind them is; of a tile of numbers, each
-    with ranges of its own or all with the same."""
+    """For a tile of numbers n (``tokens``): how many of the first n tokens are text, and whether token n is. ``first``
+    and ``last`` say which ranges of ``visual`` count: one pair for each number, or one for all."""
     count = tokens
     is_text = tokens >= 0
     for i in range(0, tl.max(last - first, 0)):
@@ -33,7 +33,8 @@ def text_tokens(tokens, first, last, visual):
 
 @triton.jit
 def sequences(b, exists, query_start, seq_lens, visual_start, ranges):
-    """Of a tile of sequences: the first token that is a row and the one behind the last, and the ranges likewise."""
+    """For a tile of sequences: the first of their tokens that is a row of this step and the one behind the last, and
+    the first of their visual ranges and the one behind the last."""
     end = tl.load(seq_lens + b, mask=exists, other=0).to(tl.int64)
     rows = tl.load(query_start + b + 1, mask=exists, other=0).to(tl.int64)
     rows -= tl.load(query_start + b, mask=exists, other=0).to(tl.int64)
@@ -60,7 +61,7 @@ def pack_kernel(
         total += tl.sum(more, 0)
         before += tl.sum(tl.where(b < sequence, more, 0), 0)
 
-    # There is a program where there is no sequence, for the room that there still is.
+    # With no sequence at all, there is still one program, which fills the plan with -1.
     one = sequence + tl.zeros((1,), tl.int64)
     exists = one < batch
     begin, end, first, last = sequences(one, exists, query_start, seq_lens, visual_start, ranges)
@@ -69,7 +70,7 @@ def pack_kernel(
     tl.store(text_lens + one, text.to(tl.int32), mask=exists)
     tl.store(text_start + one + 1, (before + text - text_before).to(tl.int32), mask=exists)
     begun = tl.load(query_start + one, mask=exists, other=0).to(tl.int64)
-    rows = tl.minimum(tl.sum(end - begin, 0), capacity)  # not more than there is room for, whatever the values are
+    rows = tl.minimum(tl.sum(end - begin, 0), capacity)  # no more than fit, even if the values are wrong
     for tile in range(0, rows, TILE):
         row = tile + tl.arange(0, TILE).to(tl.int64)
         t, is_text = text_tokens(begin + row, first, last, visual)
@@ -98,8 +99,7 @@ def plan_packed_(
 ) -> None:
     args = (query_start, seq_lens, visual, visual_start, block_table)
     check_packed(plan, *args, block_size)
-    names = ("query_start", "seq_lens", "visual", "visual_start", "block_table")
-    check_disjoint("plan_packed_", "plan", plan, **dict(zip(names, args)))
+    check_packed_disjoint(plan, *args)
     source, text_start, text_lens, slots = plan
     batch = seq_lens.shape[0]
     launch(
