@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from command_records import RECORDS, after_lines, die, in_processes
 from test_layer_search import IMAGES, one_by_one
-from test_search_cli import RECORDS, after_lines, die, in_processes, place, source  # noqa: F401  fixtures
 from test_search_report import Page
 from vlm import FAMILIES, LAYERS, Batch, append, make_batch, make_model
 
@@ -20,8 +20,9 @@ from vtw_kernels.integration.verify import hide_keys
 from vtw_kernels.layer_search import comparison as module
 from vtw_kernels.layer_search import run
 from vtw_kernels.layer_search.costs import measure_costs, measure_policies
-from vtw_kernels.layer_search.decisions import Replayed, watched
+from vtw_kernels.layer_search.decisions import Replayed, recording
 
+pytest_plugins = ["command_records"]  # the fixtures place and source
 pytestmark = pytest.mark.usefixtures("one_thread")
 POLICIES = ["layer=1", "layer=3", f"layer={LAYERS}", "top-attention:1:0.5", "top-attention:2:1+layer=3"]
 
@@ -142,7 +143,7 @@ def test_decisions_are_of_tokens():
     visual = torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, False, False]])
     whole = vtw.Boundary(1, visual[0], token=torch.tensor([[0, 1, 2, 3]]), **rows)
     left = vtw.Boundary(2, visual[1], token=torch.tensor([[0, 0, 2, 3]]), **rows)  # token 0, and padding
-    (policy,), decided = watched(vtw.TopAttention(1, 1.0), decisions := {}), decisions
+    (policy,), decided = recording(vtw.TopAttention(1, 1.0), decisions := {}), decisions
     for boundary in (whole, left):
         policy.keep(replace(boundary, attention=torch.ones(1, 4)))
     assert [x.tolist() for x in decided.values()] == [[[True, True, False, False]], [[True, False, False, False]]]
@@ -323,7 +324,7 @@ def set_groups(folder, field: str, groups: list) -> None:
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_command(place, capsys, monkeypatch):  # noqa: F811
+def test_command(place, capsys, monkeypatch):
     """Killed and resumed, shared among ranks, or in one go: the same bits. Groups can change without the model."""
     set_groups(place, "task", ["count", None, "read", 4] * (RECORDS // 4))
     assert compare("--report", "page.html") == 0
@@ -340,12 +341,9 @@ def test_command(place, capsys, monkeypatch):  # noqa: F811
     def prepare(rank: int) -> None:
         run.append_line = after_lines(3, die)
 
-    def processes(ranks: int, **options):
-        monkeypatch.setattr("test_search_cli.search", lambda *_: compare("--no-costs", out="whole.json"))
-        return in_processes(ranks, **options)
-
-    assert processes(1, prepare=prepare) == [-9]
-    assert processes(2) == [0, 0]
+    into_whole = partial(compare, "--no-costs", out="whole.json")
+    assert in_processes(1, into_whole, prepare) == [-9]
+    assert in_processes(2, into_whole) == [0, 0]
     whole = vtw.Comparison.load(place / "whole.json")
     for name in (*whole.SCORES, *whole.COUNTS):
         assert torch.equal(getattr(whole, name), getattr(found, name)), name
@@ -359,7 +357,7 @@ def test_command(place, capsys, monkeypatch):  # noqa: F811
     assert "policies was ['layer=1', 'top-attention:2:0.5+layer=3'] and is ['layer=2']" in capsys.readouterr().err
 
 
-def test_file_of_a_policy(place, capsys):  # noqa: F811
+def test_file_of_a_policy(place, capsys):
     """What a search wrote is a policy; when it changes, so have the scores, and it is not overwritten."""
     options = ["--model", "model", "--data", "data.jsonl", "--no-costs", "--threshold", "100", "--candidates"]
     assert main(["search", *options, "1"]) == 0
@@ -385,13 +383,13 @@ def test_file_of_a_policy(place, capsys):  # noqa: F811
         (["--positions", "first"], ["layer=1"], "positions: expected 'last', 'answer' or a number"),
     ],
 )
-def test_bad_options(place, capsys, options, policies, message):  # noqa: F811
+def test_bad_options(place, capsys, options, policies, message):
     assert compare(*options, policies=policies) == 1
     assert message in capsys.readouterr().err and not (place / "comparison.json").exists()
 
 
 @pytest.mark.parametrize("group", [1.5, [], "", True, {"a": 1}])
-def test_bad_groups(place, capsys, group):  # noqa: F811
+def test_bad_groups(place, capsys, group):
     set_groups(place, "group", [group])
     assert compare() == 1
     assert "data.jsonl:1: group: expected text" in capsys.readouterr().err

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from command_records import make_processor
 from cross_attention_zoo import FAMILIES, LOOKING, make_model, make_prompts
 from PIL import Image
-from test_search_cli import make_processor
 from tokenizers import Tokenizer
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, MllamaForCausalLM, MllamaProcessor, PreTrainedTokenizerFast, StaticCache

@@ -5,9 +5,23 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_withdraw import BEAMS, LOOKUP, generated, make_cache, model_of, run, with_decode_steps
 from torch import Tensor
-from vlm import FAMILIES, LAYERS, RAGGED, append, make_batch, make_model, older_than
+from vlm import (
+    BEAMS,
+    FAMILIES,
+    LAYERS,
+    LOOKUP,
+    RAGGED,
+    append,
+    generated,
+    make_batch,
+    make_cache,
+    make_model,
+    model_of,
+    older_than,
+    run,
+    with_decode_steps,
+)
 
 import vtw_kernels as vtw
 from vtw_kernels.integration.exit_routers import exit_features, write_safetensors

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compiled import answer, compiled, prompts
 from test_families import full_cache, logits
-from test_withdraw import BEAMS, LOOKUP, CountOps
+from test_withdraw import CountOps
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 from vlm import (
+    BEAMS,
     FAMILIES,
     IMAGE,
     LAYERS,
+    LOOKUP,
     ONE,
     RAGGED,
     TRANSFORMERS_5,

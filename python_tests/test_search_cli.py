@@ -2,26 +2,22 @@
 
 import base64
 import json
-import multiprocessing
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from command_records import RECORDS, SECONDS, TEMPLATE, after_lines, die, in_processes, make_processor
 from jinja2 import TemplateError
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
-from vlm import IMAGE, LAYERS, VOCABULARY, make_model
+from transformers import AutoProcessor, LlavaProcessor
+from vlm import LAYERS, make_model
 
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
@@ -29,69 +25,7 @@ from vtw_kernels.layer_search import run, state
 from vtw_kernels.layer_search.records import BadRecord, Encoder, load_records
 from vtw_kernels.layer_search.scorer import Scorer
 
-try:
-    from transformers import CLIPImageProcessorPil  # needs no torchvision
-except ImportError:  # transformers 4.57
-    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
-
-RECORDS = 12
-SECONDS = 300
-TEMPLATE = (
-    "{% for message in messages %}{{ '<s> ' if loop.first }}{{ message.role }} : {% for part in message.content %}"
-    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}"
-    "{{ '</s> ' if message.role == 'assistant' }}{% endfor %}{{ 'assistant : ' if add_generation_prompt }}"
-)
-WORDS = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>", 4: "user", 5: "assistant", 6: ":", IMAGE: "<image>"}
-
-
-def make_processor():
-    vocabulary = {WORDS.get(token, f"w{token}"): token for token in range(VOCABULARY)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
-        additional_special_tokens=["<image>"],
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A model with its processor, photos, and questions about them, some about two."""
-    folder = tmp_path_factory.mktemp("search")
-    make_model("llava").save_pretrained(folder / "model")
-    make_processor().save_pretrained(folder / "model")
-    (folder / "photos").mkdir()
-    rng, words = np.random.default_rng(0), random.Random(0)
-    lines = []
-    for i in range(RECORDS):
-        Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / f"photos/{i}.png")
-        images = {"image": f"photos/{i}.png"} if i % 3 else {"images": ["photos/0.png", f"photos/{i}.png"]}
-        question = " ".join(f"w{words.randrange(10, VOCABULARY)}" for _ in range(3 + i % 4))
-        lines.append(json.dumps(images | {"question": question, "answer": f"w{20 + i} w{40 + i}"}))
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture
-def place(source, tmp_path, monkeypatch, num_threads):
-    """An empty folder to search in, with one thread, as every rank has."""
-    num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    for name in ("model", "photos"):
-        (tmp_path / name).symlink_to(source / name)
-    (tmp_path / "data.jsonl").write_bytes((source / "data.jsonl").read_bytes())
-    return tmp_path
+pytest_plugins = ["command_records"]  # the fixtures place and source
 
 
 def search(*options: str, out: str = "vtw.json") -> int:
@@ -112,54 +46,8 @@ def edit(place, changes: dict[int, str]) -> None:
     (place / "data.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def after_lines(number: int, act):
-    """``append_line`` that acts in place of writing the line after so many."""
-    count = 0
-
-    def append(file, line):
-        nonlocal count
-        if count == number:
-            act(file, line)
-        else:
-            state.append_line(file, line)
-        count += 1
-
-    return append
-
-
-def die(file, line) -> None:
-    """In the middle of writing."""
-    file.write(json.dumps(line)[:40].encode())
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_processes(ranks: int, *options: str, prepare=lambda rank: None) -> list[int]:
-    """Searches in forked processes, which have imported everything, and returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def rank_main(rank: int) -> None:
-        torch.set_num_threads(1)
-        if ranks > 1:  # as torchrun says it
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-        prepare(rank)
-        code = search(*options)
-        sys.stderr.flush()
-        os._exit(code)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-        if process.is_alive():
-            process.kill()
-            pytest.fail("a rank hangs")
-    return [process.exitcode for process in processes]
+def search_as_ranks(ranks: int, *options: str, **prepare) -> list[int]:
+    return in_processes(ranks, partial(search, *options), **prepare)
 
 
 def test_equals_the_scorer(place, capsys):
@@ -280,7 +168,7 @@ def test_no_visual_token(place, capsys):
 @pytest.mark.parametrize("lines", [0, 1, 7, RECORDS - 1])
 def test_killed(place, capfd, lines):
     wanted = whole(place)
-    assert in_processes(1, prepare=lambda rank: setattr(run, "append_line", after_lines(lines, die))) == [
+    assert search_as_ranks(1, prepare=lambda rank: setattr(run, "append_line", after_lines(lines, die))) == [
         -signal.SIGKILL
     ]
     assert not (place / "vtw.json").exists()
@@ -336,7 +224,7 @@ ranks = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch.distribut
 def test_ranks(place):
     edit(place, {5: BAD[3]})
     wanted = whole(place, "--skip-bad")
-    assert in_processes(4, "--skip-bad") == [0] * 4
+    assert search_as_ranks(4, "--skip-bad") == [0] * 4
     assert (place / "vtw.json").read_text() == wanted
 
 
@@ -359,7 +247,7 @@ def test_a_dead_rank(place, capfd):
         if rank == 1:
             run.append_line = after_lines(2, die)
 
-    assert in_processes(2, prepare=prepare) == [1, -signal.SIGKILL]
+    assert search_as_ranks(2, prepare=prepare) == [1, -signal.SIGKILL]
     assert "4 records are missing" in capfd.readouterr().err
     assert search() == 0
     error = capfd.readouterr().err
@@ -371,7 +259,7 @@ def test_a_dead_rank(place, capfd):
 @ranks
 def test_tensor_parallel(place):
     wanted = json.loads(whole(place))
-    assert in_processes(2, "--tp") == [0, 0]
+    assert search_as_ranks(2, "--tp") == [0, 0]
     found = json.loads((place / "vtw.json").read_text())
     torch.testing.assert_close(torch.tensor(found["per_sample"]), torch.tensor(wanted["per_sample"]), atol=1e-5, rtol=0)
     assert found["settings"]["tensor_parallel"] == 2
@@ -396,9 +284,9 @@ def test_a_rank_that_is_slow_to_read(place, capfd):
     """The first rank, which keeps what all read, stays until the others have read it: whether it has nothing to score,
     fails, or has a model together with them."""
     assert search("--limit", "2") == 0
-    assert in_processes(2, "--limit", "2", prepare=slow_to_read("plan")) == [0, 0]
-    assert in_processes(2, "--limit", "1", prepare=slow_to_read("plan")) == [1, 1]
-    assert in_processes(2, "--limit", "2", "--tp", "--restart", prepare=slow_to_read("chosen")) == [0, 0]
+    assert search_as_ranks(2, "--limit", "2", prepare=slow_to_read("plan")) == [0, 0]
+    assert search_as_ranks(2, "--limit", "1", prepare=slow_to_read("plan")) == [1, 1]
+    assert search_as_ranks(2, "--limit", "2", "--tp", "--restart", prepare=slow_to_read("chosen")) == [0, 0]
     error = capfd.readouterr().err
     assert "1 records that are no longer asked for" in error and "Error" not in error
 
@@ -418,7 +306,7 @@ def test_tensor_parallel_stops(place):
 
             run.score = signalled
 
-    assert in_processes(2, "--tp", prepare=prepare) == [128 + signal.SIGTERM] * 2
+    assert search_as_ranks(2, "--tp", prepare=prepare) == [128 + signal.SIGTERM] * 2
     partial = json.loads((place / "vtw.json").read_text())
     assert len(partial["per_sample"]) == 4 and not partial["settings"]["finished"]
 
@@ -702,7 +590,7 @@ def test_damaged_lines_are_scored_anew(place, monkeypatch, capsys, damage):
     (place / "vtw.json.partial/run-1.json").write_text("[3]\n")
     assert search() == 0
     error = capsys.readouterr().err
-    assert f"{path.relative_to(place)}:2: damaged, and so not believed" in error
+    assert f"{path.relative_to(place)}:2: damaged, and ignored" in error
     assert "run-1.json:1: damaged" in error and "2 of 12 records were scored before" in error
     assert (place / "vtw.json").read_text() == wanted
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from test_search_cli import after_lines, die, place, source  # noqa: F401
+from command_records import after_lines, die
 from vlm import make_model
 
 import vtw_kernels as vtw
@@ -17,6 +17,7 @@ from vtw_kernels.layer_search import run, skip_command, skip_training, state
 from vtw_kernels.layer_search.policy_scorer import PolicyScorer
 from vtw_kernels.layer_search.skip_search import SkipLoss
 
+pytest_plugins = ["command_records"]  # the fixtures place and source
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEARCH = ["--skip", "2", "--steps", "6", "--every", "1", "--subsets", "2"]
 
@@ -26,7 +27,7 @@ def skip(action: str, out: str, *options: str) -> int:
     return main([*command, "--quiet", *options])
 
 
-def test_search(place, monkeypatch, capsys):  # noqa: F811
+def test_search(place, monkeypatch, capsys):
     """Stopped in the middle, it goes on to the same result; the page tells all of it."""
     assert skip("search", "whole.json", *SEARCH, "--positions", "answer") == 0
     found = vtw.SkipSearch.load("whole.json")
@@ -88,7 +89,7 @@ def killed_after(steps: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 2, 6, 9, 12, TOGETHER - 1])
-def test_killed_while_all_records_are_looked_at(place, monkeypatch, capsys, forwards, steps):  # noqa: F811
+def test_killed_while_all_records_are_looked_at(place, monkeypatch, capsys, forwards, steps):
     """To the bit what one process gives in one go; nothing but the step at hand, of at most 5 forwards, is repeated."""
     assert skip("search", "whole.json", *SEARCH) == 0
     wanted, of_records = forwards(), 4 * 5
@@ -104,7 +105,7 @@ def test_killed_while_all_records_are_looked_at(place, monkeypatch, capsys, forw
     assert not (place / "skip.json.partial").exists()
 
 
-def test_damaged_and_discarded_steps(place, monkeypatch, capsys, forwards):  # noqa: F811
+def test_damaged_and_discarded_steps(place, monkeypatch, capsys, forwards):
     assert skip("search", "whole.json", *SEARCH) == 0
     wanted, whole = forwards(), (place / "whole.json").read_text()
     killed_after(10, monkeypatch)
@@ -136,7 +137,7 @@ def test_damaged_and_discarded_steps(place, monkeypatch, capsys, forwards):  # n
 TRAIN = ["--layers", "1,2", "--epochs", "3", "--accumulate", "2", "--held-out", "0.25", "--dim", "2"]
 
 
-def test_train(place, monkeypatch, capsys):  # noqa: F811
+def test_train(place, monkeypatch, capsys):
     """Trained once; asked again, it writes the page without the model, and so does ``report``."""
     assert skip("train", "adapters", *TRAIN, "--report", "page.html") == 0
     adapters = vtw.SkipAdapters.from_pretrained("adapters")
@@ -227,7 +228,7 @@ KILLED = [
 
 
 @pytest.mark.parametrize(("at", "number"), KILLED)
-def test_killed_training(place, monkeypatch, capsys, backwards, at, number):  # noqa: F811
+def test_killed_training(place, monkeypatch, capsys, backwards, at, number):
     """To the bit what one process gives in one go, and only the step at hand is repeated."""
     monkeypatch.setattr(skip_training, "KEPT_SECONDS", 0)
     assert skip("train", "whole", *TRAIN) == 0
@@ -245,7 +246,7 @@ def test_killed_training(place, monkeypatch, capsys, backwards, at, number):  # 
     assert not (place / "adapters.partial").exists()
 
 
-def test_killed_while_adapters_are_written(place, monkeypatch, capsys):  # noqa: F811
+def test_killed_while_adapters_are_written(place, monkeypatch, capsys):
     """Weights without their config are none; and of an earlier training's, no other weights stand beside them."""
     for before in ([], ["--restart", "--epochs", "1"]):
         pid = os.fork()
@@ -265,7 +266,7 @@ def test_killed_while_adapters_are_written(place, monkeypatch, capsys):  # noqa:
         assert len(vtw.SkipTraining.load("adapters").losses) == (1 if before else 3)
 
 
-def test_stopped_training(place, monkeypatch, capsys):  # noqa: F811
+def test_stopped_training(place, monkeypatch, capsys):
     """While records are looked at, as a search is; later at the last step that was written down."""
 
     def stop(number):
@@ -293,7 +294,7 @@ def test_stopped_training(place, monkeypatch, capsys):  # noqa: F811
     assert skip("train", "adapters", *TRAIN, "--dropout", "0.5", "--restart") == 0
 
 
-def test_damaged_training(place, monkeypatch, capsys):  # noqa: F811
+def test_damaged_training(place, monkeypatch, capsys):
     training_killed(monkeypatch, "backward", 7)
     path = place / "adapters.partial/training.pt"
     intact = path.read_bytes()
@@ -312,7 +313,7 @@ def test_damaged_training(place, monkeypatch, capsys):  # noqa: F811
     assert skip("train", "adapters", *TRAIN, "--restart") == 0
 
 
-def test_bad_records_of_a_training(place, capsys):  # noqa: F811
+def test_bad_records_of_a_training(place, capsys):
     """Named before it begins, whether they can't be read or the model refuses them."""
     lines = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
     lines[1]["image"] = "data.jsonl"
@@ -336,7 +337,7 @@ def test_bad_records_of_a_training(place, capsys):  # noqa: F811
     assert "the model is not run" in capsys.readouterr().err
 
 
-def test_what_a_training_refuses(place, monkeypatch, capsys):  # noqa: F811
+def test_what_a_training_refuses(place, monkeypatch, capsys):
     (place / "folder").mkdir()
     (place / "folder" / "notes").write_text("mine")
     (place / "file").write_text("mine")
@@ -360,7 +361,7 @@ def test_what_a_training_refuses(place, monkeypatch, capsys):  # noqa: F811
     assert not (place / "other").exists()
 
 
-def test_evaluate(place, monkeypatch, capsys):  # noqa: F811
+def test_evaluate(place, monkeypatch, capsys):
     """As ``compare`` does: it names bad records, goes on where it was stopped, and has a page."""
     assert skip("train", "whole", *TRAIN) == 0
     options = ["--layers", "1,2", "--adapters", "whole", "--policy", "layer=2"]

@@ -3,17 +3,17 @@
 import json
 import os
 import signal
-import socket
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from command_records import after_lines, die, in_processes
 from safetensors.torch import load_file
 from test_exit_routers import HIDDEN, written_features
-from test_search_cli import after_lines, die, place, source  # noqa: F401
-from test_withdraw import run as run_model
 from torch import Tensor
 from vlm import FAMILIES, LAYERS, make_batch, make_model
+from vlm import run as run_model
 
 import vtw_kernels as vtw
 from vtw_kernels.cli import main
@@ -21,6 +21,7 @@ from vtw_kernels.layer_search import run, state
 from vtw_kernels.layer_search.exit_scorer import ExitScorer
 from vtw_kernels.layer_search.exit_training import Training, exit_labels, train_gates, train_routers
 
+pytest_plugins = ["command_records"]  # the fixtures place and source
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 PROMPTS = [[2, 4, 6], [1, 8, 5], [3, 4, 2, 4, 7], [1, 4, 6]]
@@ -284,7 +285,7 @@ def train(*options: str, out: str = "exit.safetensors") -> int:
     return main([*command, "--quiet", *options])
 
 
-def test_command(place, capsys):  # noqa: F811
+def test_command(place, capsys):
     """What it writes is what the function gives of the same records, and can be withdrawn with."""
     assert train("--report", "page.html", "--every", "2", "--threshold", "0.4") == 0
     training = vtw.ExitTraining.load("exit.safetensors")
@@ -317,31 +318,17 @@ def test_what_lines_hold():
         torch.testing.assert_close(read, numbers, rtol=0, atol=0, equal_nan=True)
 
 
-def test_killed_resumed_and_shared(place, monkeypatch, capsys):  # noqa: F811
+def test_killed_resumed_and_shared(place, monkeypatch, capsys):
     """To the bit what one process gives in one go; and another training of the same records needs no model."""
     assert train(out="whole.safetensors") == 0
     wanted = (place / "whole.safetensors").read_bytes()
-    pid = os.fork()
-    if not pid:
-        monkeypatch.setattr(run, "append_line", after_lines(5, die))
-        os._exit(train())
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert in_processes(1, train, lambda rank: setattr(run, "append_line", after_lines(5, die))) == [-signal.SIGKILL]
     assert not (place / "exit.safetensors").exists()
     assert train() == 0
     assert "5 of 12 records were scored before" in capsys.readouterr().err
     assert (place / "exit.safetensors").read_bytes() == wanted
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(2):
-        pids.append(os.fork())
-        if not pids[-1]:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
-            os.environ["MASTER_PORT"] = str(port)
-            os._exit(train(out="shared.safetensors"))
-    assert [os.waitpid(x, 0)[1] for x in pids] == [0, 0]
+    assert in_processes(2, partial(train, out="shared.safetensors")) == [0, 0]
     assert (place / "shared.safetensors").read_bytes() == wanted
 
     monkeypatch.setattr(run, "load_model", None)
@@ -352,7 +339,7 @@ def test_killed_resumed_and_shared(place, monkeypatch, capsys):  # noqa: F811
     assert train() == 0 and (place / "exit.safetensors").read_bytes() == wanted
 
 
-def test_stopped(place, monkeypatch, capsys):  # noqa: F811
+def test_stopped(place, monkeypatch, capsys):
     """Nothing is trained with some of the records."""
 
     def stop(file, line):
@@ -367,7 +354,7 @@ def test_stopped(place, monkeypatch, capsys):  # noqa: F811
     assert train() == 0
 
 
-def test_what_is_refused(place, capsys):  # noqa: F811
+def test_what_is_refused(place, capsys):
     (place / "exit.safetensors").write_bytes(b"mine")
     assert train() == 1 and "out: expected a new file or an earlier result" in capsys.readouterr().err
     assert (place / "exit.safetensors").read_bytes() == b"mine"

@@ -28,9 +28,11 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from vlm import (
+    BEAMS,
     FAMILIES,
     IMAGE,
     LAYERS,
+    LOOKUP,
     ONE,
     PAD,
     RAGGED,
@@ -322,8 +324,6 @@ def test_a_layer_drawn_at_random(family):
 
 GREEDY = {}
 SAMPLING = {"do_sample": True, "num_return_sequences": 2}
-BEAMS = {"num_beams": 3, "num_return_sequences": 2}
-LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": IMAGE}  # it wants one, and this is suppressed
 
 
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged"])

@@ -194,6 +194,11 @@ def with_decode_steps(batch: Batch, steps: int = 8) -> tuple[Batch, list[int]]:
     return longer, list(range(length, length + steps + 1))
 
 
+# Options of ``generated``.
+BEAMS = {"num_beams": 3, "num_return_sequences": 2}
+LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": IMAGE}  # it wants an end token; this one is suppressed
+
+
 def generated(model, inputs: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     output = model.generate(
