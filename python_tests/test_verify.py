@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import dispatch_model
+from command_records import make_processor
 from families_zoo import IMAGE, RECIPES, make_prompts
 from families_zoo import make_model as make_family
 from PIL import Image
 from test_families import PROMPTS
-from test_search_cli import make_processor
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import (
@@ -30,6 +30,7 @@ from vlm import FAMILIES, LAYERS, ONE, RAGGED, TRANSFORMERS_5, make_batch, make_
 
 import vtw_kernels as vtw
 from vtw_kernels import check, cli
+from vtw_kernels.ops._registration import KERNEL_OF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 module = import_module("vtw_kernels.integration.verify")
@@ -450,6 +451,14 @@ def test_check_finds_a_wrong_op(op, wide, capsys, monkeypatch):
         printed = capsys.readouterr().out
         assert "FAILED" in printed and "Not all is as it should be" in printed
         assert how is not fails or "RuntimeError: no kernel image" in printed
+
+
+def test_check_finds_all_kernels_of_triton(monkeypatch):
+    """Beside CUDA's: each op that has kernels of its own has one in Triton."""
+    ops = vtw.backend_info()["ops"]
+    monkeypatch.setattr(check, "backend_info", lambda: {"ops": {op: {"cuda": "cuda"} for op in ops}})
+    own = [op for op in ops if op not in KERNEL_OF]
+    assert [op for op in own if check.function_of(op, "triton", torch.device("cuda")) is None] == []
 
 
 def test_check_finds_wrong_withdrawal(wide, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""``vtw-kernels check``: whether this machine computes what it should: every op, and withdrawal in a model."""
+"""``vtw-kernels check``: tests every op, and withdrawal in a model, on this machine."""
 
 import platform
 from argparse import Namespace
@@ -25,7 +25,7 @@ from vtw_kernels.layer_search.run import find_device, load_model
 from vtw_kernels.ops import PackedPlan, backend_info, reference
 
 OPS = torch.ops.vtw_kernels
-DEMO_LAYER = 4  # where the search of the demo lets go of the image
+DEMO_LAYER = 4  # which the search of the demo finds
 LOGITS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -131,7 +131,7 @@ def cases() -> Iterator[Case]:
         yield Case("kl_divergence_with_gradients", (p, q, weight, 2.0, True, True))
         yield Case("kl_divergence_loss", (p, q, 2.0, weight), expected=loss)
         yield Case("scale_", ([q.clone(), normal(5, 33).to(dtype)], weight[0]))
-    for dtype in (torch.float32, torch.float64):  # in others, logits round
+    for dtype in (torch.float32, torch.float64):  # in lower precision, logits are rounded before they are compared
         p_hidden, q_hidden = normal(5, 64, dtype=dtype), normal(5, 32, dtype=dtype)
         p_weight, q_weight = normal(4099, 64, dtype=dtype) / 8, normal(4099, 32, dtype=dtype) / 6
         weights = (p_hidden, p_weight, q_hidden, q_weight)
@@ -214,7 +214,7 @@ def function_of(op: str, backend: str, device: torch.device) -> Callable | None:
     if backend_info()["ops"][op][device.type] == backend:
         return getattr(OPS, op)
     if backend == "triton":
-        modules = [import_module(f"vtw_kernels.triton.{name}") for name in ("compaction", "kl_divergence")]
+        modules = [import_module(f"vtw_kernels.triton.{name}") for name in ("compaction", "kl_divergence", "packed")]
     else:
         modules = [reference]
     return next((getattr(module, op) for module in modules if hasattr(module, op)), None)
