@@ -1,4 +1,5 @@
-"""Looking on while decoder layers attend, without any [heads, S, S] weights: the softmax of single rows beside it."""
+"""Observing the attention of decoder layers without ever holding [heads, S, S] weights: the model computes attention as
+usual, and the softmax of single rows is computed beside it."""
 
 import inspect
 import sys
@@ -16,11 +17,11 @@ from transformers.modeling_utils import AttentionInterface
 
 from vtw_kernels.integration.masks import check_mask
 
-_INTERFACE = threading.RLock()  # the observers of one thread at a time may have the library's interface
+_INTERFACE = threading.RLock()  # only one thread at a time may patch transformers' interface
 
 
 class _PerThread(threading.local):
-    observe: Callable | None = None  # what looks on now
+    observe: Callable | None = None  # the observer that is active now
 
 
 _per_thread = _PerThread()
@@ -28,9 +29,10 @@ _per_thread = _PerThread()
 
 @contextmanager
 def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> Iterator[None]:
-    """Meanwhile, attention of this thread in these decoder layers becomes ``observe(layer, attend, query, key, mask,
-    options)``, which returns what ``attend()``, the model's own function, does. ``query`` is ``[B, heads, q, D]``,
-    ``options`` are the function's keyword arguments. Within another such context, this one alone looks on."""
+    """In this context, attention of these decoder layers calls ``observe(layer, attend, query, key, mask, options)`` in
+    this thread, which has to return what ``attend()``, the model's own function, returns. ``query`` is
+    ``[B, heads, q, D]``, ``options`` are the function's keyword arguments. Of nested contexts, only the innermost
+    observes."""
     layer_of = {module: i for i, layer in layers.items() for module in layer.modules()}
 
     def observed(function: Callable) -> Callable:
@@ -40,7 +42,7 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
             def attend() -> Any:
                 return function(module, query, key, value, *rest, **options)
 
-            whole = getattr(module, "whole", module)  # of which these may be some of the heads
+            whole = getattr(module, "whole", module)  # pruning calls attention for some of a module's heads
             if _per_thread.observe is not observe or whole not in layer_of:
                 return attend()
             mask = rest[0] if rest else options.get("attention_mask")
@@ -50,8 +52,8 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
 
         return attention
 
-    # Not a name of its own in the interface: models look at the name to see what masks they make. And eager attention
-    # has no name there, but is a function of the file that a model's attention is in.
+    # The function behind each name is wrapped, and no new name registered, because models decide by the name what masks
+    # to make. Eager attention has no name in the interface: it is a function in the file of a model's attention.
     files = {sys.modules.get(kind.__module__) for module in layer_of for kind in type(module).__mro__} - {None}
     with _INTERFACE, ExitStack() as replaced:
         original = AttentionInterface.__getitem__
@@ -65,13 +67,14 @@ def observed_attention(layers: Mapping[int, nn.Module], observe: Callable) -> It
 
 
 def observing() -> bool:
-    """Whether somebody looks on in this thread who needs all rows at once, and not call by call (``in_parts``)."""
+    """Whether an observer is active in this thread that needs all rows in one call of attention; observers that do not
+    mind several calls are marked ``in_parts``."""
     return _per_thread.observe is not None and not getattr(_per_thread.observe, "in_parts", False)
 
 
 def unobserved() -> AbstractContextManager:
-    """Meanwhile, whoever looks for a policy does not, in this thread: for a model that is called within a layer of
-    itself."""
+    """In this context, the observer of a policy is inactive in this thread: for a model that is called within one of
+    its own layers, whose attention is not what the policy asked for."""
     looking = _per_thread.observe
     return _observed_by(None if getattr(looking, "for_policy", False) else looking)
 

@@ -1,10 +1,11 @@
 """Cache layers that hold fewer rows than tokens.
 
-transformers sizes masks and positions by the lengths that some cache layer reports, which may be one without visual
-tokens. So these report the number of *tokens* seen, and keep to themselves which of them have a *slot* in the cache. A
-sliding window holds its last slots, which reach back at least as far as the window; masks hide what lies beyond it.
+transformers sizes masks and positions by the length that one of the cache layers reports, and that may be a layer
+without visual tokens. So the layers here report the number of *tokens* seen, and keep to themselves which of these have
+a *slot* in the cache. The book-keeping, which layers of a stage share, is called their *books*. A sliding window holds
+its last slots, which reach back at least as far as the window; masks hide what lies beyond it.
 
-Layers whose attention is skipped hold nothing at all, and say what a layer says that is not skipped.
+Layers whose attention is skipped hold nothing at all, and report the lengths of another layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,30 +27,30 @@ from vtw_kernels.integration import compat
 
 @dataclass
 class Slots:
-    """The books of layers of a cache that hold the same tokens: of a stage, and of those after it, as long as nothing
-    has left in between.
+    """The books of cache layers that hold the same tokens: those of a stage, and of the stages after it for as long as
+    nothing has left in between.
 
-    With a static cache all tensors stay where they are, so that a compiled step of decoding runs again as it is.
+    With a static cache all tensors are updated in place, so that a compiled step of decoding can run again.
     """
 
-    layer: int  # the first of them
+    layer: int  # the first of the layers
     boundaries: tuple[int, ...]  # of all stages
     tokens: int | Tensor = 0  # how many were seen; for a static cache int64 []
     at_least: int = 0  # the same, as far as the host knows
     past: int | Tensor = 0  # how many were seen before the forward that runs
     without: int = 0  # how many have no slot
     columns: Tensor | None = None  # int64 [B, slots], the token in each slot or -1; None while every token has one
-    filled: Tensor | None = None  # of a static cache: how many of its slots, int64 []
-    padded: bool = False  # whether a -1 may be among the filled ones
-    open: bool = False  # while a forward under withdrawal runs
-    whole: bool = True  # whether the last forward came to its end, so that all layers hold what is written here
+    filled: Tensor | None = None  # of a static cache: how many of its slots are filled, int64 []
+    padded: bool = False  # whether a -1 may be among the filled slots
+    open: bool = False  # whether a forward under withdrawal runs; at other times, layers refuse to be updated
+    whole: bool = True  # whether the last forward came to its end; if not, some layers may lack its tokens
 
     def append(self, count: int, rows: Tensor | None, batch: int, device: torch.device, capacity: int | None) -> None:
-        """Takes the tokens of a forward.
+        """Adds the tokens of a forward.
 
         Args:
-            count: of tokens, whether they get a slot or not.
-            rows: int ``[B, T]``, those that do, counted from the first of this forward, or -1; None for all.
+            count: the number of tokens, whether they get a slot or not.
+            rows: int ``[B, T]``, those that get one, counted from the first of this forward, or -1; None for all.
             capacity: slots of a static cache, else None.
         """
         new = torch.arange(count, device=device).expand(batch, count) if rows is None else rows
@@ -78,7 +79,7 @@ class Slots:
         return self.tokens - self.without if self.filled is None else self.filled
 
     def copied(self) -> "Slots":
-        """The same, to be written on by itself."""
+        """A copy that can be updated independently."""
         copy = replace(self)
         if self.filled is not None:
             copy.tokens, copy.filled = (_fixed(x.clone()) for x in (self.tokens, self.filled))
@@ -86,7 +87,7 @@ class Slots:
         return copy
 
     def crop(self, removed: int) -> None:
-        """Forgets the last tokens, with a dynamic cache."""
+        """Forgets the last tokens; for dynamic caches."""
         count = removed
         if self.columns is not None:
             last = self.columns >= self.tokens - removed
@@ -111,9 +112,9 @@ class Slots:
 class Skipped:
     """The books of a cache's layers whose attention is skipped.
 
-    layers: which. all_layers: of the cache, of which the others tell the lengths. prompt: how many tokens adapters took
-    their means over, padding included. states: what they made of these, by layer, each tensor ``[B, ...]``. folded:
-    weights that adapters of one sequence are folded into, by layer; they can be made anew.
+    layers: which. all_layers: of the cache; those that are not skipped know the lengths. prompt: over how many tokens
+    adapters took their means, padding included. states: what adapters computed from these means, by layer, each tensor
+    ``[B, ...]``. folded: weights that adapters of one sequence are folded into, by layer; they can be computed again.
     """
 
     layers: tuple[int, ...]
@@ -145,10 +146,10 @@ def _fixed(x: Tensor) -> Tensor:
 class WithdrawnLayer:
     """Mixed into a cache layer of transformers."""
 
-    slots: Slots | None = None  # None: empty, or filled without withdrawal
-    leads: bool = False  # the first layer of those that share books keeps them
-    skipped: Skipped | None = None  # None: of a layer whose attention is not skipped, or empty
-    like: int = 0  # which layer says how long a skipped one is
+    slots: Slots | None = None  # its books; None for a layer that is empty, or was filled without withdrawal
+    leads: bool = False  # whether it is the first of the layers that share these books: only that one updates them
+    skipped: Skipped | None = None  # set in a layer whose attention is skipped
+    like: int = 0  # the layer whose lengths a skipped one reports
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.skipped is not None:
@@ -186,8 +187,8 @@ class WithdrawnLayer:
             self.slots.crop(compat.tokens_removed(tokens_to_remove, self.slots.tokens))
 
     def keys_returned(self, rows: int, tokens: int) -> tuple[int, int, int] | None:
-        """Of the forward that runs, with so many rows for so many tokens, before ``update``: how many keys that will
-        return, the slot of the first, and the token of the first column in the model's mask. None: all of them."""
+        """Which keys ``update`` will return in the forward that runs, of so many tokens of which so many rows are left:
+        how many, the slot of the first, and the token of the first column in the model's mask. None for all keys."""
         return None
 
     def reset(self) -> None:
@@ -291,8 +292,8 @@ KINDS = {
 
 
 def slots_of(cache: Cache | None, boundaries: tuple[int, ...], num_layers: int) -> list[Slots]:
-    """What a cache holds, in the layers before ``num_layers``, for each of the stages that begin at ``boundaries``:
-    empty books if it is empty. Stages whose layers hold the same tokens share theirs.
+    """The books of a cache, in the layers before ``num_layers``, for each of the stages that begin at ``boundaries``;
+    new ones if it is empty. Stages whose layers hold the same tokens share theirs.
 
     Raises:
         ValueError: it has layers of a kind that is not supported, was filled without withdrawal or with other
@@ -337,9 +338,9 @@ def wrap_layers(cache: Cache, books: list[Slots], num_layers: int) -> None:
 
 
 def skip_layers(cache: Cache, like: Mapping[int, int], num_layers: int) -> Skipped:
-    """The books of a cache whose layers are to be skipped that ``like`` names, each with one that is not and tells its
-    lengths. Where these are empty they are replaced, and what they may have reserved is let go; in a cache that the
-    model has made itself, layers before them are filled by then.
+    """Prepares a cache for skipping the layers that ``like`` names, each with a layer that is not skipped and whose
+    lengths it reports; returns their books. Empty layers are replaced, and memory that they have reserved is freed. In
+    a cache that the model has made itself, the layers before them may be filled already.
 
     Raises:
         ValueError: layers of a kind that is not supported; or it was filled otherwise.

@@ -16,7 +16,7 @@ from vtw_kernels.integration.policies import Boundary, Policy
 
 WIDTH = 2048  # of the paper's routers
 FORMAT = "exit routers, 1"
-RECORDS = "records."  # so begin names, in a file of routers, of what these were trained with
+RECORDS = "records."  # the prefix of tensors, in a file of routers, with what these were trained on
 
 
 class ExitRouters(Policy):
@@ -41,7 +41,7 @@ class ExitRouters(Policy):
         threshold: a probability, 0..1. It may be changed at any time. 0.5 is the paper's.
         seed: of the weights.
         model: the name of the model's class.
-        settings: what else is to be known about them; JSON.
+        settings: further facts to save with them; JSON.
 
     Raises:
         ValueError: an argument is out of range.

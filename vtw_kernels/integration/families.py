@@ -1,4 +1,4 @@
-"""Where a model keeps its decoder layers, and how its visual tokens are recognised: a table of what is not usual.
+"""Where a model keeps its decoder layers, and how its visual tokens are recognised: a table of the exceptions.
 
 The usual shape: ``model.base_model`` takes ``input_ids`` and merges the images into their embeddings, one placeholder
 token per visual token; its ``get_decoder()`` has ``.layers``; and the config names the placeholder tokens. What a
@@ -65,7 +65,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Parts(NamedTuple):
-    """What withdrawal touches.
+    """The parts of a model that withdrawal works with.
 
     ``body`` is the module that sees ``input_ids``, ``decoder`` the one with ``layers``, ``config`` the decoder's own;
     ``token_ids`` are those of visual placeholders. ``min_layer..max_layer``: before which layers they may be withdrawn,
@@ -196,7 +196,7 @@ def describe(name: str) -> dict[str, str]:
 
 
 def _find_decoder(module: nn.Module) -> nn.Module:
-    """The first module with ``.layers``, from the whole model inwards; or where there is no way on."""
+    """The first module with ``.layers``, from the whole model inwards; or the innermost one that can be found."""
     while True:
         inner = module.get_decoder() if hasattr(module, "get_decoder") else module
         names = ("base_model", "model", "language_model", "text_model")

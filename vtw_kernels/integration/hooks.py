@@ -1,9 +1,10 @@
-"""The way of one forward under withdrawal, from its outermost module to its last layer: read from top to bottom.
+"""One forward under withdrawal, from its outermost module to its last layer, in the order in which it runs.
 
-``Hooks`` stand in for ``forward`` of a model, of its body, of its decoder and of its layers. The outermost that is
-called makes a ``Forward`` and hands it on as a keyword argument, which modules of transformers pass to those inside,
-and the layers take out again. So what belongs to a forward is kept nowhere but in its own calls: it is another one in
-each thread and each call, the same one in traced and in eager code, and gone whatever ends the call.
+``Hooks`` replace ``forward`` of a model, of its body, of its decoder and of its layers. The outermost of these that is
+called makes a ``Forward``, which holds all that belongs to this call, and hands it on as a keyword argument. Modules of
+transformers pass it to the modules inside them, and the layers' hooks take it out again. So this state is kept nowhere
+but in the call itself: each call in each thread has its own, traced and eager code share it, and it is gone however the
+call ends.
 """
 
 import threading
@@ -47,21 +48,21 @@ def may_be_visual(inputs: dict[str, Any], seen: int, visual_mask: Tensor | None)
 
 class _PerThread(threading.local):
     forward: "Forward | None" = None  # for models whose modules do not pass keyword arguments on
-    prompt: int = 0  # how many tokens it generates from
+    prompt: int = 0  # the length of the prompt that it generates from, 0 outside of ``generate``
 
 
 _per_thread = _PerThread()
 
 
 class Hooks(StandIns):
-    """What stands in for ``forward`` of a model's modules.
+    """The functions that replace ``forward`` of a model's modules.
 
     Args:
         model: of transformers, without wrappers.
         parts: of it.
-        policies: gives those of a forward, by the layers before which they are asked, ascending, when told whether the
-            model is in training mode.
-        first: the lowest of all layers that it may give.
+        policies: a function that is told whether the model is in training mode, and returns the policies of a forward
+            by the layers before which they are asked, ascending.
+        first: the lowest layer that ``policies`` may return.
         visual_mask: as for ``withdraw``.
     """
 
@@ -135,7 +136,7 @@ class Hooks(StandIns):
 
     @torch.compiler.disable(recursive=False, reason="How many rows are left is read beforehand, outside of the graph")
     def _run_untraced(self, module: nn.Module, inputs: dict[str, Any], args: tuple, kwargs: dict) -> Any:
-        """What is called is compiled as it would be."""
+        """Runs a forward from uncompiled code; the modules that it calls are compiled as usual."""
         return self._run(module, self._decided(module, inputs), args, kwargs)
 
     @torch.compiler.disable
@@ -154,7 +155,7 @@ class Hooks(StandIns):
     def _go_on(self, module: nn.Module, forward: "Forward", args: tuple, kwargs: dict) -> Any:
         decoder, as_tuple = self.parts.decoder, False
         if forward.sequence is None:
-            return self._call(module, args, kwargs)  # the model says it better
+            return self._call(module, args, kwargs)  # without inputs; the model's own error says so
         if module is decoder:
             forward.decide()
             kwargs, as_tuple = forward.before_decoder(kwargs)
@@ -220,13 +221,13 @@ class Forward:
         self.counted: torch.cuda.Event | None = None  # after which they are on the host
         self.keep: Tensor | None = None  # bool [B, S], which rows go on at the first boundary
         self.there: Boundary | None = None  # the rows still there, as long as a policy may be asked about some
-        self.attention: Tensor | None = None  # that the next policy looks at
+        self.attention: Tensor | None = None  # which the next policy looks at
         self.prompt: int | None = None  # as ``Boundary`` says
         self.withdraws = False  # whether there are visual tokens
         self.plan: CompactionPlan | None = None  # which rows of the forward are left; None for all
         self.padded = False  # whether a row of the plan may be padding
-        self.moves: dict[int, CompactionPlan] = {}  # by boundary: which of the rows that come to it go on; none for all
-        self.stages: dict[int, Stage] = {}  # by boundary; the one before again, if the same rows are cached, too
+        self.moves: dict[int, CompactionPlan] = {}  # by boundary: which of the rows that reach it go on; none for all
+        self.stages: dict[int, Stage] = {}  # by boundary; the previous one again if its rows all go on
         self.windows: dict[tuple[Stage, str], Window] = {}  # by stage and type of layer
         self.returned = False  # whether the decoder has
         attention, cache = self.parts.config._attn_implementation, hooks.arguments[module].cache_among(inputs)
@@ -234,8 +235,8 @@ class Forward:
         policies = hooks.policies(module.training).items()
         self.policies = {layer: policy for layer, policy in policies if layer < len(self.parts.layers)}
         self.boundaries = tuple(self.policies)
-        self.books: list[Slots] = []  # of each stage; the same of several, as long as they cache the same rows
-        self.unwritten: Slots | None = None  # those that were written in last, as they were before this forward
+        self.books: list[Slots] = []  # of the cache, by stage; stages that cache the same rows share theirs
+        self.unwritten: Slots | None = None  # the books that were updated last, as they were before this forward
         self.router_logits = inputs.get(
             "output_router_logits", getattr(self.parts.config, "output_router_logits", False)
         )
@@ -258,7 +259,8 @@ class Forward:
         return self.sequence.shape[1]
 
     def look(self, inputs: dict[str, Any]) -> None:
-        """Has the device count, before the model computes anything, what ``decide`` will read."""
+        """Starts counting visual tokens on the device, before the model computes anything; ``decide`` reads the
+        counts."""
         if not self.boundaries or self.sequence is None or not self.hooks.may_be_visual(self.outermost, inputs):
             return
         visual = self._visual_tokens(inputs)
@@ -272,7 +274,7 @@ class Forward:
         self.there = Boundary(self.boundaries[0], visual & attended, text, image, token, prompt=self.prompt)
         first = self.policies[self.boundaries[0]]
         stays = _stays(first, self.there) if first.from_inputs else self.there.visual
-        self.keep = text | stays  # padding is of no more use than a visual token is
+        self.keep = text | stays  # padding is dropped as well
         leaving = (visual if first.from_inputs else self.there.visual) & ~stays
         ends, labelled = torch.zeros(2, len(visual), dtype=torch.bool, device=visual.device)
         makes_logits = self.hooks.makes_logits and self.outermost is self.hooks.model
@@ -297,7 +299,7 @@ class Forward:
         return F.pad(visual, (0, self.tokens - visual.shape[1])).repeat_interleave(batch // len(visual), dim=0)
 
     def count(self, counts: Tensor) -> None:
-        """Copies them to the host, which goes on meanwhile."""
+        """Copies the counts to the host without waiting for them."""
         self.counts = counts
         if counts.is_cuda:
             self.counts, self.counted = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # to pinned memory
@@ -308,8 +310,9 @@ class Forward:
         return next((policy for policy in self.policies.values() if policy.attention), None)
 
     def decide(self) -> None:
-        """Which rows leave at the first boundary, if the inputs tell. Nothing has been cached, and the host has long
-        waited for the device: models look themselves whether there is a placeholder for each visual feature."""
+        """Reads the counts, refuses inputs that can't be handled, and decides which rows leave at the first boundary,
+        if the inputs alone tell. Nothing is cached yet. The host does not wait here for long: it has just waited for
+        the device in the model's own code, which checks that there is a placeholder for each visual feature."""
         if self.counts is None:
             return
         if self.counted is not None:
@@ -348,7 +351,8 @@ class Forward:
             self._leave(self.boundaries[0], self.keep, *counts)
 
     def before_decoder(self, kwargs: dict) -> tuple[dict, bool]:
-        """The decoder's keyword arguments, and whether it was to return a tuple, which does not tell what is in it."""
+        """The decoder's keyword arguments, and whether its output is to be a tuple in the end. Here it has to return a
+        dataclass, as a tuple does not tell what its entries are."""
         if not self.withdraws and all(slots.columns is None for slots in self.books):
             return kwargs, False
         # Gemma 4's decoder would drop rows itself, in layers without keys of their own.
@@ -360,7 +364,7 @@ class Forward:
         return (kwargs, False) if return_dict else (kwargs | {"return_dict": True}, True)
 
     def looks_at_attention(self, index: int) -> bool:
-        """Whether the policy at the boundary behind a layer wants to know of its attention."""
+        """Whether the policy at the boundary right after a layer looks at the attention of that layer."""
         policy = self.policies.get(index + 1)
         return policy is not None and policy.attention and self.there is not None and index + 1 not in self.stages
 
@@ -407,14 +411,15 @@ class Forward:
         if begin not in self.stages:  # else it is recomputed
             self.stages[begin] = self._begin_stage(begin, hidden, cache, arguments.mask)
         stage, moves = self.stages[begin], self.moves.get(index)
-        kind = (stage, self.parts.layer_types[index])  # layers that share keys have those of the last one of their type
+        # A layer without keys of its own reads those of the last layer of its type, and so has the same window.
+        kind = (stage, self.parts.layer_types[index])
         cached = cache.layers[index] if cache is not None and index < self.parts.num_cached else None
-        skipped = cached is not None and cached.skipped is not None  # so that nothing is done with its mask
+        skipped = cached is not None and cached.skipped is not None  # such a layer needs no mask
         if skipped:
             kwargs.pop(arguments.mask, None)
         elif cached is not None:
             self.windows[kind] = cached.keys_returned(self._rows(stage.plan), self.tokens)
-        together = moves is not None and moves is stage.plan  # what comes at full length is gathered in one launch
+        together = moves is not None and moves is stage.plan  # hidden states of full length join the others' launch
         kwargs, gathered = stage(kwargs, hidden if together else None, self.windows.get(kind))
         if skipped:
             kwargs[arguments.mask] = None
@@ -428,8 +433,8 @@ class Forward:
         return self.tokens if plan is None else plan.source.shape[1]
 
     def _begin_stage(self, layer: int, hidden: Tensor, cache: Cache | None, mask: str) -> Stage:
-        """What begins with a layer, or goes on there. All that may raise but the policy has been looked at, so that
-        what is cached is written down."""
+        """The stage that begins at a layer, or the last one if it goes on there. Everything that may raise, except the
+        policy, has been checked before, so here the books of the cache are updated."""
         place = self.boundaries.index(layer)
         coming = self.tokens if place == 0 else self._rows(self.plan)
         if hidden.shape[-2] != coming:
@@ -437,7 +442,7 @@ class Forward:
                 f"input_ids: expected {hidden.shape[-2]} tokens, one for each of those that the decoder makes of "
                 f"them, visual ones included, got {coming}"
             )
-        self.decide()  # if the decoder has not been called, only its layers
+        self.decide()  # does nothing unless the layers are called without their decoder
         if self.there is not None and not (place == 0 and self.policies[layer].from_inputs):
             self._ask(layer, hidden)
         slots, shared = self.books[place], place > 0 and self.books[place] is self.books[place - 1]
@@ -468,7 +473,7 @@ class Forward:
     @torch.compiler.disable
     @torch.no_grad()
     def _ask(self, layer: int, hidden: Tensor) -> None:
-        """Which of the rows that come to a boundary leave there; here the host waits for the device."""
+        """Asks the policy which of the rows that reach a boundary leave there; the host waits for the device."""
         policy, device = self.policies[layer], hidden.device
         rows = {name: getattr(self.there, name).to(device) for name in ROWS}
         attention = self.attention.to(device) if policy.attention else None
@@ -479,12 +484,12 @@ class Forward:
         self._leave(layer, keep, *torch.stack([keep.sum(1), leaving.any(1), stays.any(1)]).tolist())
 
     def _leave(self, layer: int, keep: Tensor, kept: list[int], leaving: list[int], stays: list[int]) -> None:
-        """Of the rows that come to a boundary, those go on that ``keep`` says.
+        """Makes the plan of the rows that go on from a boundary.
 
         Args:
-            keep: bool ``[B, rows]``.
-            kept: how many those are in each sequence.
-            leaving, stays: whether visual rows of it leave and stay.
+            keep: bool ``[B, rows]``: which of the rows that reach it go on.
+            kept: how many go on in each sequence.
+            leaving, stays: of each sequence, whether visual rows leave, and whether visual rows stay.
         """
         moves = None
         if any(leaving):
@@ -500,7 +505,7 @@ class Forward:
             self.there = Boundary(layer, **rows, prompt=self.prompt)
 
     def put_back(self, output: Any) -> Any:
-        """The output of the decoder, or of the body, with the rows that have left as zeros."""
+        """The output of the decoder, or of the body, at full length, with zeros for the rows that have left."""
         self.returned = True
         for slots in self.books:
             slots.whole = True
@@ -510,7 +515,7 @@ class Forward:
             raise RuntimeError(f"withdraw: the decoder did not run its layer {missing[0]}; nothing was withdrawn")
         hidden = list(getattr(output, "hidden_states", None) or ())
         states = [output[0], *hidden]
-        # State i + 1 is what layer i puts out, and the last one of all is normed.
+        # Hidden state i + 1 is the output of layer i; the last one has also gone through the norm.
         ran = [None, *map(self._stage_of, range(len(self.parts.layers)))]
         by_stage = defaultdict(list)
         for i, (state, stage) in enumerate(zip(states, [ran[-1], *ran])):
@@ -539,7 +544,8 @@ class Forward:
 
 @contextmanager
 def generating(prompt: int) -> Iterator[None]:
-    """Meanwhile, a forward of this thread may see but a part of so many tokens, and then nobody reads its logits."""
+    """In this context, this thread generates from a prompt of so many tokens. A forward that ends before the end of the
+    prompt is a chunk of it, whose logits nobody reads; so it may end in an image."""
     before, _per_thread.prompt = _per_thread.prompt, prompt
     try:
         yield
@@ -553,7 +559,8 @@ def prompt_length() -> int:
 
 
 class PromptKnown:
-    """Has ``generate`` of a model remember how long the prompt is, as a forward may see but a chunk of it."""
+    """Wraps ``generate`` of a model so that forwards know how long the prompt is, of which they may see only a
+    chunk."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -576,7 +583,7 @@ class PromptKnown:
 
 
 def _on_the_way(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
-    """The modules that call one another, from a model to its decoder."""
+    """The modules from a model down to its decoder, each of which calls the next."""
     path = next((name for name, module in model.named_modules() if module is decoder), "")
     yield model
     for name in path.split(".") if path else ():
@@ -595,6 +602,6 @@ def _stays(policy: Policy, boundary: Boundary) -> Tensor:
 
 
 def _chained(plan: CompactionPlan, moves: CompactionPlan) -> CompactionPlan:
-    """What is left of what is left: rows that ``moves`` names among those of ``plan``, as rows of the forward."""
+    """Two plans as one: the rows that ``moves`` names among those of ``plan``, as rows of the forward."""
     source = plan.source.gather(1, moves.source.clamp(min=0).long())
     return CompactionPlan(source.where(moves.source >= 0, -1), moves.lengths, plan.tokens)

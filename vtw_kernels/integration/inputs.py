@@ -1,4 +1,4 @@
-"""What is done with a model and a batch before they are measured."""
+"""Preparing a model and a batch for a search or a measurement."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ from vtw_kernels.ops import compact, plan_compaction
 def prepare(
     model: nn.Module, parts: Parts, inputs: Mapping[str, Any], visual_mask: Tensor | None
 ) -> tuple[dict[str, Any], Tensor]:
-    """Inputs as ``find_layer`` takes them, on the model's device and without what is not for its forward; and which of
-    their tokens are visual, bool ``[B, S]``: none, where images come in by cross-attention."""
+    """Inputs as ``find_layer`` takes them, moved to the model's device, without labels and options that a measurement
+    sets itself; and which of their tokens are visual, bool ``[B, S]``: none where images come in by cross-attention."""
     inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     for name in ("labels", "use_cache", "logits_to_keep"):
         inputs.pop(name, None)
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
-        inputs.pop("token_type_ids", None)  # tokenizers return them to models without, whose generate refuses them
+        inputs.pop("token_type_ids", None)  # some tokenizers return them although the model's generate refuses them
     given = inputs.pop("visual_mask", None)
     parts.check_visual_mask(given if visual_mask is None else visual_mask)
     if visual_mask is None and given is None:
@@ -41,8 +41,8 @@ def prepare(
 
 
 def padded_left(inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The same inputs and visual tokens, bool ``[B, S]``, with padding on the left, as ``generate`` wants it. Those
-    without padding on the right are not touched.
+    """The same inputs and visual tokens, bool ``[B, S]``, with padding on the left, as ``generate`` wants it. If there
+    is no padding on the right, nothing is changed.
 
     Raises:
         ValueError: inputs in which tokens can't be moved.
@@ -56,8 +56,8 @@ def padded_left(inputs: dict[str, Any], visual: Tensor) -> tuple[dict[str, Any],
 
 
 def take_tokens(inputs: dict[str, Any], keep: Tensor, length: int, pad: str) -> dict[str, Tensor]:
-    """Those inputs that have tokens, ``[B, S, ...]``, with these tokens alone, bool ``[B, S]``, in as many columns; and
-    ``attention_mask``.
+    """The inputs that have a row for each token, ``[B, S, ...]``, compacted to the tokens that ``keep``, bool
+    ``[B, S]``, names, in ``length`` columns; with their ``attention_mask``.
 
     Raises:
         ValueError: positions of another shape.

@@ -1,7 +1,7 @@
 """Attention masks of withdrawn layers: those that the model made, with the rows and columns that are left.
 
-A mask is never made anew from what is left: whatever the model put into it (padding, packed sequences, images that see
-all of themselves, windows) comes along.
+A mask is gathered, never rebuilt: whatever the model put into it (padding, packed sequences, images that see all of
+themselves, windows) comes along.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Who leaves when: policies, and the layer of Visual Tokens Withdrawal as ``withdraw`` takes it."""
+"""Policies: which rows leave before which layers; and all that ``withdraw`` accepts as its layer."""
 
 import json
 import warnings
@@ -102,7 +102,7 @@ class Withdraw(Policy):
 
 
 class _SomeOfEach(Policy):
-    """Of each image, of what is still there of it, so many rows stay: a share of them, rounded, or a number."""
+    """Of the rows of each image that are still there, a share (rounded) or a number stays, by a score for each row."""
 
     def __init__(self, layer: int, keep: float | int):
         is_number = isinstance(keep, int | float) and not isinstance(keep, bool)
@@ -150,9 +150,9 @@ class TopAttention(_SomeOfEach):
 
 
 class RandomVisual(_SomeOfEach):
-    """Before ``layer``, visual rows drawn at random stay: what a method that chooses them has to be better than.
+    """Before ``layer``, visual rows drawn at random stay: the baseline for methods that select rows.
 
-    The same ones in each forward of the same length and, as beams are to agree, in all sequences of a batch.
+    Forwards of the same length draw the same rows, and so do all sequences of a batch, so that beams agree.
 
     Args:
         layer, keep: as for ``TopAttention``.

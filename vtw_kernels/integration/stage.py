@@ -22,8 +22,8 @@ Window = tuple[int, int, int] | None
 class Stage:
     """Gathers what a forward passes to the layers of one stage: rows by a plan, and mask columns by what is cached.
 
-    A mask is never made anew from what is left, but for the plain causal one that was None. Results are remembered, so
-    that tensors which all layers share are gathered once, together, in one ``compact`` call.
+    A mask is never rebuilt from what is left, except the plain causal one that the model gives as None. Results are
+    remembered, so that tensors which all layers share are gathered once, together, in one ``compact`` call.
 
     Args:
         tokens: rows of the forward, ``q``.
@@ -69,7 +69,7 @@ class Stage:
             return kwargs, hidden_states  # a step of decoding, in every layer
         given = [window, *kwargs, *kwargs.values()]
         if hidden_states is None and self.last is not None and all(map(operator.is_, given, self.last[0])):
-            return dict(self.last[1]), None  # layers of one type are given the very same objects
+            return dict(self.last[1]), None  # a model gives all layers of one type the very same objects
         check_mask(mask)
         if mask is not None and not any(mask is x for x, _ in self.done):
             if isinstance(mask, BlockMask):
@@ -154,8 +154,7 @@ def on_device(plan: CompactionPlan, device: torch.device) -> CompactionPlan:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """An argument, or those in a plain tuple: what is in a cache, or a dict that layers write to, is nobody's
-    business."""
+    """An argument, or the tensors in a plain tuple or list. Caches, and dicts that layers write to, are left alone."""
     if isinstance(value, Tensor):
         yield value
     elif type(value) in (tuple, list):

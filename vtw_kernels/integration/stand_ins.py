@@ -1,4 +1,4 @@
-"""What stands in for ``forward`` of a model's modules for a while."""
+"""Replacing ``forward`` of a model's modules for a while."""
 
 import inspect
 from collections.abc import Callable
@@ -9,10 +9,13 @@ from torch import nn
 
 
 class StandIns:
-    """active: whether they are to do something, for one that outlives this, as another library has wrapped it."""
+    """Functions in the place of ``forward`` of some modules, until ``remove``.
+
+    active: whether they are to do anything. A function can outlive ``remove`` if another library has wrapped it since.
+    """
 
     def __init__(self) -> None:
-        self.stood_before: dict[nn.Module, Any] = {}  # what another library had put into a module's own ``forward``
+        self.stood_before: dict[nn.Module, Any] = {}  # what another library had put in the place of ``forward``
         self.placed: dict[nn.Module, Callable] = {}
         self.active = False
 
@@ -23,7 +26,8 @@ class StandIns:
         module.forward = self.placed[module] = function
 
     def remove(self) -> None:
-        """Where another library has wrapped a hook since, that goes on standing there, and does nothing."""
+        """Puts back what was there before. A function that another library has wrapped since stays, and does
+        nothing."""
         for module, function in self.placed.items():
             if vars(module).get("forward") is not function:
                 continue

@@ -1,8 +1,9 @@
-"""Proof of withdrawal where it is used: against the same model at full length, in which visual keys are hidden.
+"""A check of withdrawal on a given model and machine: against the same model at full length, with visual keys *hidden*,
+that is, masked for every query.
 
-What hides them is an attention function, registered with transformers for it, that puts one more mask on what the
-model's own computes. It knows nothing of the plans, masks and caches of withdrawal. Where images come in by
-cross-attention, what looks at them runs, and what comes of it is thrown away.
+The keys are hidden by an attention function, registered with transformers for this purpose, that adds one more mask to
+those of the model. It shares no code with the plans, masks and caches of withdrawal. Where images come in by
+cross-attention, the modules that look at them run, and their results are discarded.
 """
 
 import inspect
@@ -26,7 +27,7 @@ from vtw_kernels.integration.withdraw import unwrapped, withdraw
 
 NAME = "vtw_hidden_keys"
 PREFILL_ROWS = 256  # of a prompt, the last ones, whose logits are compared
-NOISE_RUNS, MOST_NOISE_RUNS = 3, 12  # the latter if it is but the worst position that is off by more
+NOISE_RUNS, MOST_NOISE_RUNS = 3, 12  # the latter if only the worst position is off by more
 LIMIT = 2.0  # times the noise: what passes for rounding
 
 
@@ -337,8 +338,8 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 @contextmanager
 def without_effect(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Meanwhile, decoder layers among these return what they are given, and attention returns zeros. They run and cache
-    as ever, and what they make is thrown away."""
+    """In this context, these modules run and cache as usual, but their results are discarded: decoder layers return
+    their inputs, and attention modules return zeros."""
 
     def undo(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if isinstance(output, Tensor):  # a layer
@@ -401,7 +402,7 @@ class Rows:
 
 
 def exceeds(sizes: Tensor, noise: Tensor) -> list[Callable]:
-    """In which of the median row and the largest one differences are above ``LIMIT`` times the noise, or NaN."""
+    """Which of median and maximum over rows are above ``LIMIT`` times those of the noise, or NaN."""
     return [of for of in (torch.median, torch.max) if not of(sizes) <= LIMIT * of(noise)]
 
 

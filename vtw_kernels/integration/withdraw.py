@@ -26,7 +26,7 @@ from vtw_kernels.integration.policies import Policy, boundaries_of, chosen_layer
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-class withdraw(ContextDecorator):  # a context manager, named as a function is
+class withdraw(ContextDecorator):  # in lower case, as it is used like a function
     """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
 
     Equal to hiding the visual keys from every query in those layers. ``generate``, training, and further turns on the

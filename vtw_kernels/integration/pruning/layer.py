@@ -1,4 +1,4 @@
-"""Attention and MLP of a decoder layer whose visual rows go through parts of its weights."""
+"""Attention and MLP of a decoder layer in which visual rows go through only parts of the weights."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -18,16 +18,17 @@ class Heads:
     """Some of the heads of a layer.
 
     Args:
-        query: their numbers, ascending.
-        group: how many heads share their keys with each.
+        query: the numbers of the query heads, ascending.
+        group: how many query heads share a head of keys and values.
     """
 
     def __init__(self, query: Sequence[int], group: int):
         self.query = torch.tensor(query, dtype=torch.long)
-        self.kv = torch.unique(self.query // group)  # those of keys that they need
+        self.kv = torch.unique(self.query // group)  # the heads of keys and values that they need
         at = torch.searchsorted(self.kv, self.query // group)
         shared = torch.bincount(at, minlength=len(self.kv))
-        # For a single row: as many queries for each head of keys, some of them twice, instead of keys for each query.
+        # For attention of a single row: instead of repeating keys for each query head, the query heads are arranged so
+        # that each head of keys has equally many, some of them twice; ``unpacked`` picks each result once.
         most = int(shared.max()) if len(self.kv) else 0
         first = shared.cumsum(0) - shared
         self.packed = (first[:, None] + torch.arange(most).clamp(max=shared[:, None] - 1)).flatten()
@@ -40,8 +41,8 @@ class Heads:
 
 
 class LayerHeads(NamedTuple):
-    """Of a layer: the heads that have to do with visual tokens and those that do not; and whether values of visual
-    tokens count as zeros in all of them."""
+    """The heads of a layer: those that see visual tokens, and those that are blind to them. ``cut``: whether values of
+    visual tokens count as zeros in all of them."""
 
     parts: Projections
     seeing: Heads
@@ -55,7 +56,8 @@ class LayerHeads(NamedTuple):
 
 
 class SomeHeads:
-    """What an attention function looks at in a module, for some of its heads."""
+    """Passed to an attention function in the place of its module, to compute only some of the module's heads: it has
+    the attributes that such functions read."""
 
     num_key_value_groups = 1
 
@@ -67,9 +69,9 @@ class SomeHeads:
 def attend(
     parts: Projections, heads: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, observed: bool
 ) -> Tensor:
-    """``[B, q, heads * D]`` by queries ``[B, heads, q, D]`` and keys and values ``[B, kv, keys, D]`` that they need, by
-    the attention function of the model. ``observed``: whether a policy may look on, which
-    wants all rows and their visual keys."""
+    """``[B, q, heads * D]``: the model's attention function, for queries ``[B, heads, q, D]`` and the keys and values
+    ``[B, kv, keys, D]`` that they need. ``observed``: whether a policy may observe this call; it needs all rows, with
+    their visual keys."""
     attention, options = parts.attention, {}
     single = q.shape[2] == 1 and not heads.own_keys and (mask is None or mask.shape[1] == 1)
     if single:
@@ -128,29 +130,29 @@ def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
 def _projected(linear: nn.Linear, x: Tensor, heads: Tensor | None, dim: int) -> Tensor:
     if heads is None:
         return linear(x).unflatten(-1, (-1, dim))
-    weight = some(linear.weight.unflatten(0, (-1, dim)), heads, 0).flatten(0, 1)
-    bias = None if linear.bias is None else some(linear.bias.unflatten(0, (-1, dim)), heads, 0).flatten()
+    weight = take_heads(linear.weight.unflatten(0, (-1, dim)), heads, 0).flatten(0, 1)
+    bias = None if linear.bias is None else take_heads(linear.bias.unflatten(0, (-1, dim)), heads, 0).flatten()
     return F.linear(x, weight, bias).unflatten(-1, (-1, dim))
 
 
-def put_out(parts: Projections, x: Tensor, heads: Tensor) -> Tensor:
-    """What some heads ``[B, rows, heads * D]`` add to the hidden states, without the bias."""
-    return F.linear(x, some(parts.o.weight.unflatten(1, (-1, parts.head_dim)), heads, 1).flatten(1))
+def projected_out(parts: Projections, x: Tensor, heads: Tensor) -> Tensor:
+    """What the outputs of some heads, ``[B, rows, heads * D]``, add to the hidden states, without the bias."""
+    return F.linear(x, take_heads(parts.o.weight.unflatten(1, (-1, parts.head_dim)), heads, 1).flatten(1))
 
 
-def is_run(heads: Tensor) -> bool:
+def are_neighbours(heads: Tensor) -> bool:
     return len(heads) == 0 or int(heads[-1] - heads[0]) == len(heads) - 1
 
 
-def some(x: Tensor, heads: Tensor, dim: int) -> Tensor:
-    """A view, if the heads stand side by side; otherwise a copy."""
-    if is_run(heads):
+def take_heads(x: Tensor, heads: Tensor, dim: int) -> Tensor:
+    """Some heads of ``[..., heads, ...]``: a view if they are neighbours, otherwise a copy."""
+    if are_neighbours(heads):
         return x.narrow(dim, int(heads[0]) if len(heads) else 0, len(heads))
     return x.index_select(dim, heads.to(x.device))
 
 
 def narrow_mlp(parts: Projections, x: Tensor, columns: int) -> Tensor:
-    """The MLP by its first columns alone; its weights are views."""
+    """The MLP with its first columns alone; the weights are views."""
 
     def first(linear: nn.Linear) -> Tensor:
         return F.linear(x, linear.weight[:columns], None if linear.bias is None else linear.bias[:columns])
@@ -159,13 +161,13 @@ def narrow_mlp(parts: Projections, x: Tensor, columns: int) -> Tensor:
     return F.linear(inner, parts.down.weight[:, :columns], parts.down.bias)
 
 
-def joined(rows: int, *parts: tuple[Tensor, CompactionPlan]) -> Tensor:
-    """``[B, rows, H]`` by rows of different plans."""
+def merge_rows(rows: int, *parts: tuple[Tensor, CompactionPlan]) -> Tensor:
+    """``[B, rows, H]`` from parts, each of which has the rows that its plan names."""
     result: Any = 0
     for x, plan in parts:
         result = result + expand([x], plan, rows, 1)[0]
     return result
 
 
-def taken(x: Tensor, plan: CompactionPlan) -> Tensor:
+def take_rows(x: Tensor, plan: CompactionPlan) -> Tensor:
     return compact([x], plan, 1)[0]

@@ -1,10 +1,10 @@
 """Visual pruning (YOPO, arXiv 2410.06169) in transformers: all visual tokens stay, and less is computed for them.
 
-``Hooks`` stand in for ``forward`` of a model, of its decoder layers, and of their attention and MLP, from the outside
-inwards: the way of one forward, read from top to bottom. The outermost module finds the visual tokens, and hands two
-keyword arguments down to the layers: what is known of the forward, and the number of each row, which stages of
-withdrawal gather like all else that has rows. Heads that do not see visual tokens run as under withdrawal before the
-first layer, by a ``Stage`` of their own.
+``Hooks`` replace ``forward`` of a model, of its decoder layers, and of their attention and MLP; the code follows one
+forward from the outside inwards. The outermost module finds the visual tokens, and hands two keyword arguments down to
+the layers: the state of the forward, and the number of each row, which stages of withdrawal gather like every tensor
+that has rows. Heads that do not see visual tokens run as under withdrawal before the first layer, with a ``Stage`` of
+their own.
 """
 
 import threading
@@ -32,15 +32,15 @@ from vtw_kernels.integration.pruning.grids import Grid, Sizes, find_grids, near,
 from vtw_kernels.integration.pruning.layer import (
     Heads,
     LayerHeads,
+    are_neighbours,
     attend,
-    is_run,
-    joined,
     keys,
+    merge_rows,
     narrow_mlp,
-    put_out,
+    projected_out,
     queries,
     rotated,
-    taken,
+    take_rows,
     values,
 )
 from vtw_kernels.integration.pruning.visual_pruning import VisualPruning
@@ -55,12 +55,12 @@ MASK = "attention_mask"
 DENSE = 0.6  # of a mask of all rows and keys, how much blocks may have to be worth their gathering
 
 
-class prune_visual(ContextDecorator):  # a context manager, named as ``withdraw`` is
-    """Meanwhile, less is computed for visual tokens, as a ``VisualPruning`` says. Its results are those of the model at
-    full size in which attention weights and activations are masked, and what is masked is not computed: visual rows go
-    through slices of the projections and of the MLP; heads without visual work never see visual keys, and caches do
-    not hold these for them. Where heads share their keys (GQA), keys of visual tokens go as soon as none of the heads
-    sees them; those that only some see are held once for visual tokens and twice for text.
+class prune_visual(ContextDecorator):  # in lower case, as it is used like a function
+    """In this context, less is computed for visual tokens, as a ``VisualPruning`` says. Results are those of the model
+    at full size in which attention weights and activations are masked; but what is masked is not computed. Visual rows
+    go through slices of the projections and of the MLP. Heads without visual work never see visual keys, and caches do
+    not hold these for them. Where heads share their keys (GQA), visual keys are held as long as one of the heads sees
+    them; if only some do, keys of text are held twice.
 
     Prompts without visual tokens take the usual path, bit for bit. ``generate``, training and further turns on the
     same cache work as without. No weights are changed; slices are views where heads stand side by side and of the MLP,
@@ -190,21 +190,21 @@ def _copied_bytes(layer: LayerHeads) -> int:
     for heads in (layer.seeing, layer.blind):
         projections = ((parts.q, heads.query), (parts.o, heads.query), (parts.k, heads.kv), (parts.v, heads.kv))
         for linear, which in projections:
-            if not is_run(which):
+            if not are_neighbours(which):
                 total += len(which) * parts.head_dim * parts.q.in_features * linear.weight.element_size()
     return total
 
 
 class _PerThread(threading.local):
-    run: "LayerRun | None" = None  # in whose layer this thread is
-    prompt: dict[str, Any] | None = None  # what it generates from
+    run: "LayerRun | None" = None  # the layer that this thread is in
+    prompt: dict[str, Any] | None = None  # the arguments of ``generate`` that it is in
 
 
 _per_thread = _PerThread()
 
 
 class Hooks(StandIns):
-    """What stands in for ``forward`` of a model's modules. Arguments as for ``prune_visual``."""
+    """The functions that replace ``forward`` of a model's modules. Arguments as for ``prune_visual``."""
 
     def __init__(
         self, model: nn.Module, parts: Parts, pruning: VisualPruning, visual_mask: Tensor | None, grids: Sizes | None
@@ -247,7 +247,7 @@ class Hooks(StandIns):
             self._stand_in(self.layers[i].parts.attention, partial(self.attention, self.layers[i].parts.attention))
             self._stand_in(self.layers[i].parts.mlp, partial(self.mlp, self.layers[i].parts.mlp))
         for layer in self.parts.layers[self.last :]:
-            self._stand_in(layer, partial(self.pass_by, layer))
+            self._stand_in(layer, partial(self.enter_later_layer, layer))
 
     # ------------------------------------------------------------------------------- the model, its body, its decoder
 
@@ -257,7 +257,7 @@ class Hooks(StandIns):
             return self._call(module, args, kwargs)
         forward = Forward(self, self.arguments[module].named(args, kwargs), self.arguments[module])
         if forward.sequence is None:
-            return self._call(module, args, kwargs)  # the model says it better
+            return self._call(module, args, kwargs)  # without inputs; the model's own error says so
         try:
             output = self._call(module, args, kwargs | {FORWARD: forward, ROWS: forward.rows})
             forward.end()
@@ -285,7 +285,8 @@ class Hooks(StandIns):
         finally:
             _per_thread.run = before
 
-    def pass_by(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def enter_later_layer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A layer from the cut on, which has no visual rows: it runs without the two keyword arguments."""
         kwargs.pop(FORWARD, None), kwargs.pop(ROWS, None)
         return self._call(module, args, kwargs)
 
@@ -313,14 +314,14 @@ class Hooks(StandIns):
         (x,) = (*args, *kwargs.values())
         parts, view = run.layer.parts, run.view
         columns = int(parts.gate.out_features / self.pruning.ffn_ratio)
-        text, visual = (taken(x, plan) for plan in (view.text, view.images))
+        text, visual = (take_rows(x, plan) for plan in (view.text, view.images))
         text = self._call(module, (text,), {})
-        return joined(x.shape[1], (text, view.text), (narrow_mlp(parts, visual, columns), view.images))
+        return merge_rows(x.shape[1], (text, view.text), (narrow_mlp(parts, visual, columns), view.images))
 
 
 class View(NamedTuple):
-    """The rows that come to a layer, ``[B, R]``: which token of the forward each is, counted from 1, or 0 for padding;
-    which of them are visual and which are text; and plans of text and of visual ones."""
+    """The rows that reach a layer, ``[B, R]``: which token of the forward each is, counted from 1, or 0 for padding;
+    which of them are visual and which are text; and a plan of the text rows and one of the visual rows."""
 
     rows: Tensor
     visual: Tensor
@@ -416,7 +417,8 @@ class Forward:
         return self.visual is None and (self.books is None or self.books.columns is None)
 
     def begin(self, named: dict[str, Any], cache: Cache | None) -> None:
-        """Before the first layer, whose arguments are of all rows: writes down what is cached."""
+        """Called before the first layer, whose arguments have all rows: updates the books of the cache, and gathers the
+        mask and the rotary tables of text."""
         if self.began:
             return
         self.began = True
@@ -476,8 +478,9 @@ class Forward:
         return self.views[-1]
 
     def blocks(self, view: View, mask: Tensor | None, cache: Cache | None, index: int) -> tuple[Blocks, Tensor] | None:
-        """How visual rows of a layer attend in blocks, and their mask ``[N, 1, q, k]``; None where a mask of all rows
-        and keys serves better: where some rows have left, or are looked at, and for small images."""
+        """The blocks in which visual rows of a layer attend, and their mask ``[N, 1, q, k]``. None where one mask of
+        all rows and keys is needed or cheaper: if some rows have left, if attention is observed, and for small
+        images."""
         layer = None if cache is None else _layer_of(cache, index)
         if view.rows is not self.rows or observing():
             return None
@@ -498,7 +501,7 @@ class Forward:
         return torch.where(blocks.text[:, None] & blocks.seen, base[at], seen)[:, None]
 
     def windowed(self, view: View, mask: Tensor | None, cache: Cache | None, index: int) -> Tensor:
-        """The mask of a layer, in which visual rows see of visual keys their neighbours alone."""
+        """The mask of a layer, in which visual rows see no visual keys but their neighbours'."""
         for known, given, result in self.masks:
             if known is view and given is mask:
                 return result
@@ -579,8 +582,8 @@ class LayerRun(NamedTuple):
     def attention(
         self, named: dict[str, Any], mask: Tensor | None, cache: Cache | None, blocks: tuple[Blocks, Tensor] | None
     ) -> Tensor:
-        """``[B, R, H]``, in two groups of heads. ``named``: the arguments, with the mask of heads that see visual
-        tokens; ``mask``: that which the layer was given; ``blocks``: in which visual rows attend."""
+        """``[B, R, H]``, from two groups of heads. ``named``: the module's arguments, with the mask for heads that see
+        visual tokens; ``mask``: the one that the layer was given; ``blocks``: in which visual rows attend, if any."""
         x, rope = named["hidden_states"], named["position_embeddings"]
         parts, seeing, blind = self.layer.parts, self.layer.seeing, self.layer.blind
         forward, attention = self.forward, self.layer.parts.attention
@@ -613,8 +616,8 @@ class LayerRun(NamedTuple):
             return attention.o_proj(output.index_select(2, order).flatten(2))
         output: Any = 0
         for heads, y in results:
-            y = put_out(parts, y, heads.query)
-            output = output + (y if heads is seeing else joined(x.shape[1], (y, self.view.text)))
+            y = projected_out(parts, y, heads.query)
+            output = output + (y if heads is seeing else merge_rows(x.shape[1], (y, self.view.text)))
         return output if parts.o.bias is None else output + parts.o.bias
 
     def _in_blocks(
@@ -628,7 +631,7 @@ class LayerRun(NamedTuple):
         around = (of_blocks(x, blocks.sequence, blocks.keys) for x in (k, v))
         inside = attend(parts, heads, inside, *around, mask, observed=False)
         at = blocks.sequence[:, None].expand_as(blocks.rows)[blocks.real], blocks.rows[blocks.real]
-        return joined(q.shape[2], (text, view.text)).index_put(at, inside[blocks.real])
+        return merge_rows(q.shape[2], (text, view.text)).index_put(at, inside[blocks.real])
 
     def _projected(self, x: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads."""
@@ -636,16 +639,16 @@ class LayerRun(NamedTuple):
         return *rotated(parts.attention, rope, queries(parts, x), keys(parts, x)), values(parts, x)
 
     def _seeing(self, x: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        """Of those that have to do with visual tokens, of all rows."""
+        """Queries, keys and values of the heads that see visual tokens, for all rows."""
         parts, heads = self.layer.parts, self.layer.seeing
         q, k = rotated(parts.attention, rope, queries(parts, x, heads.query), keys(parts, x, heads.kv))
         return q, k, self._values(x, heads) if self.layer.cut else values(parts, x, heads.kv)
 
     def _blind(self, x: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the others: queries of text, and keys and values of text, or, as its softmax has those of visual tokens in
-        it, of all rows."""
+        """Those of the other heads: for text rows alone; or, without renormalisation, keys and values for all rows, as
+        visual keys are then part of the softmax."""
         parts, heads, text_rope = self.layer.parts, self.layer.blind, self.forward.text_rope
-        text = taken(x, self.view.text)
+        text = take_rows(x, self.view.text)
         q = queries(parts, text, heads.query)
         if self.forward.pruning.renormalize:
             q, k = rotated(parts.attention, text_rope, q, keys(parts, text, heads.kv))
@@ -657,8 +660,8 @@ class LayerRun(NamedTuple):
     def _values(self, x: Tensor, heads: Heads) -> Tensor:
         """Those of text, with zeros for visual rows."""
         parts = self.layer.parts
-        text = values(parts, taken(x, self.view.text), heads.kv).transpose(1, 2).flatten(2)
-        return joined(x.shape[1], (text, self.view.text)).unflatten(-1, (-1, parts.head_dim)).transpose(1, 2)
+        text = values(parts, take_rows(x, self.view.text), heads.kv).transpose(1, 2).flatten(2)
+        return merge_rows(x.shape[1], (text, self.view.text)).unflatten(-1, (-1, parts.head_dim)).transpose(1, 2)
 
 
 def _heads_of(whole: tuple[Tensor, Tensor, Tensor], heads: Heads) -> tuple[Tensor, ...]:

@@ -1,4 +1,5 @@
-"""What is left out of the work on visual tokens: heads, attention beyond neighbours, columns of the MLP, layers."""
+"""The description of a pruning: which heads, which attention, which columns of the MLP and which layers visual tokens
+go without."""
 
 from dataclasses import dataclass
 from pathlib import Path
