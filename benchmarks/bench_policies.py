@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaModel
 
 import vtw_kernels as vtw
-from vtw_kernels.layer_search.decisions import watched
+from vtw_kernels.layer_search.decisions import recording
 
 pytestmark = pytest.mark.op("withdraw")
 PEERS = ("vtw_kernels", "ideal", "plain model")
@@ -43,7 +43,7 @@ Stages = list[tuple[range, Tensor, tuple[Tensor, ...]]]
 
 def stages_of(decoder: LlamaModel, embeds: Tensor, visual: Tensor, policies: list[vtw.Policy]) -> Stages:  # noqa: F811
     """The layers of each stage, and as many rows as the policies leave to it, with their rotary tables."""
-    with vtw.withdraw(decoder, watched(policies, decided := {}), visual_mask=visual):
+    with vtw.withdraw(decoder, recording(policies, decided := {}), visual_mask=visual):
         decoder(inputs_embeds=embeds, use_cache=False)
     rope = decoder.rotary_emb(embeds, torch.arange(embeds.shape[1], device=embeds.device)[None])
     boundaries, stages = [*decided, len(decoder.layers)], [(range(next(iter(decided))), embeds, rope)]

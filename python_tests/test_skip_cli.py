@@ -117,7 +117,7 @@ def test_damaged_and_discarded_steps(place, monkeypatch, capsys, forwards):
     forwards()
     assert skip("search", "skip.json", *SEARCH) == 0
     said = capsys.readouterr().err
-    assert "run-1-together.jsonl:4: damaged, and so not believed" in said and "and 9 steps of what looks" in said
+    assert "run-1-together.jsonl:4: damaged, and ignored" in said and "and 9 steps of what looks" in said
     assert (place / "skip.json").read_text() == whole
 
     (place / "skip.json").unlink()

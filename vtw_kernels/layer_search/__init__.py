@@ -37,7 +37,7 @@ from vtw_kernels.layer_search.scorer import Scorer, Scores
 from vtw_kernels.layer_search.settings import is_function
 from vtw_kernels.layer_search.skip_search import Bandit, SkipScorer, SkipScores, SkipSearch
 
-COSTED = 4  # batches of a comparison whose costs are measured
+COSTED = 4  # on how many batches a comparison measures costs
 
 
 def find_layer(
@@ -339,7 +339,7 @@ def _score_all(
     kept: list[Mapping[str, Any]] | None = None,
     most: int = 0,
 ) -> list[Any]:
-    """Scores of each batch; the first ones, ``most`` at the most, are put into ``kept``."""
+    """Scores of each batch. The prompts of the first ``most`` batches are appended to ``kept``."""
     if isinstance(batches, Mapping):
         raise TypeError(f"batches: expected an iterable of batches, got one, a {type(batches).__name__}: pass [batch]")
     scores = []

@@ -23,11 +23,11 @@ from vtw_kernels.integration.inputs import in_eval_mode, padded_left, prepare
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.pruning.cache import stores_of
 from vtw_kernels.integration.withdraw import unwrapped, withdraw
-from vtw_kernels.layer_search.decisions import Replayed, watched
+from vtw_kernels.layer_search.decisions import Replayed, recording
 from vtw_kernels.layer_search.settings import Setting, settings_of
 
 DECODED = 8  # tokens, whose steps are measured
-TIMED = 5  # prefills of so many layers are measured: each takes a few whole forwards
+TIMED = 5  # at how many layers prefill is timed: each takes a few whole forwards
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _replayed(setting: Setting, prefill: Callable[[], Cache], under: Callable[[A
     """One that decides the same in a prefill."""
     if setting.is_layer:
         return setting
-    with under(setting.replaced(watched(setting.policy, decided := {}))):
+    with under(setting.replaced(recording(setting.policy, decided := {}))):
         prefill()
     return setting.replaced(Replayed(decided)) if decided else setting
 

@@ -1,4 +1,4 @@
-"""What policies decide, written down in one forward and done again in another."""
+"""Recording what policies decide in one forward, and replaying it in another."""
 
 import copy
 from collections.abc import Sequence
@@ -12,30 +12,30 @@ from vtw_kernels.integration.policies import Boundary, Policy
 Decisions = dict[int, Tensor | None]
 
 
-def watched(chosen: Policy | Sequence[Policy], decided: Decisions) -> list[Policy]:
-    """The same policies, which write down in ``decided`` what they say in a forward without a past."""
+def recording(chosen: Policy | Sequence[Policy], decided: Decisions) -> list[Policy]:
+    """Copies of the policies, which record in ``decided`` what they decide in a forward without a past."""
 
-    def watch(policy: Policy) -> Policy:
+    def record(policy: Policy) -> Policy:
         copied = copy.copy(policy)
 
         def keep(boundary: Boundary) -> Tensor:
             stays = policy.keep(boundary)
             if isinstance(stays, Tensor) and stays.dtype == torch.bool and stays.shape == boundary.visual.shape:
-                first = next(iter(decided.values()), boundary.visual)  # where all rows are still there
-                # Rows of padding stand for token 0, and stay nowhere.
+                first = next(iter(decided.values()), boundary.visual)  # at the first boundary all rows are still there
+                # Rows of padding have token 0, but are not visual, so they add nothing to it.
                 counts = torch.zeros_like(first, dtype=torch.int32)
                 stayed = (boundary.visual & stays).int()
                 decided[boundary.layer] = counts.scatter_add(1, boundary.token.to(stayed.device), stayed) > 0
-            return stays  # anything else will be refused
+            return stays  # if it is anything else, the forward refuses it
 
         object.__setattr__(copied, "keep", keep)  # also of a frozen dataclass
         return copied
 
-    return list(map(watch, [chosen] if isinstance(chosen, Policy) else chosen))
+    return list(map(record, [chosen] if isinstance(chosen, Policy) else chosen))
 
 
 class Replayed(Policy):
-    """Does what was decided, without looking at anything: in the same forward, or in one with more text behind."""
+    """Decides what was recorded: in the same forward, or in one with more text at its end."""
 
     def __init__(self, decided: Decisions):
         self.decided, self.boundaries = decided, tuple(decided)

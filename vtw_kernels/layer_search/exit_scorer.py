@@ -1,4 +1,4 @@
-"""What gates are trained with, from one run of the model: what each would read, and what leaving there changes."""
+"""The training data of gates, from one run of the model: what each gate would read, and what leaving there changes."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -36,7 +36,7 @@ class ExitScores(NamedTuple):
 
 
 class ExitScorer(Scorer):
-    """Scores batches of samples for ``train_exit``, which says what they are; ``candidates`` are the gates."""
+    """Scores batches of samples, as ``train_exit`` describes them; ``candidates`` are the layers with a gate."""
 
     def _score(self, batch: Mapping[str, Any]) -> ExitScores:
         questions = read_questions(self.model, self.parts, batch, self.positions)
@@ -62,7 +62,7 @@ class ExitScorer(Scorer):
 
 
 def _prompts(questions: Questions) -> Tensor:
-    """bool ``[B, S]``: the text tokens that a gate may read, those up to the first that predicts what counts.
+    """bool ``[B, S]``: the text tokens that a gate may read, up to the first one whose prediction counts.
 
     Raises:
         ValueError: visual tokens come later.
@@ -79,7 +79,7 @@ def _prompts(questions: Questions) -> Tensor:
 
 def _with_losses(targets: Tensor | None, withdrawn: Tensor, full: Tensor, head: nn.Linear | None) -> tuple[Tensor, ...]:
     """What ``compare_runs`` returns, and both losses, each fp32 ``[C, P]``, on the CPU. ``targets``: int64 ``[P]``, the
-    tokens that were to be said, or None for those that the full run says."""
+    tokens of the answers, or None for those that the full run finds most likely."""
     if targets is None:
         targets = full.argmax(-1) if head is None else top_tokens(full, head)
     loss, full_loss = (_losses(run, targets, head).cpu() for run in (withdrawn, full))
@@ -87,8 +87,8 @@ def _with_losses(targets: Tensor | None, withdrawn: Tensor, full: Tensor, head: 
 
 
 def _losses(run: Tensor, targets: Tensor, head: nn.Linear | None) -> Tensor:
-    """fp32 ``[..., P]``: cross entropy of tokens ``[P]``, few rows at a time. ``run``: logits ``[..., P, V]`` or, with
-    a head, what it makes them of."""
+    """fp32 ``[..., P]``: cross entropy of tokens ``[P]``, computed for few rows at a time. ``run``: logits
+    ``[..., P, V]`` or, with a head, the hidden states that it makes them from."""
     rows = max(1, LOGITS_BYTES // (4 * (run.shape[-1] if head is None else head.out_features)))
     wanted = targets.to(run.device).expand(run.shape[:-1]).flatten().split(rows)
     losses = [

@@ -1,4 +1,4 @@
-"""What a training of gates found: the gates, what they were trained with, and how well they do on what was held out."""
+"""The training of gates, and its result: the gates, what they were trained on, and how they do on held-out samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from vtw_kernels.integration.exit_routers import (
 )
 from vtw_kernels.layer_search.scored import Scored, check_groups, markdown
 
-SAME_TOKENS, LOSS_GROWTH = 0.99, 1.03  # the paper's code: a gate is to fire above the one and below the other
+SAME_TOKENS, LOSS_GROWTH = 0.99, 1.03  # as in the paper's code: gates should fire above the first and below the second
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 BATCH = 128  # samples, the paper's
 

@@ -1,8 +1,8 @@
-"""What policies do to the model's next tokens: each runs as ``withdraw`` would run it, beside the model as it is.
+"""What policies do to the model's next tokens: each runs as ``withdraw`` runs it, and is compared with the plain model.
 
-Layers alone are scored all in one run, as a search does. A policy decides when the prompt is read, before there is an
-answer: so where an answer counts, it is asked about the prompt alone, and what it said is done again with the answer
-behind.
+Policies that are a layer are all scored in one run, as by a search. In use, a policy decides when the prompt is read,
+before there is an answer. So if predictions within an answer count, the policy first decides in a forward of the prompt
+alone, and that decision is replayed in a forward of prompt and answer.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from vtw_kernels.integration.hooks import generating
 from vtw_kernels.integration.inputs import in_eval_mode, take_tokens
 from vtw_kernels.integration.masks import attended_tokens
 from vtw_kernels.integration.withdraw import unwrapped
-from vtw_kernels.layer_search.decisions import Decisions, Replayed, watched
+from vtw_kernels.layer_search.decisions import Decisions, Replayed, recording
 from vtw_kernels.layer_search.scorer import (
     Questions,
     Scorer,
@@ -37,7 +37,7 @@ class PolicyScores(NamedTuple):
     """Of ``B`` samples and ``C`` policies, on the CPU.
 
     kl, reverse_kl, disagreement, tokens, visual_tokens: as ``Scores``, the latter two of the prompts alone. rows_saved:
-    fp32 ``[B, C]``, the share of the prompt's rows in all layers that attention does not have.
+    fp32 ``[B, C]``, of the prompt's rows in all layers, the share that attention does not run on.
     """
 
     kl: Tensor
@@ -53,10 +53,7 @@ class PolicyScores(NamedTuple):
 
 
 class PolicyScorer:
-    """Scores batches of samples under policies.
-
-    Args: as those of ``compare``, which says what they are and what they raise; policies by name.
-    """
+    """Scores batches of samples under policies. Arguments and errors are those of ``compare``; policies are by name."""
 
     def __init__(
         self,
@@ -84,7 +81,7 @@ class PolicyScorer:
                     f"policies: expected one layer, or policies, got the layers {setting.policy} as {name!r}"
                 )
         fixed = [x.policy for x in self.policies.values() if x.is_layer and x.skip is None and x.policy < layers]
-        # Layers that share keys can't run side by side.
+        # In models whose layers share keys, candidates can't run side by side.
         in_one_run = fixed and self.parts.num_cached == layers
         self.fixed = Scorer(model, positions=positions, candidates=fixed, decoder=decoder) if in_one_run else None
         self.takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -106,7 +103,7 @@ class PolicyScorer:
                 columns.append((*known[policy], reading.rows_left(decided, layers)))
                 continue
             full = self._full_logits(reading) if full is None else full
-            asked = policy if setting.is_layer else watched(policy, decided)
+            asked = policy if setting.is_layer else recording(policy, decided)
             if not setting.is_layer and reading.has_answers:
                 with setting.replaced(asked).under(
                     self.model, reading.prompt_visual if by_mask else None, self.decoder
@@ -167,7 +164,7 @@ class PolicyScorer:
 
 
 class Reading:
-    """How questions are read: prompts that end in one column if answers come behind them.
+    """A batch of questions, rearranged so that prompts end in one column if answers follow them.
 
     inputs: keyword arguments of the model's forward. visual, predicting: bool ``[B, S]``, as of ``Questions``. columns:
     of the prompts. has_answers: whether there is anything behind them. prompt, prompt_visual: inputs and visual tokens
@@ -207,7 +204,7 @@ class Reading:
         return attended.sum(1).cpu(), (attended & self.prompt_visual).sum(1).cpu()
 
     def rows_left(self, decided: Decisions, layers: int, skipped: Sequence[int] = ()) -> Tensor:
-        """int64 ``[B]``: of the prompts, how many rows the attention of all layers together has."""
+        """int64 ``[B]``: on how many rows of the prompts attention runs, all layers together."""
 
         def attending(begin: int, end: int) -> int:
             return sum(i not in skipped for i in range(begin, end))

@@ -1,4 +1,4 @@
-"""What scores of samples say, be their columns layers or policies."""
+"""Scores of samples, with a column for each layer or policy: their statistics, tables and files."""
 
 import json
 import math
@@ -20,7 +20,7 @@ METRICS = {
 }
 STATISTICS = {"mean": "mean", "worst_decile": "mean of the worst tenth", "max": "maximum"}
 RESAMPLES = 1999
-NO_GROUP = "none"  # what records are in that have none, where others have one
+NO_GROUP = "none"  # the group of records that name none, if others do
 
 
 class Scored:

@@ -28,9 +28,10 @@ from vtw_kernels.integration.stage import Stage
 from vtw_kernels.integration.withdraw import unwrapped
 from vtw_kernels.ops import compact, kl_divergence, linear_kl_divergence, plan_compaction
 
-# What all candidates of a group may take, as a share of the device's memory: beside them are weights and the full run.
+# The candidates of a group may take this fraction (1/8) of the device's memory: weights and the full run need some,
+# too.
 MEMORY_SHARE = 8
-# What logits may take that are made for their top tokens alone.
+# How many bytes of logits are made at a time where only their top tokens or losses are needed.
 LOGITS_BYTES = 64 * 2**20
 
 
@@ -120,10 +121,7 @@ def check_numbers(kl: Tensor, reverse_kl: Tensor) -> None:
 
 
 class Scorer:
-    """Scores batches of samples against a model.
-
-    Args: as those of ``find_layer``, which says what they are and what they raise.
-    """
+    """Scores batches of samples on a model. Arguments and errors are those of ``find_layer``."""
 
     def __init__(
         self,
@@ -302,15 +300,16 @@ def _predicting(labels: Tensor | None, attended: Tensor, positions: str) -> Tens
 
 
 class _SharedRowsSeeMore(Exception):
-    """A mask lets rows in front of the visual tokens see these, or what follows."""
+    """A mask lets rows before the visual tokens see these or later tokens, so that the rows can't be shared."""
 
 
 class _LogitsAreMore(Exception):
-    """Logits are more than a product with the weights of a head: capped, scaled, or of weights that are elsewhere."""
+    """Logits are not just a product with the head's weights, but capped or scaled; or the weights are on another
+    device. So they can't be computed from hidden states and weights."""
 
 
 class _Samples:
-    """A batch, and what all groups of candidates need to know of it.
+    """A batch, with what all groups of candidates need to know about it.
 
     shared: how many of the first rows are the same in all runs. plan: the other rows of a continuation. columns: int
     ``[B, shared + T]``, the token of each of its keys, or -1. sequence, row, kept_row: int ``[P]``, of each predicting
@@ -353,7 +352,7 @@ def _run_group(
     return withdrawn, full
 
 
-# Of what ``_run_group`` returns, and the head, numbers on the CPU: fp32 [C, P].
+# From what ``_run_group`` returns, and the head, to numbers on the CPU: fp32 [C, P].
 Compare = Callable[[Tensor, Tensor, nn.Linear | None], tuple[Tensor, ...]]
 
 
@@ -426,7 +425,8 @@ def _run(
 
 
 class _SharedKeys:
-    """Stands in for a cache between the full run of a layer and that of the continuations right after it."""
+    """Takes the place of a cache: hands the keys and values of shared rows from the full run of a layer to the run of
+    the continuations right after it."""
 
     def __init__(self, length: int):
         self.length, self.copies = length, 0  # 0: the full run
@@ -447,7 +447,7 @@ class _Continuations:
 
     def __init__(self, samples: _Samples, candidates: list[int]):
         self.samples, self.candidates = samples, candidates
-        written = samples.padded or samples.shared > 0  # rows and columns are no square any more
+        written = samples.padded or samples.shared > 0  # then the plain causal mask has to be written out
         self.stage = Stage(samples.visual.shape[1], samples.plan, samples.columns, padded=written)
         self.keys = _SharedKeys(samples.shared) if samples.shared else None
         self.hidden: Tensor | None = None
@@ -496,7 +496,7 @@ class _Continuations:
         return (ends, *output[1:]) if isinstance(output, tuple) else ends
 
     def _check(self, mask: Any) -> None:
-        """Whether rows see what they would, if they were shared or generated one by one."""
+        """Raises if a mask lets shared rows, or tokens of an answer, see tokens that come after them."""
         shared, prompt = self.samples.shared, self.samples.prompt
         if mask is None or any(mask is x for x in self.checked):
             return
@@ -533,7 +533,7 @@ def _visible(mask: Tensor | BlockMask, rows: slice, columns: slice) -> Tensor:
 
 @contextmanager
 def _whole(module: nn.Module) -> Iterator[None]:
-    """FSDP2 splits a module's weights again as soon as it has run; meanwhile they are put together once more."""
+    """In this context, all weights of a module are on this rank: FSDP2 shards them again as soon as it has run."""
     if not hasattr(module, "unshard"):
         yield
         return

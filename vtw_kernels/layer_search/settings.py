@@ -1,4 +1,4 @@
-"""What a comparison puts into effect: who leaves when, and whose attention is skipped."""
+"""A policy of a comparison, in the form in which it is put into effect on a model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,10 +16,10 @@ from vtw_kernels.integration.withdraw import Withdrawal, withdraw
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy of a comparison as it is put into effect: who leaves when, and whose attention is skipped.
+    """Which rows leave before which layers, and in which layers attention is skipped; or a function of the user's.
 
-    policy: a layer, a policy, or policies that act together; the number of layers for none. skip: or None. skipped:
-    the layers of that. function: from the model to a context manager within which it runs, or None.
+    policy: a layer, a policy, or policies that act together; the number of layers if nothing leaves. skip: what is
+    skipped, or None. skipped: its layers. function: from the model to a context manager within which it runs, or None.
     """
 
     policy: Any
@@ -30,9 +30,9 @@ class Setting:
     @classmethod
     def of(cls, model: nn.Module, chosen: Any, decoder: nn.Module | None) -> "Setting":
         """What ``compare`` takes. Raises TypeError, ValueError for something else."""
-        visual_mask = torch.zeros(1, 1, dtype=torch.bool)  # a model may not tell by itself
+        visual_mask = torch.zeros(1, 1, dtype=torch.bool)  # for models whose config names no visual token
         if is_function(chosen):
-            with chosen(model):  # raises if it does not fit the model
+            with chosen(model):  # so that a function that does not fit the model raises now
                 return cls(len(find_parts(model, decoder).layers), function=chosen)
         steps = list(chosen) if isinstance(chosen, list | tuple) else [chosen]
         skips = [x for x in steps if isinstance(x, SkipAttention)]

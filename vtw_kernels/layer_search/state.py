@@ -1,13 +1,13 @@
 """What a search has done so far, on disk, so that it can be killed at any moment.
 
-A folder holds ``settings.json``, all that decides the scores; and of each run ``run-K.json``, which records were whose,
-and one ``run-K-rank-R.jsonl`` per rank, with a line per record. A line is on disk before the next record begins, and
-each file has one writer and is only ever appended to: so nothing but its last line can be torn. Whatever else happens
-to a line, its checksum tells, and its record is scored anew.
+A folder holds ``settings.json``, with all that decides the scores, and for each run K the files ``run-K.json``, which
+says which rank has which records, and ``run-K-rank-R.jsonl`` of each rank R, with a line per record. A line is on disk
+before the next record begins. Each file has one writer, which only appends, so that only its last line can be
+incomplete. Each line has a checksum; if that is wrong, the record is scored again.
 
-What looks at all records together, after that, is done from its beginning in each run. But each number that takes a
-forward of the model is a line of ``run-K-together.jsonl``, and so is not computed again. A training of adapters has its
-weights and its whole state in ``training.pt`` instead, of which there is always an old one or a new one.
+Steps that look at all records together come after that, and begin again in each run. But each number that takes a
+forward of the model is a line of ``run-K-together.jsonl``, and so is not computed again. A training of adapters keeps
+its weights and its whole state in ``training.pt`` instead, which is replaced as a whole.
 """
 
 import base64
@@ -132,7 +132,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if intact:
             lines.append(line)
         else:
-            print(f"{path}:{number}: damaged, and so not believed", file=sys.stderr)
+            print(f"{path}:{number}: damaged, and ignored", file=sys.stderr)
     return lines
 
 
