@@ -21,7 +21,7 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const s
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
     strides[d] = stride;
-    if (__builtin_mul_overflow(stride, shape[d] > 1 ? shape[d] : 1, &stride)) stride = INT64_MAX;  // which will fail
+    if (__builtin_mul_overflow(stride, shape[d] > 1 ? shape[d] : 1, &stride)) stride = INT64_MAX;  // so that it fails
   }
   int32_t dtype_code, device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -35,7 +35,7 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, const s
   const auto failed = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                dtype_code, device_type, device_index, &handle);
   if (failed) {
-    using torch::headeronly::ScalarType;  // which others than that of `like` are fp64, fp32 and int32
+    using torch::headeronly::ScalarType;  // if it is not that of `like`, it is fp64, fp32 or int32
     double gibibytes = (!dtype ? like.element_size() : *dtype == ScalarType::Double ? 8 : 4) / 0x1p30;
     for (const int64_t size : shape) gibibytes *= static_cast<double>(size);
     throw std::runtime_error(text("out of memory: expected room for ", gibibytes, " GiB, a result of shape ",

@@ -28,7 +28,7 @@ auto call(const char* op, const char* overload, const Args&... args) {
 
 Tensor to_dtype(const Tensor& x, ScalarType dtype) { return torch::stable::to(x, dtype); }
 
-// What is wrong is said here: the text of an error does not come back from an op that is called by name.
+// Checked here, because the text of an error is lost on the way back from an op that is called by name.
 std::array<Tensor, 2> kl_divergence_with_state(const Tensor& p_logits, const Tensor& q_logits, double temperature) {
   check_logits("kl_divergence", p_logits, q_logits, temperature);
   return call<2>("vtw_kernels::kl_divergence_with_state", "", p_logits, q_logits, temperature);

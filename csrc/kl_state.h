@@ -12,9 +12,9 @@
 
 namespace vtw {
 
-// Kernels sum a = Σ e^(p - m_p)·(p - q) in units of 2^40. Where q is masked by the least finite number, p - q is close
-// to what a number can hold, and the sum of a block beyond it; yet it may weigh nothing in the end, where p is low as
-// well. In these units it stays finite, and +inf always means that q is 0 somewhere where p is not.
+// Kernels sum a = Σ e^(p - m_p)·(p - q) in units of 2^40. Where q is masked by the most negative finite number, p - q
+// is close to the largest number, and the sum of a block overflows, although it may weigh nothing in the end, where p
+// is low as well. In these units it stays finite, and +inf always means that q is 0 somewhere where p is not.
 constexpr double kUnit = 0x1p40;
 
 inline VTW_HOST_DEVICE double within(double x, double largest) {
@@ -22,10 +22,10 @@ inline VTW_HOST_DEVICE double within(double x, double largest) {
   return x < -largest && x > -INFINITY ? -largest : x;
 }
 
-// The five numbers as a tensor of R holds them; `a` comes in units of kUnit. Where it overflows R without them, the
-// sums of p are made relative to a number above the maximum instead, which says the same. Beyond 2^27 or so, numbers
-// are too coarse for that; but there a logit weighs all or nothing, and a itself, which only has to be finite, stops at
-// the largest number.
+// The five numbers as a tensor of R holds them; `a` comes in units of kUnit, and a tensor has it without. If it then
+// overflows R, the sums of p are made relative to a number above the maximum instead, which describes the same sums.
+// For maxima beyond 2^27 or so, numbers are too coarse for that; but there each logit weighs all or nothing, and it is
+// enough that a is finite: it is limited to the largest number.
 template <typename R, typename State>
 VTW_HOST_DEVICE State rounded_state(double m_p, double z_p, double a, double m_q, double z_q) {
   constexpr double kLargest = std::numeric_limits<R>::max(), kStep = 27.7;  // ln 2^40

@@ -9,8 +9,9 @@
 
 namespace vtw {
 
-// A tensor, and where it goes, seen as *lanes*: for each sequence and each index of the other dimensions, a column of
-// rows. A row of a lane is `block` contiguous bytes in both; dimensions that are not contiguous with it become lanes.
+// A tensor and its target, seen as *lanes*. A row along the token dimension is cut into pieces that are contiguous in
+// both tensors, of `block` bytes each; the pieces at one place of all rows of a sequence are a lane. So a lane is a
+// column of `block` bytes per row, and dimensions that are not contiguous with `block` are counted by lanes.
 struct Lanes {
   struct Dim {
     int64_t size, from_stride, to_stride;  // strides in bytes, here and below

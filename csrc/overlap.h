@@ -1,4 +1,4 @@
-// Do tensors that are written in place share memory, with one another or with what is read?
+// Whether tensors that are written in place share memory, with one another or with a tensor that is only read.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace vtw {
 
-// The bytes of one tensor. Strides *nest* when each is at least as long as all that lies inside it; every view of a
-// cache nests, and then overlap has an exact answer. Anything else is refused rather than trusted.
+// The bytes of one tensor. Strides *nest* when each is at least as long as all that lies inside it. Every view of a
+// cache nests, and for nested strides overlap can be decided exactly. Any other strides are refused.
 struct Extent {
   size_t index;
   int64_t begin, end, item;
@@ -62,8 +62,8 @@ struct Extent {
   }
 };
 
-// In place, two tensors that share bytes would leave whichever was written last; and what says where rows go, which is
-// only `read`, must not change while they do. The latter is refused wherever its bytes lie between those of a tensor.
+// Raises if tensors that are written in place overlap themselves, one another, or a tensor that is only `read`, such as
+// the plan, which must not change while rows move. The latter is refused even where its bytes lie in a gap of a tensor.
 inline void check_disjoint(const char* op, const char* argument, const std::vector<Tensor>& tensors,
                            std::initializer_list<std::pair<const char*, const Tensor&>> read) {
   std::vector<Extent> extents;

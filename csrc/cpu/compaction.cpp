@@ -20,18 +20,18 @@
 namespace vtw {
 namespace {
 
-// A task moves at least this much, to hide the cost of starting it,
+// A task moves at least this much, to hide the cost of starting it.
 constexpr int64_t kTaskBytes = 32 * 1024;
-// and there are about so many for each thread, to share them out evenly.
+// There are about so many tasks for each thread, so that threads get equal shares.
 constexpr int64_t kTasksPerThread = 16;
-// In place, a task is a whole lane, and one with more bytes than this is split by columns, which costs locality,
+// In place, a task is a whole lane. A lane with more bytes than this is split by columns, although that costs locality.
 constexpr int64_t kLaneBytes = 128 * 1024;
-// and not into strips narrower than this.
+// Such strips of columns are no narrower than this.
 constexpr int64_t kStripBytes = 2 * 1024;
-// What a thread moves at least, some 50 to 100 microseconds. Sharing less gains little where a core is idle, and where
-// another process has it, the op waits for that one's turn to end, milliseconds.
+// A thread moves at least this much, which takes 50 to 100 microseconds. A smaller share gains little if a core is
+// idle; and if another process has the core, the op waits milliseconds for that process's turn to end.
 constexpr int64_t kSerialBytes = 512 * 1024;
-// How far ahead of a long run that is streamed its source is fetched.
+// How far ahead a long run is prefetched while it is copied around the caches.
 constexpr int64_t kAheadBytes = 4 * 1024;
 
 // `count` rows from `from` go to `to`; from = -1 is a run of zero rows.
@@ -57,7 +57,7 @@ struct Source {
   int32_t at(int64_t b, int64_t j) const { return data[b * batch_stride + j * row_stride]; }
 };
 
-// Runs are as long as they can be, those of padding too.
+// The runs of each sequence, as long as possible; padding makes runs as well.
 Runs compact_runs(const Source& source) {
   Runs runs(source.batch);
   for (int64_t b = 0; b < source.batch; ++b) {
@@ -98,7 +98,7 @@ void check_runs(Op which, const Runs& runs, int64_t limit, const LimitOf& limit_
   }
 }
 
-// The same for a list: what fits the shortest of its tensors fits all.
+// The same for a list: rows that are in range for the shortest tensor are in range for all.
 void check_runs(Op which, const Runs& runs, const std::vector<Tensor>& tensors, const std::vector<TokenDims>& dims) {
   size_t shortest = 0;
   for (size_t i = 1; i < tensors.size(); ++i) {
@@ -109,7 +109,7 @@ void check_runs(Op which, const Runs& runs, const std::vector<Tensor>& tensors, 
              [&] { return text("tensors[", shortest, "]"); });
 }
 
-// The way back of checked runs, with zero rows wherever none comes from.
+// The inverse of checked runs, for expand: rows that were dropped are runs of zeros.
 Runs expand_runs(const Runs& compacted, int64_t length) {
   Runs runs(compacted.size());
   for (size_t b = 0; b < runs.size(); ++b) {
@@ -134,9 +134,9 @@ void copy_elements(char* to, int64_t to_row, const char* from, int64_t from_row,
 }
 
 // Copies forward: `to` is below `from` or apart from it, and each block is loaded before the stores that may overwrite
-// it. Meanwhile what lies `ahead` bytes further, if any, is fetched: a run is short, and the processor's own
-// prefetching would start anew, page by page, in each. Not memmove, because that of glibc uses `rep movsb`, which on
-// Zen 4 is up to six times slower where `to` lies less than a cache line behind `from` in their pages.
+// it. If `ahead` is not 0, what lies that many bytes further on is prefetched: runs are short, and the processor's own
+// prefetcher would start again in each of them. Not memmove, because glibc's uses `rep movsb`, which on Zen 4 is up to
+// six times slower if `to`, within its page, lies less than a cache line after `from` within its own.
 template <int Bytes>
 VTW_INLINE void copy_by(char* to, const char* from, int64_t bytes, int64_t ahead) {
   using Vector = typename Vectors<Bytes>::U;
@@ -166,7 +166,7 @@ void copy(char* to, const char* from, int64_t bytes, int64_t ahead) {
   copy_by<16>(to, from, bytes, ahead);
 }
 
-// The same around the caches.
+// The same with stores that go around the caches.
 void stream(char* to, const char* from, int64_t bytes, int64_t ahead) {
   using V = Simd<16>;
   const auto load = [&](int64_t at) { return V::read<V::F>(from + at); };
@@ -206,8 +206,9 @@ void clear_rows(char* to, int64_t to_row, int64_t rows, int64_t bytes) {
   }
 }
 
-// Calls task(tensor, index) for every index below counts[tensor], in parallel; each moves about bytes[tensor]. A thread
-// gets what begins in its share of all bytes: tensors of one list may be very unlike.
+// Calls task(tensor, index) for every index below counts[tensor], in parallel; each moves about bytes[tensor]. Threads
+// share the bytes equally, not the tasks, as tensors of one list may be very different: a thread gets the tasks that
+// begin in its share of all bytes.
 template <typename Task>
 void for_each_task(const std::vector<int64_t>& counts, const std::vector<int64_t>& bytes, const Task& task) {
   std::vector<int64_t> starts;
@@ -226,8 +227,8 @@ void for_each_task(const std::vector<int64_t>& counts, const std::vector<int64_t
   });
 }
 
-// How many bytes further to fetch, 0 for none, while a lane is moved: the lane after the next, if it lies there, which
-// leaves memory the time of a whole lane to answer. Only a hint, which may as well point nowhere.
+// How many bytes ahead to prefetch while a lane is moved, or 0 for none: where the lane after the next lies, so that
+// memory has the time of a whole lane to answer. It is only a hint, and may point outside of the tensor.
 int64_t fetched_ahead(const Lanes& view, bool whole, bool streams) {
   if (whole && !view.dims.empty()) return 2 * view.dims[0].from_stride;
   return streams ? kAheadBytes : 0;
@@ -372,11 +373,12 @@ void compact_(const std::vector<Tensor>& tensors, const std::vector<int64_t>& to
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].numel() > 0) lanes.emplace_back(tensors[i], tensors[i], dims[i]);
   }
-  // One run that moves to a place apart, as that of the text behind an image, overwrites nothing that is still to move.
+  // If each sequence has only one run to move, such as the text after an image, and its new place does not overlap the
+  // old one, nothing is overwritten that is still to be read.
   if (apart) return move_lanes(lanes, runs, first, last);
 
-  // Else a lane is moved by one thread, from its first row to its last, because its rows overwrite one another. Lanes,
-  // and column tiles of one lane, share no bytes.
+  // Otherwise a lane is moved by one thread, from its first row to its last, because its rows overwrite one another.
+  // Different lanes, and column tiles of one lane, share no bytes.
   std::vector<int64_t> tile_bytes, counts, bytes;
   const int64_t batch = static_cast<int64_t>(runs.size());
   int64_t all_bytes = 0;

@@ -22,19 +22,20 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kPerUnit = 1 / kUnit;
-// A block shares one pair of maxima: 2 x 8 KiB of fp32, so that the second look at it finds it in the L1 cache.
+// The logits of a block share one pair of maxima. It is 2 x 8 KiB of fp32, so that the pass that sums finds it in the
+// L1 cache after the pass that looks for the maxima.
 constexpr int64_t kBlock = 2048;
 // A segment is one thread's piece of work: 2 to 3 microseconds.
 constexpr int64_t kSegment = 4 * kBlock;
-// How many rows one look at a row that they all are compared with serves at most: enough for its exponentials to cost
-// next to nothing, and few enough to leave work for every thread.
+// If many rows are compared with the same one, the exponentials of that one are computed once for at most so many of
+// them: enough to make their cost negligible, and few enough to leave work for every thread.
 constexpr int64_t kSharing = 8;
-// What a thread does at least: pairs that it reads, states that it merges or finishes, some 100 microseconds each.
-// Sharing less gains little where a core is idle, and where another process has it, the op waits for that one's turn to
-// end, milliseconds.
+// The least work of a thread, in pairs of logits to read and in rows of states to merge or finish: some 100
+// microseconds each. A smaller share gains little if a core is idle; and if another process has the core, the op waits
+// milliseconds for that process's turn to end.
 constexpr int64_t kGrain = 20 * kSegment;
 constexpr int64_t kRows = 1280;
-// Beside its pairs a segment takes as long as so many more, and a backward as three forwards.
+// What a segment costs beside its pairs, in pairs; and what a backward costs, in forwards.
 constexpr int64_t kSegmentCost = 128, kBackwardCost = 3;
 
 // KL(p‖q) = a/z_p - (m_p + ln z_p) + (m_q + ln z_q); see vtw_kernels/ops/kl_divergence.py. a is in units of kUnit.
@@ -109,7 +110,7 @@ VTW_INLINE void add_pairs(typename Simd<Bytes>::F p, typename Simd<Bytes>::F q, 
   z_q += e_q;
 }
 
-// What is left of the logits at `i`, followed by -inf.
+// The last logits, from `i` on, filled up with -inf.
 template <int Bytes, typename T>
 VTW_INLINE typename Simd<Bytes>::Two load_tail(const T* x, int64_t i, int64_t count) {
   using V = Simd<Bytes>;
@@ -118,7 +119,7 @@ VTW_INLINE typename Simd<Bytes>::Two load_tail(const T* x, int64_t i, int64_t co
   return V::load(padded);
 }
 
-// Asks for the step that will be read at `next`: its maxima are looked for as soon as this block is done.
+// Prefetches what will be read at `next`: its maxima are looked for as soon as this block is done.
 template <int Bytes, typename T>
 VTW_INLINE void prefetch_step(const T* next) {
   const auto* bytes = reinterpret_cast<const char*>(next);
@@ -554,8 +555,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& p_logits, const Tensor& q_logit
   return {kl, state};
 }
 
-// Whether gradients are written around the caches. Those of 16 bits wait for arithmetic, not for memory. The places of
-// rows in two gradients are alike if those of the tensors are, which torch aligns.
+// Whether gradients are written around the caches: not those of 16 bits, which are limited by arithmetic and not by
+// memory. Both tensors have to be aligned alike, so that their rows are; torch aligns its tensors.
 template <typename T>
 bool go_around_caches(const Tensor& grad_p, const Tensor& grad_q) {
   const auto bytes = [](const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); };
@@ -563,7 +564,7 @@ bool go_around_caches(const Tensor& grad_p, const Tensor& grad_q) {
   return std::is_same_v<T, float> && bytes(grad_p) + bytes(grad_q) > kStreamBytes && aligned(grad_p) && aligned(grad_q);
 }
 
-// By the gradient of its state. Such a row has no gradient, not even that of a NaN.
+// Whether nothing depends on a row, by the gradient of its state. Such a row has no gradient, even if it holds a NaN.
 template <typename R>
 bool counts_for_nothing(const R* g) {
   return g[1] == 0 && g[2] == 0 && g[4] == 0;
@@ -637,8 +638,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& p_logits, 
 // --- forward and backward at once ------------------------------------------------------------------------------------
 
 // The divergence and the gradients of Σ weight·KL; without weights, of the mean. A thread takes whole rows, so that the
-// backward of a row finds it in the cache. Where there are fewer rows than threads, the caches have room for all of
-// them.
+// backward of a row finds it in the cache. If there are fewer rows than threads, threads share the rows instead, in a
+// forward of all rows and then a backward of all: so few rows stay in the caches in between.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> with_gradients(const Tensor& p_logits, const Tensor& q_logits,
                                                   const std::optional<Tensor>& weight, double temperature, bool need_p,

@@ -24,11 +24,11 @@ namespace vtw {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// An op that writes more than its caches are likely to keep writes around them: little of it would still be there when
-// it is next read, and a store that goes through a cache first reads the line that it overwrites.
+// An op that writes more than this uses stores that go around the caches: little of the result would still be cached
+// when it is next read, and a store through a cache first reads the line that it overwrites.
 constexpr int64_t kStreamBytes = 10 * 1024 * 1024;
 
-// What a thread has written around the caches becomes visible to the thread that reads it next.
+// Makes what this thread has written around the caches visible to the threads that read it next.
 inline void finish_streams() {
 #if defined(__x86_64__)
   asm volatile("sfence" ::: "memory");
@@ -62,8 +62,8 @@ struct Simd {
     return value;
   }
 
-  // Two vectors, which is what a vector of 16-bit numbers becomes: those at even places and those at odd ones. Whoever
-  // adds them all up doesn't mind, and store() puts them back.
+  // Two vectors of floats, which one vector of 16-bit numbers becomes: the numbers at even places and those at odd
+  // ones. For sums the order does not matter, and store() restores it.
   struct Two {
     F half[2];
   };

@@ -1,5 +1,5 @@
-// Thread-block clusters (sm_90 and later) and shared memory whose size the launch says, on a GPU and in the tests' host
-// harness.
+// Thread-block clusters (sm_90 and later), and shared memory whose size is set at the launch; on a GPU and in the
+// tests' host harness.
 #pragma once
 
 #include "launch.cuh"
@@ -28,8 +28,8 @@
 namespace vtw {
 
 #ifdef __CUDACC__
-// Lets a kernel have all the shared memory that a block may have on the current device. Set once for each kernel and
-// device, and to the most there is: a limit that one call sets to what it needs is too low for the call that another
+// Allows a kernel all the shared memory that a block may have on the current device. Set once for each kernel and
+// device, and to the maximum: if each call set what it needs itself, that could be too little for a call that another
 // thread is about to make.
 inline void allow_shared(const void* kernel) {
   static std::mutex mutex;

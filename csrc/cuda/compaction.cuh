@@ -200,7 +200,7 @@ struct Packed {
   int32_t *source, *text_start, *text_lens;
   int64_t* slots;
 
-  // How many of the first so many tokens of a sequence are text; whether the one behind them is, comes for free.
+  // How many of a sequence's first `tokens` tokens are text; and, as it costs nothing more, whether the next one is.
   __device__ int64_t text(int64_t sequence, int64_t tokens, bool* is_text = nullptr) const {
     const int64_t first = max(0, visual_start[sequence]), last = min(int64_t(visual_start[sequence + 1]), ranges);
     int64_t count = tokens;
@@ -222,8 +222,8 @@ struct Packed {
   }
 };
 
-// One sequence per block. Where its text rows begin, each block sums up for itself, so that none waits for another; and
-// where a row goes, each thread counts for itself. The ranges are few, and in the cache.
+// One sequence per block. Each block adds up the text rows of the sequences before its own by itself, so that no block
+// waits for another; and each thread counts where its row goes. The ranges are few, and in the cache.
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Packed packed) {
   __shared__ unsigned sums[2];  // text rows of the sequences before, and of all
   const int64_t sequence = blockIdx.x;
@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 // itself or by tiles of earlier rows. So it stores once all its own threads, and all tiles with earlier rows of the
 // same *strip*, which is the same lanes and columns, have loaded; no data takes a detour through other memory.
 
-// The way of a row: offsets from the first row of a lane, in bytes. Negative: there is nothing to load, or to store.
+// Where a row comes from and where it goes: offsets from the first row of a lane, in bytes. Negative: nothing to load,
+// or to store.
 struct alignas(16) Way {
   int64_t from, to;
 };
@@ -330,23 +331,23 @@ struct PagedRows {
   }
 };
 
-// Where a strip has several tiles, in place: a few blocks take tile after tile, those of earlier rows first, as many as
-// there turn out to be rows; only the device knows. A tile waits for none but such as were taken before it, so all get
-// on, however few blocks run at once.
+// If a strip has several tiles, in place: a few blocks take tile after tile, those of earlier rows first, until no rows
+// are left; how many there are, only the device knows. A tile waits only for tiles that were taken before it, so there
+// is always progress, however few blocks run at once.
 struct Turns {
   unsigned* next;    // how many tiles have been taken
   unsigned* loaded;  // [tiles of all strips], 1 once a tile will read no more
   Divisor strips;    // of all tensors
   unsigned tiles;    // of a strip
 
-  // By one thread.
+  // Called by one thread of a block.
   __device__ unsigned take() const { return atomicAdd(next, 1u); }
   __device__ void publish(unsigned turn) const {
     if (turn >= strips.size * tiles) return;
     __threadfence();  // the loads come first
     *reinterpret_cast<volatile unsigned*>(&loaded[turn]) = 1;
   }
-  // By all threads: until the tiles of earlier rows have loaded.
+  // Called by all threads: waits until the tiles of earlier rows have loaded.
   __device__ void wait(unsigned turn) const {
     for (unsigned earlier = turn % strips.size + threadIdx.x * strips.size; earlier < turn;
          earlier += kThreads * strips.size) {
@@ -357,15 +358,15 @@ struct Turns {
   }
 };
 
-// Of rows that a tile moves at once, at most, so that no thread has to work out where more than one row is; in place,
-// as many as there always are beside 16 columns.
+// How many rows a tile moves at once, at most. With this limit no thread has to work out the place of more than one
+// row; in place it is the number of rows beside 16 columns, which is the most there are.
 template <typename Rows>
 constexpr int kMostPlaces = Rows::kInPlace ? 16 : kThreads / Rows::kRows;
 template <typename Rows>
 constexpr int64_t kMostHeight = kMostPlaces<Rows> * Rows::kRows;
 
-// Of a tile, by the turn at which a thread moves a row, and the row's place among those that are moved at once. One
-// place more, with nothing to move, is for threads beyond the columns or lanes.
+// The ways of a tile's rows: by the step of a thread's loop, and by the row's place among the rows that are moved at
+// once. One more place, with nothing to move, is for threads beyond the columns or lanes.
 template <typename Rows>
 using Ways = Way[Rows::kRows][kMostPlaces<Rows> + 1];
 
@@ -453,7 +454,8 @@ __global__ void __launch_bounds__(kThreads, Rows::kBlocksPerSM)
     const uint32_t strip = turns.strips.take(tile);
     if (!move(strip, tile, turn)) break;
   }
-  // Nobody should wait for what this block has taken and found not to be needed, whatever the values of a plan are.
+  // This block leaves with a tile that it has taken but that is not needed. It is marked as loaded, so that no block
+  // can wait for it, whatever the values of a plan are.
   if (threadIdx.x == 0) turns.publish(next);
 }
 
@@ -533,7 +535,7 @@ inline void invert(const Plan& plan, int64_t length, int32_t* inverse, cudaStrea
   launch(invert_kernel, dim3(plan.batch), dim3(kPlanThreads), stream, plan, length, inverse);
 }
 
-// Without a sequence, there still is room to fill.
+// Without a sequence, one block fills the plan with -1.
 inline void pack(const Packed& packed, cudaStream_t stream) {
   launch(pack_kernel, dim3(std::max<int64_t>(packed.batch, 1)), dim3(kThreads), stream, packed);
 }
@@ -546,8 +548,8 @@ inline int64_t strips_of(const Lanes& lanes, int64_t batch) {
 
 // Every tensor of the list has elements, and so has the plan.
 //
-// Tiles are as high as a block can make them, or so that least of them is empty: of 85 rows, 3 tiles of 32 rows of 2
-// heads take less than 2 of 64 of one.
+// Tiles are as high as a block can make them, or lower if that leaves less of them empty: for 85 rows, 3 tiles of 32
+// rows of 2 heads each are fewer blocks than 2 tiles of 64 rows of one head each.
 inline void gather(std::vector<Lanes> list, const Plan& plan, cudaStream_t stream) {
   using Rows = GatheredRows;
   const auto blocks_of = [&](const Lanes& lanes) {

@@ -702,8 +702,7 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(T) == 8 ? 1 : 2)
   }
 }
 
-// Gradients that are there already, times what comes from above. Most often that is 1, and nothing has to be done: only
-// the device knows.
+// Multiplies gradients by a factor on the device. Most often it is 1, and then there is nothing to do.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) scale_kernel(T* x, int64_t count, const Real<T>* factor) {
   using R = Real<T>;
@@ -824,9 +823,9 @@ void backward(const Backward<T>& b, cudaStream_t stream) {
   });
 }
 
-// The smallest cluster in whose shared memory a pair of rows has room, and with it that of another cluster, so that one
-// computes while the other waits for memory; at worst without the other. 0: the rows aren't aligned, or too long, or so
-// few that they stay in the L2 cache from one kernel to the next, where every multiprocessor has a part of them.
+// The smallest cluster whose shared memory has room for a pair of rows: if possible in half of it, so that two clusters
+// fit, and one computes while the other waits for memory. 0 if rows aren't aligned, or are too long; or if they are so
+// few that they stay in the L2 cache anyway between a forward and a backward kernel, which use all multiprocessors.
 template <typename T>
 uint32_t choose_cluster(const Pairs<T>& pairs, const Device& device) {
   int64_t bits = reinterpret_cast<uintptr_t>(pairs.p) | reinterpret_cast<uintptr_t>(pairs.q);
@@ -844,7 +843,7 @@ uint32_t choose_cluster(const Pairs<T>& pairs, const Device& device) {
   return 0;
 }
 
-// With the cluster that choose_cluster gave.
+// For rows and clusters of a size that choose_cluster has given.
 template <typename T>
 void forward_backward(ForwardBackward<T> f, cudaStream_t stream) {
   if (f.pairs.rows == 0) return;

@@ -12,7 +12,8 @@
 
 namespace vtw {
 
-// Throws what the CUDA runtime reports, and takes it back, as otherwise somebody else's next launch would report it.
+// Throws an error that the CUDA runtime reports, and clears it there: otherwise the next launch, whoever makes it,
+// would report it again.
 #ifdef __CUDACC__
 inline void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -23,7 +24,7 @@ inline void check(cudaError_t error, const char* call) {
 inline void check(int, const char*) {}
 #endif
 
-// Throws what the launch itself reports; what goes wrong while the kernel runs surfaces at the next synchronisation.
+// Throws errors of the launch itself; errors while the kernel runs surface at the next synchronisation.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, const Arguments&... arguments) {
 #ifdef __CUDACC__

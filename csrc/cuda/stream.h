@@ -17,9 +17,9 @@
 namespace vtw::cuda {
 
 #ifdef __CUDACC__
-// aoti_torch_get_current_cuda_stream is the one function that is asked of libtorch_cuda. The extension is not linked to
-// that library, so that it also loads under a torch without CUDA; and torch loads it in private, so that no weak symbol
-// of ours would ever find it. Where there is a CUDA tensor, it is loaded.
+// aoti_torch_get_current_cuda_stream is the one function that we need from libtorch_cuda. The extension is not linked
+// to that library, so that it also loads under a torch without CUDA; and a weak symbol would not find it, as torch
+// loads the library privately. So it is looked up here; where there is a CUDA tensor, the library is loaded.
 inline cudaStream_t current_stream(int32_t device) {
   static const auto get = [] {
     const char* const name = "aoti_torch_get_current_cuda_stream";
