@@ -1,7 +1,7 @@
 """Compaction against what one would otherwise write: pytest benchmarks/bench_compaction.py [--device cuda]
 
-Kept are all text tokens, and none of the visual ones (as in VTW) or a random half of them, another half in every
-sequence (as where tokens are ranked by attention).
+All text tokens are kept, and of the visual ones none (as in VTW), or a random share that differs between the sequences
+of a batch (as if tokens were ranked by attention).
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
-"""What a call costs where there is next to nothing to move: pytest benchmarks/bench_overhead.py [--device cuda]
+"""What a call costs if there is next to nothing to move: pytest benchmarks/bench_overhead.py [--device cuda]
 
-The roof is an op of the same signature that does nothing, called as ours is: Python, the dispatcher, and the lists of
-arguments. On CUDA calls are timed outside of graphs, as the host issues them.
+The roof is an op with the same signature that does nothing, called as ours is: what Python, the dispatcher and the
+lists of arguments take. On CUDA, calls are timed outside of graphs, as the host issues them.
 """
 
 import os

@@ -1,8 +1,9 @@
-"""The headline cases on a GPU, as few and as fast as a borrowed machine asks for: gpu_headline.py JSON [SECONDS]
+"""The headline cases on a GPU, few enough for a machine that is borrowed for minutes: gpu_headline.py JSON [SECONDS]
 
-Each case beside what could be the best eager peer, in CUDA graphs over copies of its arguments that are cold in
-L2 (harness.py), and beside the measured speeds of a copy and of a read. JSON is written anew after every case, as a run
-that `vtw-kernels bench --compare` takes; cases for which no time is left are not in it. Predictions: roofline.md.
+Each case is timed beside the best eager peers, in CUDA graphs over copies of its arguments that are cold in L2
+(harness.py), and beside the measured speeds of a copy and of a read. JSON is written again after every case, in the
+format that `vtw-kernels bench --compare` takes; cases for which no time is left are not in it. roofline.md predicts the
+results.
 """
 
 import json

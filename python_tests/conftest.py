@@ -1,3 +1,5 @@
+"""The backends that the table of cases runs on, and which cases an emulated one is spared; fixtures for all tests."""
+
 import contextlib
 import os
 import random
@@ -28,7 +30,7 @@ def with_composites(name: str, ops, **options) -> Backend:
     return Backend(name, SimpleNamespace(**kernels), **options)
 
 
-LIBRARIES = []  # what they define ends with them
+LIBRARIES = []  # kept alive, as their ops go when they do
 
 
 def library_of(name: str, kernels=None, key: str = "CPU"):
@@ -100,7 +102,7 @@ collect_ignore = [] if pretend_gpu.WANTED else ["test_pretend_gpu.py"]
 
 # What an emulated GPU takes minutes for, kernels do in milliseconds: beyond these sizes nothing new happens to them.
 EMULATED_LOGITS, EMULATED_SHARDS = 40_000, 100
-# Rows of logits depend on the order of programs only where several programs share one.
+# Only in these tests do several programs share a row of logits, so that their order could matter.
 KL_IN_RANDOM_ORDER = ("test_sizes", "test_broadcast", "test_merged_shards", "test_backward")
 
 

@@ -1,7 +1,7 @@
 """Withdrawal by definition: the plain model at full length, whose layers from ``layer`` on cannot see visual keys.
 
-Knows nothing of plans, caches and masks of withdrawal: verify.py hides keys by an attention function of its own, and
-test_verify.py proves that by an attention written out.
+This shares no code with the plans, caches and masks of withdrawal: verify.py hides keys by an attention function of its
+own, which test_verify.py compares with attention that is written out.
 """
 
 from torch import Tensor

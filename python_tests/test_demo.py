@@ -1,4 +1,4 @@
-"""The model that ships: good at its task, in need of its image, and honest about when it can let go of it."""
+"""The demo's models: good at their task, in need of their images, and right after withdrawal at the layer found."""
 
 import re
 import subprocess

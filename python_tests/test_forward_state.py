@@ -1,4 +1,4 @@
-"""What belongs to a forward begins with it and ends however it ends: errors, interrupts, models that call
+"""The state of a forward under withdrawal is gone however the forward ends: errors, interrupts, models that call
 themselves."""
 
 import copy

@@ -1,4 +1,4 @@
-"""``vtw-kernels search`` as users have it: good and bad records, stopped at any moment, shared among ranks."""
+"""``vtw-kernels search``: good and bad records, stopped at any moment, shared among ranks."""
 
 import base64
 import json

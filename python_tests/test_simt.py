@@ -1,5 +1,5 @@
 """The CUDA kernels and their bindings on the host: the conformance tables under AddressSanitizer and UBSan, every block
-order and thread schedule drawn at random; and kernels that are wrong on purpose, to see that this finds them."""
+order and thread schedule drawn at random; and kernels that are wrong on purpose, which this has to find."""
 
 import os
 import random

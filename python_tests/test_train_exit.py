@@ -1,4 +1,4 @@
-"""Training of the gates of dynamic exit: what with, what is said of them, and ``vtw-kernels train-exit``."""
+"""Training of the gates of dynamic exit: its data, its results, and ``vtw-kernels train-exit``."""
 
 import json
 import os

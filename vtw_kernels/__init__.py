@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 
 def _installed_elsewhere() -> ModuleSpec | None:
-    """The compiled package that this folder stands before: Python looks in the current directory first, and in a
-    checkout of the repository finds a package without its compiled half. None where this one is compiled, or none
-    is."""
+    """The installed package, if this one is a checkout that is not compiled: Python looks in the current directory
+    first, and so finds the checkout although a compiled package is installed. None if this one is compiled, or no other
+    is found."""
     if PathFinder.find_spec(f"{__name__}._C", __path__) is not None:
         return None
     checkout = Path(__path__[0]).parent.resolve()
@@ -28,9 +28,9 @@ def _installed_elsewhere() -> ModuleSpec | None:
 
 if (_installed := _installed_elsewhere()) is not None:
     warnings.warn(f"{Path(__file__).parent} is not compiled; imported instead: {_installed.origin}", stacklevel=2)
-    # `import` returns what it then finds here.
+    # `import` returns what is in sys.modules after this file has run.
     sys.modules[__name__] = module_from_spec(_installed)
-    assert _installed.loader is not None  # it is that of a file
+    assert _installed.loader is not None  # as for every file
     _installed.loader.exec_module(sys.modules[__name__])
 else:
     from vtw_kernels.ops import (
@@ -52,22 +52,22 @@ else:
         plan_packed_,
     )
 
-# Imported when asked for, so that the ops work without transformers; type checkers see them as they are.
-ROOMS = dict.fromkeys(
-    ("SkipAdapters", "SkipAttention", "Verification", "apply", "remove", "skip_attention", "verify", "withdraw"),
-    "integration",
-)
-ROOMS |= dict.fromkeys(("VisualPruning", "prune_visual"), "integration")
-ROOMS |= dict.fromkeys(
-    ("Boundary", "ExitRouters", "Policy", "RandomVisual", "TopAttention", "Withdraw", "parse_policy"), "integration"
-)
-ROOMS["train_exit"] = "layer_search"
-ROOMS |= dict.fromkeys(("AdapterTraining", "SkipTraining", "train_skip"), "layer_search.skip_training")
-ROOMS |= dict.fromkeys(
-    ("Bandit", "Comparison", "ExitTraining", "LayerSearch", "SkipSearch", "compare", "find_layer", "find_skippable"),
-    "layer_search",
-)
-ROOMS |= dict.fromkeys(("VisualHeads", "find_visual_heads"), "layer_search.visual_heads")
+# By module, names that are imported when they are asked for, so that the ops work without transformers; type checkers
+# see them as they are.
+_LAZY = {
+    "integration": (
+        *("Boundary", "ExitRouters", "Policy", "RandomVisual", "SkipAdapters", "SkipAttention", "TopAttention"),
+        *("Verification", "VisualPruning", "Withdraw", "apply", "parse_policy", "prune_visual", "remove"),
+        *("skip_attention", "verify", "withdraw"),
+    ),
+    "layer_search": (
+        *("Bandit", "Comparison", "ExitTraining", "LayerSearch", "SkipSearch", "compare", "find_layer"),
+        *("find_skippable", "train_exit"),
+    ),
+    "layer_search.skip_training": ("AdapterTraining", "SkipTraining", "train_skip"),
+    "layer_search.visual_heads": ("VisualHeads", "find_visual_heads"),
+}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "AdapterTraining",
@@ -140,8 +140,8 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        if name in ROOMS:
-            return getattr(import_module(f"vtw_kernels.{ROOMS[name]}"), name)
+        if name in _MODULE_OF:
+            return getattr(import_module(f"vtw_kernels.{_MODULE_OF[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
