@@ -24,7 +24,8 @@ from vlm import (
 )
 
 import vtw_kernels as vtw
-from vtw_kernels.integration.exit_routers import exit_features, write_safetensors
+from vtw_kernels.integration.exit_routers import FORMAT, exit_features
+from vtw_kernels.integration.tensor_files import write_tensors
 from vtw_kernels.integration.verify import hide_keys
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,17 +239,17 @@ def test_what_is_no_file_of_routers(tmp_path):
         ({"threshold": 2}, "threshold: expected a probability from 0 to 1, got 2"),
         ({"more": 2}, "unexpected keyword argument 'more'"),
     ):
-        write_safetensors(path, state, routers=made_for | changes)
+        write_tensors(path, state, FORMAT, routers=made_for | changes)
         refused(match)
     save_file(state, path, {"vtw_kernels": "["})
     refused("Expecting")
     save_file(state, path, {"vtw_kernels": "[]"})
     refused("attribute 'get'")
-    write_safetensors(path, state)
+    write_tensors(path, state, FORMAT)
     refused("'routers'")
-    write_safetensors(path, {name: x.half() for name, x in state.items()}, routers=made_for)
+    write_tensors(path, {name: x.half() for name, x in state.items()}, FORMAT, routers=made_for)
     refused("weights that are not those of its gates")
-    write_safetensors(path, state, routers=made_for)
+    write_tensors(path, state, FORMAT, routers=made_for)
     vtw.apply(model, path).remove()
     with pytest.raises(FileNotFoundError):
         vtw.withdraw(model, tmp_path / "none.safetensors")

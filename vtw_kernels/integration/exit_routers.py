@@ -1,18 +1,15 @@
 """Dynamic Visual-Token Exit: trained routers say, prompt by prompt, before which layer all visual tokens leave."""
 
-import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from vtw_kernels.integration.policies import Boundary, Policy
+from vtw_kernels.integration.tensor_files import open_tensors, write_tensors
 
 WIDTH = 2048  # of the paper's routers
 FORMAT = "exit routers, 1"
@@ -113,7 +110,7 @@ class ExitRouters(Policy):
 
     def save(self, path: str | Path) -> None:
         """Writes weights, in fp32, and what they were made for, as safetensors. Readers see the old file or the new."""
-        write_safetensors(path, self.state(), routers=self.made_for())
+        write_tensors(path, self.state(), FORMAT, routers=self.made_for())
 
     def made_for(self) -> dict[str, Any]:
         """The arguments that make gates of these sizes."""
@@ -135,19 +132,12 @@ class ExitRouters(Policy):
             OSError: it can't be read.
             ValueError: something else.
         """
-        path = Path(path)
-        path.open("rb").close()  # safetensors names no file that it can't read
-        try:
-            with safe_open(path, "pt") as file:
-                made_for = read_metadata(file)["routers"]
-                names = [name for name in file.keys() if not name.startswith(RECORDS)]
-                state = {name: file.get_tensor(name) for name in names}
-            routers = cls(**made_for)
+        with open_tensors(path, FORMAT, "ExitRouters.save") as (file, metadata):
+            routers = cls(**metadata["routers"])
+            state = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(RECORDS)}
             wanted = {name: (x.dtype, x.shape) for name, x in routers.state().items()}
             if {name: (x.dtype, x.shape) for name, x in state.items()} != wanted:
                 raise ValueError("weights that are not those of its gates")
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected what ExitRouters.save wrote, got {error}") from error
         for layer, gate in routers.gates.items():
             gate.load_state_dict({name: state[f"{layer}.{name}"] for name in ("0.weight", "2.weight")})
         if threshold is not None:
@@ -163,23 +153,6 @@ def _gate(hidden_size: int, width: int, generator: torch.Generator) -> nn.Sequen
     for weight in gate.parameters():
         nn.init.xavier_uniform_(weight, generator=generator)
     return gate.requires_grad_(False)
-
-
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], format: str = FORMAT, **metadata: Any) -> None:
-    """Tensors, and JSON as metadata. Readers see the old file or the new one."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    # Several entries of metadata would come in another order each time, and save_file's files nobody else may read.
-    part.write_bytes(save(tensors, {"vtw_kernels": json.dumps({"format": format} | metadata)}))
-    os.replace(part, path)
-
-
-def read_metadata(file: Any, format: str = FORMAT) -> dict[str, Any]:
-    """That of an open file. Raises ValueError for one that ``write_safetensors`` did not write in this format."""
-    metadata = json.loads((file.metadata() or {}).get("vtw_kernels", "{}"))
-    if (given := metadata.get("format")) != format:
-        raise ValueError(f"the format {given!r}")
-    return metadata
 
 
 def check_threshold(threshold: Any) -> float:

@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from vtw_kernels.integration.exit_routers import (
+    FORMAT,
     RECORDS,
     WIDTH,
     ExitRouters,
     check_threshold,
-    read_metadata,
-    write_safetensors,
 )
+from vtw_kernels.integration.tensor_files import open_tensors, write_tensors
 from vtw_kernels.layer_search.scored import Scored, check_groups, markdown
 
 SAME_TOKENS, LOSS_GROWTH = 0.99, 1.03  # as in the paper's code: gates should fire above the first and below the second
@@ -253,7 +252,8 @@ class ExitTraining(Scored):
         with, which ``withdraw`` and ``ExitRouters.load`` leave alone. Readers see the old file or the new one."""
         further = {name: getattr(self, name) for name in _FURTHER} | {"training": self.training._asdict()}
         tensors = {f"{RECORDS}{name}": getattr(self, name).contiguous() for name in (*self.SCORES, *self.COUNTS)}
-        write_safetensors(path, self.routers.state() | tensors, routers=self.routers.made_for(), records=further)
+        tensors |= self.routers.state()
+        write_tensors(path, tensors, FORMAT, routers=self.routers.made_for(), records=further)
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitTraining":
@@ -264,16 +264,13 @@ class ExitTraining(Scored):
             ValueError: something else; also a file of gates alone.
         """
         routers = ExitRouters.load(path)
-        try:
-            with safe_open(path, "pt") as file:
-                further = read_metadata(file)["records"]
-                scores = {name: file.get_tensor(f"{RECORDS}{name}") for name in (*cls.SCORES, *cls.COUNTS)}
+        with open_tensors(path, FORMAT, "ExitTraining.save") as (file, metadata):
+            further = metadata["records"]
+            scores = {name: file.get_tensor(f"{RECORDS}{name}") for name in (*cls.SCORES, *cls.COUNTS)}
             further["training"] = Training(**further["training"])
             found = cls(model=routers.model, num_layers=routers.num_layers, routers=routers, **further | scores)
             found._check()
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected what ExitTraining.save wrote, got {error}") from error
-        return found
+            return found
 
     def _check(self) -> None:
         """Raises ValueError where fields do not fit each other."""

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vtw_kernels.integration.exit_routers import read_metadata, write_safetensors
 from vtw_kernels.integration.projections import Projections
+from vtw_kernels.integration.tensor_files import open_tensors, write_tensors
 
 FORMAT = "visual pruning, 1"
 NUMBERS = ("window", "ffn_ratio", "layer_cut", "renormalize")
@@ -96,7 +95,7 @@ class VisualPruning:
         """Writes safetensors: ``heads``, if there are any, and the numbers as JSON. Readers see the old file or the
         new."""
         tensors = {} if self.heads is None else {"heads": self.heads.cpu().contiguous()}
-        write_safetensors(path, tensors, FORMAT, pruning={name: getattr(self, name) for name in NUMBERS})
+        write_tensors(path, tensors, FORMAT, pruning={name: getattr(self, name) for name in NUMBERS})
 
     @classmethod
     def load(cls, path: str | Path) -> "VisualPruning":
@@ -106,14 +105,8 @@ class VisualPruning:
             OSError: it can't be read.
             ValueError: something else.
         """
-        path = Path(path)
-        path.open("rb").close()  # safetensors names no file that it can't read
-        try:
-            with safe_open(path, "pt") as file:
-                numbers: dict[str, Any] = read_metadata(file, FORMAT)["pruning"]
-                return cls(**{name: file.get_tensor(name) for name in file.keys()}, **numbers)
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected what VisualPruning.save wrote, got {error}") from error
+        with open_tensors(path, FORMAT, "VisualPruning.save") as (file, metadata):
+            return cls(**{name: file.get_tensor(name) for name in file.keys()}, **metadata["pruning"])
 
 
 def _is_int(value: Any) -> bool:
