@@ -46,14 +46,14 @@ class Boundary:
 
 
 class Policy:
-    """Which visual rows leave before which decoder layers. A method is a subclass that sets ``boundaries`` and has
-    ``keep``.
+    """Says which visual rows leave before which decoder layers. A method is a subclass that sets ``boundaries`` and
+    defines ``keep``.
 
-    In each forward with visual tokens, ``keep`` is asked at each of the boundaries in turn, until no visual row is
-    left. It decides about the visual tokens of this forward alone: those of earlier forwards on the same cache, as of
-    earlier turns or chunks, stay what they have become; but without a cache, every step decides anew (see
-    ``Boundary.asking``). A batch is asked about as a whole, and rows of each of its sequences leave when they are told
-    to. Gradients do not go through a decision.
+    In each forward with visual tokens, ``keep`` is called at each of the boundaries in turn, until no visual row is
+    left. It decides about the visual tokens of this forward alone: decisions of earlier forwards on the same cache,
+    such as earlier turns or chunks, hold. Without a cache, every step decides again (see ``Boundary.asking``). ``keep``
+    is given a whole batch, and may let other rows leave at other layers in each sequence. Gradients do not go through a
+    decision.
 
     Attributes:
         boundaries: the layers before which rows may leave, in ascending order, each within what ``withdraw`` allows as
@@ -130,13 +130,14 @@ class _SomeOfEach(Policy):
 class TopAttention(_SomeOfEach):
     """Before ``layer``, the visual rows stay that the last text row attends to most in the layer before.
 
-    For a prompt with one image, FastV (arXiv 2403.06764) with its layer K as ``layer``; there, images share one number.
-    A list ``[TopAttention(k, 0.5) for k in (8, 16, 24)]`` is PyramidDrop (arXiv 2410.17247), but for two things: that
-    multiplies query and keys anew at each of its layers, where here those of the layer before are looked at, and it
-    numbers positions anew, where here what is left keeps them.
+    For a prompt with one image this is FastV (arXiv 2403.06764), with its layer K as ``layer``. (For several images,
+    FastV keeps one number of all their rows together; here it is a number for each.) A list ``[TopAttention(k, 0.5) for
+    k in (8, 16, 24)]`` is PyramidDrop (arXiv 2410.17247), except for two things: PyramidDrop computes the attention of
+    the last row again at each of its layers, where this looks at the attention of the layer before; and it renumbers
+    positions, where here the rows that are left keep theirs.
 
-    A prompt in chunks and further turns are forwards of their own, each with a last text row of its own: see
-    ``Policy``. In ``generate``, that is the prompt's last row in all steps without a cache, too.
+    Chunks of a prompt and further turns are forwards of their own, each with its own last text row: see ``Policy``. In
+    ``generate``, it is the last row of the prompt in all steps, also without a cache.
 
     Args:
         layer: 1..number of decoder layers, as for ``withdraw``.

@@ -1,11 +1,11 @@
 """Visual Tokens Withdrawal (VTW, arXiv 2405.05803) in transformers.
 
-Before decoder layer ``K``, the rows of the visual tokens are compacted away, or of those that a policy lets go, there
-or before several layers (``policies.py``); the other tokens keep their positions. Where images come in by
-cross-attention, that is left out from ``K`` on (``cross_attention.py``).
-Two rules make that independent of the model: masks are gathered, never rebuilt (kept rows, kept columns), and cache
-layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py``). The way of a forward is in
-``hooks.py``."""
+Before decoder layer ``K``, the rows of the visual tokens are removed; or, with a policy, some of them, there or before
+several layers (``policies.py``). The other tokens keep their positions. Where images come in by cross-attention, that
+is left out from ``K`` on (``cross_attention.py``).
+
+Two rules make this independent of the model: masks are gathered, never rebuilt (kept rows, kept columns), and cache
+layers from ``K`` on report lengths as if nothing had been withdrawn (``cache.py``). ``hooks.py`` follows a forward."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,14 +29,15 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 class withdraw(ContextDecorator):  # in lower case, as it is used like a function
     """Decoder layers ``0..layer-1`` see the visual tokens, layers from ``layer`` on run and cache without them.
 
-    Equal to hiding the visual keys from every query in those layers. ``generate``, training, and further turns on the
-    same cache work as without; text-only prompts take exactly the usual path. ``last_hidden_state``, ``logits`` and
-    ``hidden_states`` keep their length, with zeros in rows that were withdrawn and in those of padding beside them; so
-    labels stay aligned, but a label that a withdrawn row would predict (that of the first text token after an image)
-    must be -100. ``attentions`` of the later layers are short. ``save_pretrained`` writes the layer into the config, as
-    ``vtw``; the files of a PEFT adapter hold no config. A static cache has its full length in all layers, so there only
-    computation is saved. With gradient checkpointing, call ``backward`` inside the context, or use ``apply``: older
-    releases of transformers recompute a layer with the hooks it has by then.
+    The result equals masking the visual keys for every query in those layers. ``generate``, training, and further turns
+    on the same cache work as they do without it; prompts of text alone take exactly the usual path.
+
+    ``last_hidden_state``, ``logits`` and ``hidden_states`` keep their length, with zeros in withdrawn rows and in
+    padding. So labels stay aligned, but the label that a withdrawn row would predict (that of the first text token
+    after an image) must be -100. ``attentions`` of the later layers are short. ``save_pretrained`` writes the layer
+    into the config, as ``vtw``; the files of a PEFT adapter hold no config. A static cache has its full length in all
+    layers, so it saves computation only. With gradient checkpointing, call ``backward`` inside the context, or use
+    ``apply``: older releases of transformers recompute a layer with the hooks that it has at that time.
 
     Where images come in by cross-attention, layers from ``layer`` on treat all text as the model itself treats text
     without an image. In Mllama, whose cross-attention layers are counted with the others, these are not run at all; in
@@ -49,11 +50,11 @@ class withdraw(ContextDecorator):  # in lower case, as it is used like a functio
             Attention eager, sdpa, flex or flash (both with dynamic caches), or one of your own that is registered with
             a mask function.
         layer: 1..number of decoder layers; the latter withdraws nothing. Some models allow fewer, and the error says
-            why. A sequence of them, as ``range(8, 24)``, is for training: each forward draws one, with torch's
-            generator of the CPU. Or the path of what ``LayerSearch.save`` or, with the ending .safetensors,
-            ``ExitRouters.save`` wrote; or None for what the model's config says. Or a ``Policy``, or several at layers
-            of their own: then those visual tokens leave, and at those layers, that it says; ``Withdraw(layer)`` is the
-            same as ``layer``. A config has no room for policies but their names.
+            why. A sequence of layers, such as ``range(8, 24)``, is for training: each forward draws one, with torch's
+            generator of the CPU. A path is that of a file which ``LayerSearch.save`` or, with the ending .safetensors,
+            ``ExitRouters.save`` wrote. None takes the layer in the model's config. A ``Policy``, or several at
+            different layers, says which visual tokens leave, and where; ``Withdraw(layer)`` is the same as ``layer``.
+            Of a policy, a config gets only the ``repr``, which can not be loaded.
         visual_mask: bool ``[B, S]``, which tokens are visual, counted from the start of the sequence (of the cache, not
             of the forward); later tokens are text. Rows are repeated for beams. By default the placeholder tokens in
             ``input_ids`` or unmerged ``inputs_embeds``; a placeholder that continues a cache without any visual input
@@ -66,10 +67,10 @@ class withdraw(ContextDecorator):  # in lower case, as it is used like a functio
             no row to predict from. Chunks of a prompt that end in an image go to ``generate(prefill_chunk_size=)``, or
             to ``model.base_model``, if that makes no logits.
 
-    Threads may share the model. A model may be compiled before, within or with ``torch.compile(model)`` as argument:
-    where a forward may have visual tokens, their number is read before, outside of the graph (with ``fullgraph=True``
-    that is an error); a step of decoding with a static cache is one graph. What a policy looks at on the way, it looks
-    at outside of the graph as well.
+    Threads may share the model. A model may be compiled before or within the context, or be passed as
+    ``torch.compile(model)``. Before a forward that may have visual tokens, their number is read outside of the graph
+    (with ``fullgraph=True`` that is an error), and so is what a policy looks at later; a step of decoding with a static
+    cache is one graph.
     """
 
     def __init__(
@@ -110,13 +111,13 @@ def apply(
     visual_mask: Tensor | None = None,
     decoder: nn.Module | None = None,
 ) -> "Withdrawal":
-    """``withdraw`` until ``remove()`` of the returned handle, or ``remove(model)``, is called. A copy of the model is
-    withdrawn as well, until it is restored itself."""
+    """The same as ``withdraw``, until ``remove()`` of the returned handle, or ``remove(model)``, is called. A copy of
+    the model is under withdrawal as well, until it is restored itself."""
     return Withdrawal(model, layer, visual_mask, decoder).place()
 
 
 def remove(model: nn.Module) -> None:
-    """Restores a model that is under withdrawal, as a copy is whose handle is another one's.
+    """Restores a model that is under withdrawal; also a copy of one, which has no handle of its own.
 
     Raises:
         ValueError: it is not.

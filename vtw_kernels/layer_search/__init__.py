@@ -133,13 +133,13 @@ def compare(
         model, batches, metric, statistic, positions, groups, decoder, progress: as for ``find_layer``. Where an answer
             counts, each policy reads the prompt alone before it, as in ``generate``; it has to follow all visual
             tokens.
-        policies: what ``withdraw`` takes: a layer, a policy, a list of policies that act together, the path of a file;
-            a ``SkipAttention``, alone or in such a list; or a text as ``parse_policy`` takes it. By name, or else the
-            name is this text, or the policy's ``repr``. Several layers are scored in one run, as ``find_layer`` scores
-            them. Or, by a name, a function from the model to a context manager within which it runs, for what saves no
-            rows but other work; such a one reads answers together with their prompts.
-        costed: on how many of the batches, the first, operations, bytes of the cache and seconds are measured
-            (``measure_policies``); 0 for none.
+        policies: each is what ``withdraw`` takes (a layer, a policy, a list of policies that act together, or the path
+            of a file); a ``SkipAttention``, alone or in such a list; or text that ``parse_policy`` takes. In a dict, by
+            name; otherwise the name is this text, or the policy's ``repr``. Layers are all scored in one run, as by
+            ``find_layer``. In a dict, a value may also be a function from the model to a context manager within which
+            it runs, for methods that save other work than rows; these read answers together with their prompts.
+        costed: on how many batches operations, bytes of the cache and seconds are measured (``measure_policies``): the
+            first ones; 0 for none.
 
     Returns:
         A ``Comparison``, which draws the Pareto front and chooses.
@@ -193,14 +193,14 @@ def train_exit(
 ) -> ExitTraining:
     """Trains the gates of ``ExitRouters`` for a model, which itself stays as it is (DyVTE, arXiv 2411.19628).
 
-    A gate is to fire where, if the visual tokens leave there, all tokens of the answer stay the most likely ones and
-    their cross entropy grows by less than 3 %. The paper's code finds that out for one layer a step; here one run of
-    the model tells it for all gates, and what they read is kept, ``[G, 2H]`` a sample.
+    A gate should fire if, when the visual tokens leave there, all tokens of the answer stay the most likely ones and
+    their cross entropy grows by less than 3 %. The paper's code tests that for one layer in each step of training; here
+    one run of the model over each sample tells it for all gates, and what they read is kept, ``[G, 2H]`` per sample.
 
     Args:
         model, batches, groups, decoder, progress: as for ``find_layer``; all visual tokens come before the answer.
-        every: a gate before every so many layers;
-        first, last: of these; by default all that the model allows.
+        every: how many layers there are from one gate to the next.
+        first, last: the layers of the first and the last gate; by default all that the model allows.
         threshold: of the routers.
         positions: which tokens are the answer: as for ``find_layer``.
         width, epochs, learning_rate, warm_up, held_out, seed: see ``Training``.

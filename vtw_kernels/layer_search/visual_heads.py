@@ -68,8 +68,7 @@ def find_visual_heads(
     Args:
         model: as for ``withdraw``, with attention "eager" or "sdpa".
         batches: as for ``find_layer``; samples without visual tokens do not count.
-        keep: the share of all heads behind the first two layers that are kept, 0..1: the threshold is the one that so
-            many are above.
+        keep: which share of the heads after the first two layers is kept, 0..1. The threshold follows from it.
         threshold: of the ratio, instead of ``keep``; the paper's are 0.2, 0.077 and 0.035, for 10, 20 and 30 of the 40
             heads of LLaVA-1.5-13B.
         decoder: as for ``withdraw``.
@@ -109,7 +108,7 @@ def find_visual_heads(
         raise ValueError(
             f"model: expected attention that transformers' AttentionInterface hands out, got none in layer {missing[0]}"
         )
-    # A ratio is above a threshold in more than that share of samples if this one of them is.
+    # If the ratio of this rank is above a threshold, more than a share of MAJORITY of the samples is.
     scores = ratios.sort(dim=0, descending=True).values[int(MAJORITY * len(ratios))]
     if threshold is None:
         ranked = scores[FIRST_LAYERS:].flatten().sort(descending=True).values
