@@ -385,6 +385,11 @@ def test_tensor_parallel(checkpoints, oracle, monkeypatch):
         assert all(same(engine.ask("qwen2_vl", some), oracle("qwen2_vl", 2, some)))
 
 
+class Additional:
+    def compute_hash(self) -> str:
+        return "any"
+
+
 REFUSED = {
     "layer 0": ({"hf_overrides": {"vtw": {"layer": 0}}}, "layer: expected a number from 1 to 5"),
     "the last layer": ({"hf_overrides": {"vtw": {"layer": 6}}}, "layer: expected a number from 1 to 5"),
@@ -392,6 +397,8 @@ REFUSED = {
     "no file": ({"hf_overrides": {"vtw": {"layer": "nowhere.json"}}}, "layer: expected a number, or a file"),
     "another key": ({"hf_overrides": {"vtw": {"layers": 2}}}, 'expected {"layer": NUMBER or FILE}'),
     "no key": ({"hf_overrides": {"vtw": 2}}, 'expected {"layer": NUMBER or FILE}'),
+    "routers": ({"hf_overrides": {"vtw": {"layer": "exit.safetensors"}}}, "layer: expected the same one for all requests"),
+    "no answers": ({"runner": "pooling"}, "expected a model that generates, got the runner pooling"),
     "speculation": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
         "got one with speculative decoding",
@@ -401,6 +408,21 @@ REFUSED = {
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "got one with a KV connector",
     ),
+    "events": (
+        {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
+        "got one with KV cache events",
+    ),
+    "context, decoded": (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        "got one with context parallelism",
+    ),
+    "context, prefilled": ({"prefill_context_parallel_size": 2}, "got one with context parallelism"),
+    "overlap": ({"enable_dbo": True}, "got one with dual batch overlap"),
+    "LoRA": ({"enable_lora": True}, "got one with LoRA"),
+    "embeddings": ({"enable_prompt_embeds": True}, "got one with prompt embeddings"),
+    "fast prefill": ({"kv_sharing_fast_prefill": True}, "got one with --kv-sharing-fast-prefill"),
+    "pruned video": ({"video_pruning_rate": 0.5}, "got one with pruned video"),
+    "additional config": ({"additional_config": Additional()}, "got one with another kind of additional config"),
     "one group": ({"disable_hybrid_kv_cache_manager": True}, "got one with --disable-hybrid-kv-cache-manager"),
     "a scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "got one with a scheduler class"),
 }
@@ -409,7 +431,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_at_start(checkpoints, what):
     options, message = REFUSED[what]
-    args = EngineArgs(model=str(checkpoints["llava"]), **{"hf_overrides": {"vtw": {"layer": 2}}} | options)
+    family = "qwen2_5_vl" if what == "pruned video" else "llava"
+    args = EngineArgs(model=str(checkpoints[family]), **{"hf_overrides": {"vtw": {"layer": 2}}} | options)
     with pytest.raises(ValueError) as raised:
         args.create_engine_config()
     line = next(line for line in str(raised.value).splitlines() if "vtw: " in line)

@@ -1,7 +1,8 @@
 """Attention among text rows alone: their places, lengths and slots in each step.
 
 Made as vLLM makes cross-attention, whose keys have lengths and slots of their own too: the backend stays what it is,
-but its metadata are built of other numbers, and its cache is written with the slots that stand in them."""
+but its metadata are built of other numbers, and its cache is written with the slots that stand in them. Names that
+vLLM no longer has fail at the first step, or before; what would not is said where it is used."""
 
 import functools
 from copy import copy
@@ -29,8 +30,10 @@ class TextRows:
 def text_backend(backend: type) -> type:
     builder_cls, impl_cls = backend.get_builder_cls(), backend.get_impl_cls()
 
+    # A runner that made metadata of its own would give none with text_rows, which decoder.py asks for in each step.
     class TextMetadataBuilder(builder_cls):
-        # Metadata that only get another block table would keep the slots of the group before.
+        # Metadata that only get another block table would keep the slots of the group before. Under another name, the
+        # new slots would be those of all rows; then answers differ from transformers wherever there are images.
         supports_update_block_table = False
 
         def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
@@ -46,16 +49,30 @@ def text_backend(backend: type) -> type:
             fast_build: bool = False,
             ranges: Ranges | None = None,
         ) -> Any:
-            # A GPU's runner gives ranges (model_state.py), and gives none when it captures a graph of decoding.
+            # A GPU's runner gives ranges (model_state.py).
             ranges = ranges_of(common_attn_metadata) if ranges is None else ranges
             common, text = text_metadata(common_attn_metadata, ranges, self.kv_cache_spec.block_size, self._plan)
             metadata = super().build(common_prefix_len, common, fast_build)
             metadata.text_rows = text
             return metadata
 
+        def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+            # A graph of decoding, for requests that do not exist.
+            common = copy(common_attn_metadata)
+            common.mm_req_doc_ranges = {}
+            return super().build_for_cudagraph_capture(common)
+
     class TextImpl(impl_cls):
         def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
-            # The layer would write the cache before this, with the slots of the step's rows.
+            # Backends leave out rows that metadata do not count. More come where a decoder's forward is not the one of
+            # decoder.py after all, and without this answers would be wrong.
+            if attn_metadata is not None and len(query) != attn_metadata.text_rows.source.shape[1]:
+                raise RuntimeError(
+                    f"vtw: expected the {attn_metadata.text_rows.source.shape[1]} text rows of a step in "
+                    f"{layer.layer_name}, got {len(query)} rows"
+                )
+            # The layer would write the cache before this, with the slots of the step's rows: it asks its backend, which
+            # says below that forward does. If it asked no longer, both would write, and answers would differ.
             writes = not backend.forward_includes_kv_cache_update
             if writes and attn_metadata is not None and key is not None and value is not None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
@@ -73,16 +90,23 @@ def text_backend(backend: type) -> type:
 
 
 def ranges_of(common: Any) -> Ranges:
-    """What the first model runner says, whose ranges end with a visual token; it says nothing where no request of the
-    engine can have images."""
-    given, requests = common.mm_req_doc_ranges or {}, len(common.seq_lens_cpu_upper_bound)
+    """What the first model runner says, whose ranges end with a visual token; config.py has it say so. Were nothing said
+    and taken for no images, visual rows would stay, in blocks that are not theirs.
+
+    Raises:
+        RuntimeError: it says nothing.
+    """
+    if common.mm_req_doc_ranges is None:
+        raise RuntimeError("vtw: expected a model runner that says where images are, got one that does not")
+    given, requests = common.mm_req_doc_ranges, len(common.seq_lens_cpu_upper_bound)
     return [sorted((start, last + 1) for start, last in given.get(i, ())) for i in range(requests)]
 
 
 def text_metadata(common: Any, ranges: Ranges, block_size: int, memory: PackedPlan) -> tuple[Any, TextRows]:
     """``CommonAttentionMetadata`` of the text rows, of those of all rows, and which rows they are. Written to
     ``memory``, which is large enough for any step. ranges: of each request, as ``visual_ranges`` has them."""
-    # Without speculative decoding, the upper bound is the length.
+    # Without speculative decoding, which is refused, the upper bound is the length. If it were larger, lengths on the
+    # host and those that plan_packed_ finds would differ, and so would answers.
     lengths = common.seq_lens_cpu_upper_bound.numpy()
     requests = len(lengths)
     starts = common.query_start_loc_cpu.numpy()
@@ -108,6 +132,8 @@ def text_metadata(common: Any, ranges: Ranges, block_size: int, memory: PackedPl
     on_device = (torch.from_numpy(x).to(device, non_blocking=True) for x in (visual, visual_start))
     plan_packed_(plan, common.query_start_loc, common.seq_lens, *on_device, common.block_table_tensor, block_size)
 
+    # All fields that count rows or tokens are replaced. One that a release adds keeps what it says of all rows, and a
+    # backend that goes by it answers otherwise than transformers.
     text = copy(common)
     text.query_start_loc, text.seq_lens, text.slot_mapping = plan.query_start, plan.seq_lens, plan.slots[:rows]
     text.query_start_loc_cpu = torch.from_numpy(text_starts)
@@ -116,5 +142,5 @@ def text_metadata(common: Any, ranges: Ranges, block_size: int, memory: PackedPl
     text.max_query_len = int(np.diff(text_starts).max(initial=0))
     text.max_seq_len = int(text_lengths.max(initial=0))
     text.mm_req_doc_ranges = text.positions = None  # attention looks at neither
-    text._num_computed_tokens_cache = text._token_to_req_indices_cache = None
+    text._num_computed_tokens_cache = text._token_to_req_indices_cache = None  # of the other groups' lengths
     return text, TextRows(plan.source[None, :rows])

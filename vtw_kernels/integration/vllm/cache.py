@@ -26,7 +26,8 @@ from vtw_kernels.integration.vllm.ranges import text_tokens, visual_ranges
 SAME, NEXT, FULL = b"same", b"next", b"full"
 
 
-# Not a FullAttentionSpec: layers with those are merged into one group, subclasses included.
+# Not a FullAttentionSpec: layers with those are merged into one group, subclasses included. scheduler.py looks whether
+# there are two. A field that a release adds to AttentionSpec is copied too.
 @dataclass(frozen=True, kw_only=True)
 class TextOnlySpec(AttentionSpec):
     """What a layer keeps of a token is what it was; that it keeps text alone, this says."""
@@ -42,6 +43,10 @@ class TextOnlySpec(AttentionSpec):
 
 class TextOnlyManager(SingleTypeKVCacheManager):
     """Allocates for text tokens what vLLM's own managers do for tokens: they count, and here the count is another one.
+
+    Each method that is given tokens of a request and counts blocks is overridden. One that a release adds would count
+    visual tokens: too many blocks at best, which the tests count. One that it renames or calls with more arguments fails
+    at the first request.
 
     requests: by id, those of the scheduler, which alone knows where their images are; ``scheduler.py`` sets it."""
 
@@ -79,6 +84,7 @@ class TextOnlyManager(SingleTypeKVCacheManager):
     ) -> None:
         text = self._text(request_id, num_local_computed_tokens)
         super().add_local_computed_blocks(request_id, new_computed_blocks, text, num_external_computed_tokens)
+        # Of tokens, as cache_blocks below has it; the base class counts blocks of its own.
         self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -110,7 +116,8 @@ class TextOnlyManager(SingleTypeKVCacheManager):
 
     def _remember(self, block_hash: BlockHash, kind: bytes, block: KVCacheBlock) -> None:
         # A block may be found by many keys, and loses all of them when it is given away. The pool's public methods
-        # make the key themselves.
+        # make the key themselves. If a block had but one key, fewer prefixes would be found, and if it kept some, wrong
+        # ones; the tests count the former and ask again for blocks that were given away.
         key = make_block_hash_with_group_id(block_hash + kind, self.kv_cache_group_id)
         self.block_pool._insert_block_hash(key, block, num_tokens=None)
 
@@ -129,7 +136,8 @@ class TextOnlyManager(SingleTypeKVCacheManager):
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         size = kv_cache_spec.block_size
-        # One block for each group, in a row for each block of theirs.
+        # One block for each group, in a row for each block of theirs. If vLLM no longer took the length that is returned
+        # beside them, but counted blocks, it would find fewer tokens than there are, which the tests count.
         found: list[list[KVCacheBlock]] = []
         hit = 0
         for block_hash in block_hashes[: max_length // size]:
@@ -150,6 +158,7 @@ class TextOnlyManager(SingleTypeKVCacheManager):
         return tuple([row[i] for row in found] for i in range(len(kv_cache_group_ids))), hit
 
 
-# A registry with anything in it counts as one that has all of vLLM's own.
+# vLLM's own way to add a spec. A registry with anything in it counts as one that has all of vLLM's own, so that these
+# come first; without them, an engine fails at its start.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(TextOnlySpec, TextOnlyManager)

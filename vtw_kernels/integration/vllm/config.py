@@ -75,12 +75,14 @@ def adjust_model(model_config: Any) -> None:
     layers = model_config.hf_text_config.num_hidden_layers
     hf_config.vtw = {"layer": read_layer(hf_config.vtw, layers)}
     # The loader, and whoever processes images, take the class of the config's architectures; all else that is asked of
-    # an architecture, vLLM goes on asking the one it knows.
+    # an architecture, vLLM goes on asking the one it knows. If the loader did too, the engine would fail at its start:
+    # scheduler.py would find no layers that keep text alone.
     hf_config.architectures = [PREFIX + architecture]
     model_config.logits_processors = [*(model_config.logits_processors or []), REQUEST_CHECK]
     if current_platform.is_cpu():
-        # Has vLLM's first model runner hand the ranges of visual tokens to attention. No backend of a CPU does anything
-        # else with it; those of a GPU would look at images in both directions, and there model_state.py hands them on.
+        # Has vLLM's first model runner hand the ranges of visual tokens to attention; if it does not, attention.py
+        # raises. No backend of a CPU does anything else with it: one that did would let images be seen in both
+        # directions in the layers before, and answers differ. Those of a GPU do, and there model_state.py hands them on.
         hf_config.is_mm_prefix_lm = True
         model_config.model_arch_config = replace(model_config.model_arch_config, is_mm_prefix_lm=True)
 
@@ -143,7 +145,8 @@ def adjust_engine(vllm_config: Any) -> None:
         if given:
             raise ValueError(f"vtw: expected an engine without what withdrawal does not support, got one with {what}")
     scheduler.scheduler_cls = SCHEDULER
-    # What is compiled for one layer must not be found in the cache for another; this is part of the cache's key.
+    # What is compiled for one layer must not be found in the cache for another; this is part of the cache's key. If it
+    # no longer were, the second of two layers that the tests compile one after another would have rows of the first.
     vllm_config.additional_config["vtw"] = dict(vllm_config.model_config.hf_config.vtw)
     if not current_platform.is_cpu():
         from vllm.config import CUDAGraphMode

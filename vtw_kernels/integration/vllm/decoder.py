@@ -3,7 +3,9 @@
 Each stage is compiled on its own, with a number of rows of its own; between them, and behind them, rows move by the
 ops."""
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -20,8 +22,14 @@ from vtw_kernels.integration.vllm.cache import TextOnlySpec
 from vtw_kernels.ops import CompactionPlan, compact, expand
 
 LAYER_ARGUMENTS = ["positions", "hidden_states", "residual"]
+# What a decoder's forward may look at of itself, for then it does what _Forward does in its place: embed, run layers
+# one after another, and norm. The rest is of pipeline parallelism and speculative decoding, which are refused.
+OF_A_DECODER = {"embed_input_ids", "layers", "norm", "start_layer", "end_layer"}
+OF_A_DECODER |= {"_maybe_add_hidden_state", "collect_remote_aux_hidden_states", "pack_local_aux_hidden_states"}
 
 
+# vLLM's decorator compiles a module for any number of rows, under the tag that install sets: two modules with one tag
+# would share what is compiled. What it asks of a class, it checks when it decorates.
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden_states": 0, "deepstack": 0})
 class AllRows(nn.Module):
     """The layers before withdrawal. deepstack: what some models add to the rows after each of their first layers."""
@@ -63,7 +71,8 @@ def install(model: nn.Module, vllm_config: Any) -> None:
     """
     layer = vllm_config.model_config.hf_config.vtw["layer"]
     decoder = find_decoder(model, vllm_config.model_config.hf_text_config.num_hidden_layers)
-    deepstack = getattr(model, "deepstack_num_level", 0)
+    # Where a decoder takes such features, its model says for how many layers, or the next line raises.
+    deepstack = model.deepstack_num_level if "deepstack_input_embeds" in parameters_of(decoder) else 0
     if layer < deepstack:
         raise ValueError(
             f"vtw: layer: expected at least {deepstack}, as the model adds image features to the rows of its first "
@@ -71,6 +80,9 @@ def install(model: nn.Module, vllm_config: Any) -> None:
         )
     attentions = [attention_of(x) for x in decoder.layers]  # all are looked at before any is changed
     for attention in attentions[layer:]:
+        # The runner takes the builder of metadata from a layer's backend, the layer calls its impl, and the runner asks
+        # the layer for its spec. Were one of them taken from elsewhere: no text_rows in the metadata, a cache that is
+        # written in other slots (answers differ), or no group of its own (scheduler.py looks).
         backend = text_backend(attention.attn_backend)
         attention.attn_backend = backend
         attention.impl.__class__ = backend.get_impl_cls()
@@ -81,7 +93,9 @@ def install(model: nn.Module, vllm_config: Any) -> None:
     with set_model_tag("vtw_text_rows"):
         after = TextRowsOnly(vllm_config=vllm_config, layers=decoder.layers[layer:], norm=decoder.norm)
     decoder.__dict__["forward"] = _Forward(decoder, before, after, attentions[layer].layer_name)
-    decoder.do_not_compile = True  # as a whole: its call then goes straight to forward
+    # As a whole: its call then goes straight to forward. If it went to what is compiled of its class, all rows would come
+    # to the later layers, where attention.py raises.
+    decoder.do_not_compile = True
 
 
 class _TextOnlySpecOf:
@@ -108,7 +122,7 @@ class _Forward:
     ) -> Tensor:
         hidden_states = self.decoder.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states, residual = self.before(positions, hidden_states, deepstack_input_embeds)
-        metadata = get_forward_context().attn_metadata
+        metadata = get_forward_context().attn_metadata  # by the names of layers
         if metadata is None:  # a run for its memory alone
             return self.after(positions, hidden_states, residual)
         source = metadata[self.layer_name].text_rows.source
@@ -141,11 +155,24 @@ def find_decoder(model: nn.Module, layers: int) -> nn.Module:
             f"vtw: expected a model with one decoder of {layers} layers that are called with "
             f"{', '.join(LAYER_ARGUMENTS)}, got {type(model).__name__} with {len(found)}"
         )
+    if others := looked_at(type(found[0])) - OF_A_DECODER:
+        raise ValueError(
+            "vtw: expected a decoder that embeds, runs its layers one after another, and norms, got "
+            f"{type(found[0]).__name__}, whose forward looks at {', '.join(sorted(others))}"
+        )
     return found[0]
 
 
-def parameters_of(layer: nn.Module) -> list[str]:
-    return list(inspect.signature(layer.forward).parameters)
+def looked_at(decoder: type) -> set[str]:
+    """The attributes of itself that its forward looks at, and those of the classes that it calls with super()."""
+    written = [vars(cls)["forward"] for cls in decoder.__mro__ if cls is not nn.Module and "forward" in vars(cls)]
+    nodes = [node for forward in written for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(forward))))]
+    attributes = (node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    return {node.attr for node in attributes if node.value.id == "self"}
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
 
 
 def attention_of(layer: nn.Module) -> Attention:

@@ -1,8 +1,8 @@
 """What the second model runner of vLLM, that of a GPU, needs: it hands the ranges of visual tokens to the metadata of
 the layers that see text alone. **It has not been run**: on a CPU, vLLM has the first model runner only.
 
-``get_model_state_cls`` of a model is vLLM's own hook for this; if the arguments of ``prepare_attn`` or of a builder's
-``build`` change, the first step of an engine fails."""
+``get_model_state_cls`` of a model is vLLM's own hook for this. If it, the arguments of ``prepare_attn`` or those of a
+builder's ``build`` change, the first step of an engine fails: the builder is given no ranges, and raises."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ class VisualRanges(ModelSpecificAttnMetadata):
 
 class TextModelState(DefaultModelState):
     def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        features = self.encoder_cache.mm_features  # by request; models that withdrawal goes with have an encoder
+        # By request; there is no such cache where the engine takes no images. If requests leave it before they end,
+        # their answers are wrong from then on: attention.py cannot tell that from a request without images.
+        features = self.encoder_cache.mm_features if self.supports_mm_inputs else {}
         ranges = VisualRanges([visual_ranges(features.get(request, ())) for request in input_batch.req_ids])
         return super().prepare_attn(input_batch, *args, model_specific_attn_metadata=ranges, **kwargs)

@@ -23,8 +23,10 @@ def withdrawing(architecture: str) -> type:
     stock = ModelRegistry.models[architecture].load_model_cls()
 
     class Withdrawing(stock):
-        # Without it, ranges that are longer than a sliding window in the config, used or not, would be left out.
+        # Without it, ranges that are longer than a sliding window in the config, used or not, would be left out, and
+        # their images be taken for text: python_tests/vllm_plugin asks a model with such a config.
         mm_prefix_clamp_sliding_window = True
+        # Where vLLM's decorator of a class puts what makes its processor. Without it, the class cannot be made.
         _processor_factory = refusing(stock._processor_factory)
 
         def __init__(self, *, vllm_config: Any, prefix: str = ""):
@@ -32,7 +34,7 @@ def withdrawing(architecture: str) -> type:
             install(self, vllm_config)
 
         @staticmethod
-        def get_model_state_cls() -> type:
+        def get_model_state_cls() -> type:  # asked by the runner of a GPU alone
             from vtw_kernels.integration.vllm.model_state import TextModelState
 
             return TextModelState
@@ -56,6 +58,8 @@ def _refusing_class(stock: type) -> type:
     class Refusing(stock):
         dummy = None  # what vLLM measures memory with, which may be nothing but images
 
+        # If vLLM measured with other inputs, the engine would be refused at its start; if it called something else than
+        # apply, prompts would go through that end in an image, which the tests see.
         def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
             self.dummy = super().get_dummy_inputs(*args, **kwargs)
             return self.dummy
@@ -80,7 +84,7 @@ def _ends(placeholder: Any) -> list[int]:
 
 class RequestCheck(LogitsProcessor):
     """Refuses what a request may ask for and withdrawal has not: it is asked about parameters, and does nothing to
-    logits."""
+    logits. vLLM's own interface for this; the tests see whether it is still asked."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:

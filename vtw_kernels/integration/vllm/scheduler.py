@@ -1,4 +1,7 @@
-"""vLLM's scheduler, which tells the managers of ``cache.py`` where images are: they see ids and numbers alone."""
+"""vLLM's scheduler, which tells the managers of ``cache.py`` where images are: they see ids and numbers alone.
+
+vLLM takes another scheduler by its name in the config and says that its interface is not public. If it took its own
+after all, the managers would have no requests, and fail at the first one."""
 
 from typing import Any
 
@@ -11,12 +14,14 @@ from vtw_kernels.integration.vllm.cache import TextOnlyManager
 class TextScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # If layers were merged into one group, or were asked for their specs otherwise, blocks would be allocated for
+        # visual tokens, and slots in them not be those that attention.py says.
         managers = self.kv_cache_manager.coordinator.single_type_managers
         text_only = [manager for manager in managers if isinstance(manager, TextOnlyManager)]
         if not text_only:
             raise RuntimeError("vtw: expected layers that keep text alone in a KV cache group of their own, got none")
         for manager in text_only:
-            manager.requests = self.requests
+            manager.requests = self.requests  # vLLM adds to and takes from this dict, and never makes another
 
 
 class AsyncTextScheduler(TextScheduler, AsyncScheduler):
