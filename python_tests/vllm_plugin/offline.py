@@ -5,6 +5,7 @@ Starting an engine takes most of the time, so that each one is asked for many th
 
 import functools
 import inspect
+import json
 import os
 import random
 import shutil
@@ -18,20 +19,27 @@ import torch
 import vllm
 import vllm_models
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma2Config, LlamaConfig, LlamaForCausalLM, PhiConfig
 from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.llama import LlamaModel
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 
 import vtw_kernels as vtw
+from vtw_kernels.integration.vllm import decoder
+from vtw_kernels.integration.vllm.attention import ranges_of, text_backend
 from vtw_kernels.integration.vllm.cache import TextOnlyManager, TextOnlySpec
-from vtw_kernels.integration.vllm.config import TESTED_VLLM
+from vtw_kernels.integration.vllm.config import TESTED_VLLM, adjust_engine
+from vtw_kernels.integration.vllm.model_state import TextModelState
 
 TOKENS = 16
 LLAVAS, QWENS = ("llava", "llava_next", "llava_onevision"), ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -127,6 +135,10 @@ class Engine:
     @property
     def scheduler(self):
         return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def runner(self):
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
     @property
     def pool(self):
@@ -236,11 +248,20 @@ def test_another_family(checkpoints, oracle, family):
     images_matter(same(outputs, oracle(family, 4, some)), some)
 
 
-def test_layers_that_are_given_image_features(checkpoints):
-    """Of Qwen3-VL."""
-    with pytest.raises(ValueError, match="vtw: layer: expected at least 2, as the model adds image features"):
-        with Engine(checkpoints["qwen3_vl"], 1):
-            pass
+def test_windows_that_no_layer_has(checkpoints, oracle):
+    """A config may name one that is not used. vLLM looks at it where it says which ranges are images."""
+    some = requests("qwen2_5_vl", 6)
+    window = {"vtw": {"layer": 2}, "text_config": {"sliding_window": 32}}
+    with Engine(checkpoints["qwen2_5_vl"], None, hf_overrides=window) as engine:
+        assert engine.llm.model_config.hf_text_config.sliding_window == 32
+        assert all(same(engine.ask("qwen2_5_vl", some), oracle("qwen2_5_vl", 2, some)))
+
+
+def test_without_images(checkpoints, oracle):
+    """An engine that is told to take none loads no vision tower, and has nothing to withdraw."""
+    some = [(text, seeds) for text, seeds in requests("llava") if not seeds]
+    with Engine(checkpoints["llava"], 2, limit_mm_per_prompt={"image": 0}) as engine:
+        assert all(same(engine.ask("llava", some), oracle("llava", 2, some)))
 
 
 def test_without_the_setting(checkpoints, oracle):
@@ -256,26 +277,40 @@ def test_without_the_setting(checkpoints, oracle):
 
 @pytest.mark.parametrize("caching", [False, True])
 def test_chunks_and_preemption(checkpoints, oracle, caching):
-    """Steps of 32 rows, so that some lie within an image, and fewer blocks than all requests need at a time."""
+    """Steps of 32 rows, so that some requests have visual rows alone in one, and fewer blocks than all need at a time."""
     some = requests("llava")
     blocks = {"num_gpu_blocks_override": 25, "max_num_batched_tokens": 32, "max_num_seqs": 16, "max_model_len": 384}
     with Engine(checkpoints["llava"], 3, enable_prefix_caching=caching, **blocks) as engine:
         free = engine.free_blocks
         params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=5, ignore_eos=True)
-        preempted = count_preemptions(engine)
+        preempted, within_images = watch(engine)
         assert all(same(engine.ask("llava", some, params), oracle("llava", 3, some)))
-        assert preempted() > 0
+        assert len(preempted) > 0
+        assert len(within_images) > 0
         engine.is_clean(free)
 
 
-def count_preemptions(engine: Engine):
-    scheduler, seen = engine.scheduler, []
-    stock = scheduler._preempt_request
-    scheduler._preempt_request = lambda request, *args, **kwargs: (
-        seen.append(request),
-        stock(request, *args, **kwargs),
-    )[1]
-    return lambda: len(seen)
+def watch(engine: Engine) -> tuple[list, list]:
+    """Lists that requests are added to which are preempted, and which have visual rows alone in a step."""
+    scheduler, preempted, within_images = engine.scheduler, [], []
+    stock_preempt, stock_schedule = scheduler._preempt_request, scheduler.schedule
+
+    def preempt(request, *args, **kwargs):
+        preempted.append(request)
+        return stock_preempt(request, *args, **kwargs)
+
+    def schedule(*args, **kwargs):
+        step = stock_schedule(*args, **kwargs)
+        for name, rows in step.num_scheduled_tokens.items():
+            request = scheduler.requests[name]
+            stop = request.num_computed_tokens  # of this step, which the scheduler counts as done
+            images = [first_and_last for x in request.mm_features for first_and_last in x.mm_position.extract_embeds_range()]
+            if any(first <= stop - rows and stop - 1 <= last for first, last in images):
+                within_images.append(request)
+        return step
+
+    scheduler._preempt_request, scheduler.schedule = preempt, schedule
+    return preempted, within_images
 
 
 def test_prefix_caching(checkpoints, oracle):
@@ -306,13 +341,11 @@ def test_prefix_caching(checkpoints, oracle):
 
 def test_memory_and_a_thousand_requests(checkpoints, oracle):
     """Blocks are freed when requests end, are aborted, or are preempted; and are as few as text needs."""
-    some = [(text, seeds) for text, seeds in requests("llava") if seeds][:8]
-    with Engine(checkpoints["llava"], None) as engine:
-        stock = engine.watched("llava", some)
+    some = [(text, seeds) for text, seeds in requests("llava") if seeds][:1]
     with Engine(checkpoints["llava"], 3, enable_prefix_caching=True, num_gpu_blocks_override=60) as engine:
         engine.llm.reset_prefix_cache()
-        text = engine.watched("llava", some[:1])
-        prompt, _, _ = oracle("llava", 3, some[:1])[0]
+        text = engine.watched("llava", some)
+        prompt, _, _ = oracle("llava", 3, some)[0]
         images = 64 * len(some[0][1])
         blocks = [-(-(len(prompt) + TOKENS - 1 - left) // 32) for left in (0, images)]
         assert text == sum(blocks)  # of three layers each
@@ -336,7 +369,6 @@ def test_memory_and_a_thousand_requests(checkpoints, oracle):
                     finished += 1
         assert finished > 700 and aborted > 100
         engine.is_clean(free)
-        print(f"\nblocks of {len(some)} requests: {stock} of all layers in vLLM")
 
 
 def test_the_model_of_the_demo(tmp_path):
@@ -423,6 +455,7 @@ REFUSED = {
     "fast prefill": ({"kv_sharing_fast_prefill": True}, "got one with --kv-sharing-fast-prefill"),
     "pruned video": ({"video_pruning_rate": 0.5}, "got one with pruned video"),
     "additional config": ({"additional_config": Additional()}, "got one with another kind of additional config"),
+    "another implementation": ({"model_impl": "transformers"}, "expected vLLM's own implementation of"),
     "one group": ({"disable_hybrid_kv_cache_manager": True}, "got one with --disable-hybrid-kv-cache-manager"),
     "a scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "got one with a scheduler class"),
 }
@@ -439,9 +472,66 @@ def test_refused_at_start(checkpoints, what):
     assert message in line
 
 
-def test_other_models_and_releases(checkpoints, tmp_path, monkeypatch):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_refused_while_a_model_is_made(checkpoints, tmp_path, monkeypatch):
+    def refused(folder: Path, layer: int, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            with Engine(folder, layer, load_format="dummy"):
+                pass
 
+    message = "vtw: layer: expected at least 2, as the model adds image features to the rows of its first 2 layers, got 1"
+    refused(checkpoints["qwen3_vl"], 1, message)
+
+    def with_text(config) -> Path:
+        shutil.copytree(checkpoints["llava"], tmp_path, dirs_exist_ok=True)
+        whole = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(whole | {"text_config": config.to_dict()}))
+        return tmp_path
+
+    windows = with_text(Gemma2Config(**vllm_models.TEXT, head_dim=32, sliding_window=16))
+    refused(windows, 2, "vtw: expected layers with one attention each, which looks at all tokens before .* Gemma2")
+    other_layers = with_text(PhiConfig(**vllm_models.TEXT | {"num_key_value_heads": 4}))
+    refused(other_layers, 2, "vtw: expected a model with one decoder of 6 layers that are called with positions, hidden_st")
+
+    def forward(self, *args, **kwargs):
+        return self.config.embedding_multiplier * super(LlamaModel, self).forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    refused(checkpoints["llava"], 2, "LlamaModel, whose forward looks at config")
+
+
+def test_what_would_be_silent(checkpoints, monkeypatch):
+    """Should vLLM change in these ways, a step raises."""
+    some = requests("llava", 1)
+    with Engine(checkpoints["llava"], 2) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "compact", lambda rows, *args: rows)
+            with pytest.raises(RuntimeError, match=r"vtw: expected the \d+ text rows of a step in .*layers.2.*, got \d+ rows"):
+                engine.ask("llava", some)
+    with Engine(checkpoints["llava"], 2) as engine:
+        engine.runner.is_mm_prefix_lm = False
+        with pytest.raises(RuntimeError, match="vtw: expected a model runner that says where images are"):
+            engine.ask("llava", some)
+
+
+def test_on_a_gpu(checkpoints, monkeypatch):
+    """What is asked of the config there, as far as it can be looked at without one."""
+    args = EngineArgs(model=str(checkpoints["llava"]), hf_overrides={"vtw": {"layer": 2}})
+    config = args.create_engine_config()
+    assert config.compilation_config.cudagraph_mode != CUDAGraphMode.FULL_DECODE_ONLY
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="got one with the first model runner on a GPU"):
+        adjust_engine(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    adjust_engine(config)
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+    check = build_custom_logits_processors_params_validator(config.model_config.logits_processors)
+    check(SamplingParams(logprobs=1))
+    with pytest.raises(VLLMValidationError, match="vtw: prompt_logprobs: expected none"):
+        check(SamplingParams(prompt_logprobs=1))
+
+
+def test_other_models_and_releases(checkpoints, tmp_path, monkeypatch):
     text = {key: value for key, value in vllm_models.TEXT.items()}
     LlamaForCausalLM(LlamaConfig(**text)).save_pretrained(tmp_path)
     vllm_models.tokenizer().save_pretrained(tmp_path)
@@ -467,11 +557,6 @@ def test_the_layer_of_a_search(checkpoints, tmp_path):
 
 def test_what_the_other_runner_hands_on(monkeypatch):
     """That of a GPU, as far as it can be looked at without one."""
-    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-
-    from vtw_kernels.integration.vllm.attention import text_backend
-    from vtw_kernels.integration.vllm.model_state import TextModelState
-
     given = {}
 
     def stock(self, batch, *args, model_specific_attn_metadata, **kwargs):
@@ -483,12 +568,25 @@ def test_what_the_other_runner_hands_on(monkeypatch):
     place = PlaceholderRange(offset=3, length=6, is_embed=torch.tensor([False, True, True, False, True, True]))
     state = object.__new__(TextModelState)
     image = SimpleNamespace(modality="image", mm_position=place)
-    state.encoder_cache = SimpleNamespace(mm_features={"b": [image]})
+    state.supports_mm_inputs, state.encoder_cache = True, SimpleNamespace(mm_features={"b": [image]})
     state.prepare_attn(SimpleNamespace(req_ids=["a", "b"]), for_capture=False)
     metadata = given["metadata"]
     spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
     of_text = SimpleNamespace(kv_cache_spec=TextOnlySpec.of(spec))
     assert metadata.get_extra_attn_kwargs(of_text, 3) == {"ranges": [[], [(4, 6), (7, 9)], []]}
     assert metadata.get_extra_attn_kwargs(SimpleNamespace(kv_cache_spec=spec), 3) == {}
-    build = text_backend(CPUAttentionBackend).get_builder_cls().build
-    assert "ranges" in inspect.signature(build).parameters
+    takes_no_images = object.__new__(TextModelState)
+    takes_no_images.supports_mm_inputs = False
+    takes_no_images.prepare_attn(SimpleNamespace(req_ids=["a"]), for_capture=False)
+    assert given["metadata"].get_extra_attn_kwargs(of_text, 2) == {"ranges": [[], []]}
+
+    # What a graph is captured of has no images, though nobody says so.
+    builder_cls = text_backend(CPUAttentionBackend).get_builder_cls()
+    assert "ranges" in inspect.signature(builder_cls.build).parameters
+    seen = []
+    monkeypatch.setattr(builder_cls, "build", lambda self, *args, **kwargs: seen.append(kwargs["common_attn_metadata"]))
+    nothing_said = SimpleNamespace(mm_req_doc_ranges=None, seq_lens_cpu_upper_bound=torch.ones(2))
+    object.__new__(builder_cls).build_for_cudagraph_capture(nothing_said)
+    assert ranges_of(seen[0]) == [[], []]
+    with pytest.raises(RuntimeError, match="vtw: expected a model runner that says where images are"):
+        ranges_of(nothing_said)

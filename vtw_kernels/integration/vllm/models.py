@@ -6,6 +6,7 @@ from typing import Any
 from vllm import ModelRegistry
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample import logits_processor as gpu
 
 from vtw_kernels.integration.vllm.config import PREFIX
 from vtw_kernels.integration.vllm.decoder import install
@@ -82,9 +83,9 @@ def _ends(placeholder: Any) -> list[int]:
     return [last + 1 for _, last in placeholder.extract_embeds_range()]
 
 
-class RequestCheck(LogitsProcessor):
+class RequestCheck(LogitsProcessor, gpu.LogitsProcessor):
     """Refuses what a request may ask for and withdrawal has not: it is asked about parameters, and does nothing to
-    logits. vLLM's own interface for this; the tests see whether it is still asked."""
+    logits. This is vLLM's own interface; each of its two runners wants a class of another kind, and this is both."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -93,10 +94,10 @@ class RequestCheck(LogitsProcessor):
                 "vtw: prompt_logprobs: expected none, as withdrawn rows have none, got a request for some"
             )
 
-    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool):
+    def __init__(self, vllm_config: Any, *runner: Any):
         pass
 
-    def apply(self, logits: Any) -> Any:
+    def apply(self, logits: Any, *step: Any) -> Any:
         return logits
 
     def is_argmax_invariant(self) -> bool:
@@ -104,3 +105,6 @@ class RequestCheck(LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         pass
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False  # no logits are changed
