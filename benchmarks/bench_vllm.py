@@ -96,8 +96,8 @@ def test_serving(benchmark, tmp_path, size):
 @pytest.mark.op("withdraw")
 def test_boundary(benchmark, tmp_path, monkeypatch):
     """The decoder's step for a prompt of 576 visual tokens and 85 of text, withdrawn before layer 8 of 16 of 1024: what
-    share of its CPU time the rows are moved in, and what share layer 8 adds and norms them in. One kernel for both would
-    read and write half as much, and so save half of their sum at most."""
+    share of its CPU time the rows are moved in, and what share layer 8 adds and norms them in. One kernel for both
+    would read and write half as much, and so save half of their sum at most."""
     text = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16, "num_key_value_heads": 16}
     folder = vllm_models.make_llava(tmp_path / "model", LAYERS, 96, **text, max_position_embeddings=4096)
     spent: dict[str, list[float]] = {"step": [], "compact": [], "add and norm": []}

@@ -24,9 +24,9 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
@@ -171,7 +171,7 @@ def make_internvl(folder: Path) -> Path:
     }
     named = {"start_image_token": "<img>", "end_image_token": "</img>"}
     named |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
-    return _save(model, folder, processor, named)
+    return _save(model, folder, processor, **named)
 
 
 def _images_that_matter(model):
@@ -238,7 +238,7 @@ def make_qwen_vl(folder: Path, family: str) -> Path:
     return _save(model, folder, processor)
 
 
-def _save(model, folder: Path, processor: dict, named: dict[str, str] = {}) -> Path:
+def _save(model, folder: Path, processor: dict, **named: str) -> Path:
     model.generation_config.eos_token_id = None  # a random model would end anywhere
     model.save_pretrained(folder)
     tokenizer(**named).save_pretrained(folder)
@@ -248,7 +248,8 @@ def _save(model, folder: Path, processor: dict, named: dict[str, str] = {}) -> P
 
 
 def rename_for_vllm(folder: Path) -> Path:
-    """vLLM knows the names that the weights of CLIP and SigLIP had in older releases of transformers, which still reads them."""
+    """vLLM knows the names that weights of CLIP and SigLIP had in older releases of transformers, which still reads
+    them."""
     file = folder / "model.safetensors"
     weights = load_file(file)
     for old in [name for name in weights if "vision_tower." in name and "vision_model." not in name]:

@@ -90,8 +90,8 @@ def text_backend(backend: type) -> type:
 
 
 def ranges_of(common: Any) -> Ranges:
-    """What the first model runner says, whose ranges end with a visual token; config.py has it say so. Were nothing said
-    and taken for no images, visual rows would stay, in blocks that are not theirs.
+    """What the first model runner says, whose ranges end with a visual token; config.py has it say so. Were nothing
+    said and taken for no images, visual rows would stay, in blocks that are not theirs.
 
     Raises:
         RuntimeError: it says nothing.

@@ -45,8 +45,8 @@ class TextOnlyManager(SingleTypeKVCacheManager):
     """Allocates for text tokens what vLLM's own managers do for tokens: they count, and here the count is another one.
 
     Each method that is given tokens of a request and counts blocks is overridden. One that a release adds would count
-    visual tokens: too many blocks at best, which the tests count. One that it renames or calls with more arguments fails
-    at the first request.
+    visual tokens: too many blocks at best, which the tests count. One that it renames or calls with more arguments
+    fails at the first request.
 
     requests: by id, those of the scheduler, which alone knows where their images are; ``scheduler.py`` sets it."""
 
@@ -136,8 +136,8 @@ class TextOnlyManager(SingleTypeKVCacheManager):
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         size = kv_cache_spec.block_size
-        # One block for each group, in a row for each block of theirs. If vLLM no longer took the length that is returned
-        # beside them, but counted blocks, it would find fewer tokens than there are, which the tests count.
+        # One block for each group, in a row for each block of theirs. If vLLM no longer took the length that is
+        # returned beside them, but counted blocks, it would find fewer tokens than there are, which the tests count.
         found: list[list[KVCacheBlock]] = []
         hit = 0
         for block_hash in block_hashes[: max_length // size]:

@@ -73,6 +73,8 @@ def adjust_model(model_config: Any) -> None:
     if model_config.runner_type != "generate":
         raise ValueError(f"vtw: expected a model that generates, got the runner {model_config.runner_type}")
     layers = model_config.hf_text_config.num_hidden_layers
+    # The config is part of the key by which vLLM finds what it has compiled, so that this is per layer. If it were not,
+    # layers compiled for one would be found for another: python_tests/vllm_plugin compares keys.
     hf_config.vtw = {"layer": read_layer(hf_config.vtw, layers)}
     # The loader, and whoever processes images, take the class of the config's architectures; all else that is asked of
     # an architecture, vLLM goes on asking the one it knows. If the loader did too, the engine would fail at its start:
@@ -82,7 +84,7 @@ def adjust_model(model_config: Any) -> None:
     if current_platform.is_cpu():
         # Has vLLM's first model runner hand the ranges of visual tokens to attention; if it does not, attention.py
         # raises. No backend of a CPU does anything else with it: one that did would let images be seen in both
-        # directions in the layers before, and answers differ. Those of a GPU do, and there model_state.py hands them on.
+        # directions in the layers before, and answers differ. Those of a GPU do, where model_state.py hands them on.
         hf_config.is_mm_prefix_lm = True
         model_config.model_arch_config = replace(model_config.model_arch_config, is_mm_prefix_lm=True)
 
@@ -139,15 +141,11 @@ def adjust_engine(vllm_config: Any) -> None:
         "pruned video": vllm_config.model_config.multimodal_config.is_multimodal_pruning_enabled(),
         "the first model runner on a GPU (set VLLM_USE_V2_MODEL_RUNNER=1)": not current_platform.is_cpu()
         and not vllm_config.use_v2_model_runner,
-        "another kind of additional config than a dict": not isinstance(vllm_config.additional_config, dict),
     }
     for what, given in refused.items():
         if given:
             raise ValueError(f"vtw: expected an engine without what withdrawal does not support, got one with {what}")
     scheduler.scheduler_cls = SCHEDULER
-    # What is compiled for one layer must not be found in the cache for another; this is part of the cache's key. If it
-    # no longer were, the second of two layers that the tests compile one after another would have rows of the first.
-    vllm_config.additional_config["vtw"] = dict(vllm_config.model_config.hf_config.vtw)
     if not current_platform.is_cpu():
         from vllm.config import CUDAGraphMode
 

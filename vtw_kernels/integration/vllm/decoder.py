@@ -93,8 +93,8 @@ def install(model: nn.Module, vllm_config: Any) -> None:
     with set_model_tag("vtw_text_rows"):
         after = TextRowsOnly(vllm_config=vllm_config, layers=decoder.layers[layer:], norm=decoder.norm)
     decoder.__dict__["forward"] = _Forward(decoder, before, after, attentions[layer].layer_name)
-    # As a whole: its call then goes straight to forward. If it went to what is compiled of its class, all rows would come
-    # to the later layers, where attention.py raises.
+    # As a whole: its call then goes straight to forward. If it went to what is compiled of its class, all rows would
+    # come to the later layers, where attention.py raises.
     decoder.do_not_compile = True
 
 
