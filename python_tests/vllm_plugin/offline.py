@@ -409,11 +409,26 @@ def test_the_model_of_the_demo(tmp_path):
     assert sum(right) / len(right) > 0.95
 
 
-@pytest.mark.parametrize("layer", [2, 4])
-def test_torch_compile(checkpoints, oracle, layer):
+def test_what_the_page_shows(checkpoints, oracle, tmp_path, monkeypatch):
+    vllm_models.image(3).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    small = {"enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
+    monkeypatch.setattr(vllm, "LLM", functools.partial(LLM, **small))
+    block = vllm_models.shown("from vllm import", model=str(checkpoints["llava"]), layer='"layer": 2')
+    session: dict = {}
+    exec(compile(block, vllm_models.PAGE.name, "exec"), session)
+    session["llm"].llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    [(_, tokens, _)] = oracle("llava", 2, [(session["prompt"]["prompt"], [3])])
+    assert list(session["answer"].outputs[0].token_ids)[:TOKENS] == tokens
+
+
+def test_torch_compile(checkpoints, oracle):
     some = requests("llava", 8)
-    with Engine(checkpoints["llava"], layer, enforce_eager=False) as engine:
-        assert all(same(engine.ask("llava", some), oracle("llava", layer, some)))
+    with Engine(checkpoints["llava"], 2, enforce_eager=False) as engine:
+        outputs = engine.ask("llava", some)
+        assert all(same(outputs, oracle("llava", 2, some)))
+        images_matter(same(outputs, oracle("llava", 3, some)), some)
 
 
 def test_what_is_compiled_is_of_a_layer(checkpoints):
@@ -509,18 +524,14 @@ def test_refused_while_a_model_is_made(checkpoints, tmp_path, monkeypatch):
     refused(checkpoints["llava"], 2, "LlamaModel, whose forward looks at config")
 
 
-def test_what_would_be_silent(checkpoints, monkeypatch):
-    """Should vLLM change in these ways, a step raises."""
-    some = requests("llava", 1)
+def test_rows_that_stayed(checkpoints, monkeypatch):
+    """Should the later layers be called with all rows, a step raises."""
+    monkeypatch.setattr(decoder, "compact", lambda rows, *args: rows)
     with Engine(checkpoints["llava"], 2) as engine:
-        with monkeypatch.context() as patch:
-            patch.setattr(decoder, "compact", lambda rows, *args: rows)
-            with pytest.raises(RuntimeError, match=r"vtw: expected the \d+ text rows of a step in .*layers.2.*, got"):
-                engine.ask("llava", some)
-    with Engine(checkpoints["llava"], 2) as engine:
-        engine.runner.is_mm_prefix_lm = False
-        with pytest.raises(RuntimeError, match="vtw: expected a model runner that says where images are"):
-            engine.ask("llava", some)
+        with pytest.raises(
+            RuntimeError, match=r"vtw: expected the \d+ text rows of a step in .*layers.2.*, got \d+ rows"
+        ):
+            engine.ask("llava", requests("llava", 1))
 
 
 def test_on_a_gpu(checkpoints, monkeypatch):

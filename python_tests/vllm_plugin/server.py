@@ -99,7 +99,7 @@ def wanted(folder: Path, layer: int) -> list[list[str]]:
     return answers
 
 
-def test_server(folder, tmp_path):
+def test_server(folder, tmp_path, monkeypatch, capsys):
     right, others = wanted(folder, LAYER), wanted(folder, vllm_models.LAYERS)
     assert sum(a != b for a, b in zip(right, others)) > len(right) / 2, "nothing to see"
 
@@ -112,6 +112,14 @@ def test_server(folder, tmp_path):
         with pytest.raises(openai.BadRequestError, match="expected text behind the last image"):
             server.ask([1], "")
         assert server.ask(*QUESTIONS[0]) == right[0]
+
+        vllm_models.image(3).save(tmp_path / "photo.png")
+        block = vllm_models.shown("from openai import", model="tiny", host=f"127.0.0.1:{server.port}")
+        with monkeypatch.context() as within:
+            within.chdir(tmp_path)
+            exec(compile(block, vllm_models.PAGE.name, "exec"), {})
+        assert any(word in capsys.readouterr().out for word in vllm_models.WORDS)
+
         with ThreadPoolExecutor(4) as threads:  # killed while it answers
             running = [threads.submit(server.ask, *question) for question in QUESTIONS * ROUNDS]
             next(as_completed(running))

@@ -4,6 +4,7 @@ Heads are as small as the attention of vLLM on a CPU takes them. An image has mo
 that chunks of a prompt may lie within one."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ TEXT = dict(
     eos_token_id=2,
     tie_word_embeddings=False,
 )
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 TOWER = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, patch_size=4)
 TILES = [[24, 48], [48, 24]]
 
@@ -262,3 +264,14 @@ def image(seed: int, size: int = 32) -> Image.Image:
     """Large patches, so that models see a difference."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.NEAREST)
+
+
+def shown(imported: str, **instead: str) -> str:
+    """The block of Python on the page about vLLM that imports this, with other values in it, each in the one place
+    where the page has its own."""
+    [block] = [x for x in re.findall(r"```py\n(.*?)```", PAGE.read_text(), re.DOTALL) if imported in x]
+    own = {"model": "llava-hf/llava-1.5-7b-hf", "layer": '"layer": 16', "host": "localhost:8000"}
+    for name, value in instead.items():
+        assert block.count(own[name]) == 1
+        block = block.replace(own[name], value)
+    return block
