@@ -18,6 +18,10 @@ WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 TRAININGS = {"as usual": ORANGE, "with withdrawal": BLUE}
 METHODS = {"fixed layer": (BLUE, "o-"), "dynamic exit": (GREEN, "*-"), "FastV": (ORANGE, "s-"),
            "PyramidDrop": (RED, "^:"), "random": (PINK, "D--")}  # fmt: skip
+MODELS = {"digits": "digits", "smollm2": "SmolLM2 with eyes"}
+# What names of prunings have in common, by ingredient.
+PRUNINGS = {"heads": ("of heads", BLUE, "o"), "window": ("window", GREEN, "^"), "narrower MLP": ("MLP", ORANGE, "s"),
+            "layer cut": ("cut", RED, "v"), "all of them": ("all", PINK, "*")}  # fmt: skip
 
 
 def draw_layers() -> None:
@@ -76,6 +80,31 @@ def draw_policies(model: str, columns: int) -> None:
     figure.supylabel("right answers", fontsize=10)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(IMAGES / f"policies-{model}.png", dpi=150)
+
+
+def draw_pruning() -> None:
+    """Right answers of the demo's models over the operations that visual pruning leaves, as
+    ``examples/visual_pruning.py`` measured them: as they are, and after training with it."""
+    figure, _ = new_figure(9, 3.8)
+    figure.clear()
+    for axes, (model, title) in zip(figure.subplots(1, 2), MODELS.items()):
+        results = json.loads((ANSWERS / f"pruning-{model}.json").read_text())
+        axes.axhline(results["as it is"]["plain"]["right"], color=GREY, linestyle="--", lw=1, label="nothing pruned")
+        for kind, (start, colour, marker) in PRUNINGS.items():
+            for when, filled in (("after training", True), ("as it is", False)):
+                rows = [row for name, row in results[when].items() if start in name]
+                points = sorted((row["flops"], row["right"]) for row in rows)
+                axes.plot(
+                    *zip(*points), marker + "-", color=colour, lw=1, ms=6, mfc=colour if filled else "white",
+                    alpha=1 if filled else 0.7, label=kind if filled else None,
+                )  # fmt: skip
+        axes.set(title=title, ylim=(0, 1.03), xlim=(1.02, 0.55), xlabel="operations of the decoder that are left")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("right answers")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    figure.savefig(IMAGES / "pruning.png", dpi=150)
 
 
 def blank(width: float, height: float, columns: float, rows: float) -> Axes:
@@ -163,3 +192,4 @@ if __name__ == "__main__":
         draw()
     draw_policies("digits", columns=4)
     draw_policies("smollm2", columns=5)
+    draw_pruning()
