@@ -246,7 +246,7 @@ def _page_of_adapters(training: SkipTraining, samples: Sequence[Sample]) -> Page
         "loss",
         "Cross entropy by epoch",
         "Of the batches that were trained with, the mean over each epoch, as adapters were then and with dropout; and "
-        "of the held-out ones, in the end.",
+        "of the held-out ones, in the end: of the whole model, skipped without adapters, and with them.",
         lambda axes: draw_losses(axes, training.losses, {name: loss for name, (loss, _) in training.held_out.items()}),
     )
     return Page("adapters.html", [plot], _marked_table(training.columns()), _with_versions(settings, known))
