@@ -556,7 +556,7 @@ def test_strays_in_the_state(place, capsys):
     (folder / "settings.json.part").write_text("{")
     (folder / "run-2.json.part").write_text("{")
     assert search() == 0
-    assert "vtw.json.partial: kept, as there are files in it that are not of the search" in capsys.readouterr().err
+    assert "vtw.json.partial: kept, as there are files of something else in it" in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"run-7.json", "run-notes.txt"}
     assert search() == 0 and (folder / "run-notes.txt").read_text() == "mine"
 

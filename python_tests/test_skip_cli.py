@@ -264,6 +264,14 @@ def test_killed_while_adapters_are_written(place, monkeypatch, capsys):
         assert os.listdir("adapters") == ["adapter_model.safetensors"]
         assert skip("train", "adapters", *TRAIN, *before[1:]) == 0
         assert len(vtw.SkipTraining.load("adapters").losses) == (1 if before else 3)
+    pid = os.fork()
+    if not pid:
+        monkeypatch.setattr(state.State, "remove", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(skip("train", "other", *TRAIN))
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert (place / "other.partial/training.pt").exists()
+    assert skip("train", "other", *TRAIN) == 0 and not (place / "other.partial").exists()
+    assert "other: these adapters were trained before; the model is not run" in capsys.readouterr().err
 
 
 def test_stopped_training(place, monkeypatch, capsys):

@@ -75,6 +75,9 @@ def run_training(options: Namespace, command: str) -> int:
     if found is not None and not options.restart:
         check_same(found, settings, digests, options.out)
         print(f"{options.out}: these adapters were trained before; the model is not run", file=sys.stderr)
+        if state.folder.is_dir():  # that run was killed at its very end
+            with state.open(settings, restart=False):
+                state.remove()
         return conclude(found, options)
     with state.open(settings, options.restart) as lines:
         done = [name for name, digest in digests.items() if digest in lines]
@@ -176,7 +179,8 @@ def look_at(
     Returns:
         What is bad about which, if these are skipped; and the number of the signal that stopped it, or 0.
     """
-    todo, bad, number = [i for i in range(len(records)) if records.name(i) not in set(done)], {}, len(done)
+    known, bad, number = set(done), {}, len(done)
+    todo = [i for i in range(len(records)) if records.name(i) not in known]
     run, _ = state.begin([records.name(i) for i in todo], 1)
     path = state.rank_file(run, 0)
     progress = Progress("records", [path], len(done), len(records), 0, options.quiet)

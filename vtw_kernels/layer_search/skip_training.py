@@ -181,8 +181,9 @@ def train_skip(
     per_epoch = -(-len(trained) // training.accumulate)
     steps = training.epochs * per_epoch
     schedule = get_cosine_schedule_with_warmup(optimizer, round(training.warm_up * steps), steps)
-    settings = {"layers": list(layers), "positions": positions, "training": training._asdict()}
-    settings = adapters.settings | settings | {"batches": [len(trained), len(held_out)]}
+    settings = {name: x for name, x in adapters.settings.items() if name not in SkipTraining.FIGURES}  # of another one
+    settings |= {"layers": list(layers), "positions": positions, "training": training._asdict()}
+    settings |= {"batches": [len(trained), len(held_out)]}
     named = {"adapters": adapters, "optimizer": optimizer, "schedule": schedule}
     losses, total, step, random = [], 0.0, 0, None
     if checkpoint is not None and checkpoint.exists():

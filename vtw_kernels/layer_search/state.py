@@ -97,7 +97,7 @@ class State:
         self._clear()
         (self.folder / "lock").unlink()
         if any(self.folder.iterdir()):
-            print(f"{self.folder}: kept, as there are files in it of something else", file=sys.stderr)
+            print(f"{self.folder}: kept, as there are files of something else in it", file=sys.stderr)
         else:
             self.folder.rmdir()
 
