@@ -13,7 +13,7 @@ project = "vtw_kernels"
 author = copyright = "the authors of vtw_kernels"
 release = version = vtw_kernels.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["families.md", "methods.md", "skipping.md"]  # parts of other pages
+exclude_patterns = ["families.md", "methods.md"]  # parts of other pages
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # what is included begins where its page is
 
