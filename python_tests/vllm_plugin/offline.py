@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 
 import vtw_kernels as vtw
-from vtw_kernels.integration.vllm import decoder
+from vtw_kernels.integration.vllm import attention, cache, decoder
 from vtw_kernels.integration.vllm.attention import ranges_of, text_backend
 from vtw_kernels.integration.vllm.cache import TextOnlyManager, TextOnlySpec
 from vtw_kernels.integration.vllm.config import TESTED_VLLM, adjust_engine
@@ -248,12 +249,25 @@ def test_m_rope_and_asynchronous_scheduling(checkpoints, oracle, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl"])
-def test_another_family(checkpoints, oracle, family):
+def test_another_family(checkpoints, oracle, family, monkeypatch):
+    by_runner, by_scheduler = set(), set()
+
+    def noting(noted: set, stock: Callable, some: Callable) -> Callable:
+        def call(given):
+            ranges = stock(given)
+            noted.update(map(tuple, some(ranges)))
+            return ranges
+
+        return call
+
+    monkeypatch.setattr(attention, "ranges_of", noting(by_runner, attention.ranges_of, lambda ranges: ranges))
+    monkeypatch.setattr(cache, "visual_ranges", noting(by_scheduler, cache.visual_ranges, lambda ranges: [ranges]))
     some = requests(family, 12)
     with Engine(checkpoints[family], 3) as engine:
         outputs = engine.ask(family, some)
     assert all(same(outputs, oracle(family, 3, some)))
     images_matter(same(outputs, oracle(family, 4, some)), some)
+    assert by_runner == by_scheduler and len(by_runner) > 1
 
 
 def test_windows_that_no_layer_has(checkpoints, oracle):

@@ -107,7 +107,10 @@ class _TextOnlySpecOf:
 
 
 class _Forward:
-    """The decoder's forward. layer_name: of the first attention that sees text rows alone."""
+    """The decoder's forward. layer_name: of the first attention that sees text rows alone.
+
+    Models call it as they call the one that it replaces: an argument that a release adds is a TypeError, in the
+    first step at the latest."""
 
     def __init__(self, decoder: nn.Module, before: AllRows, after: TextRowsOnly, layer_name: str):
         self.decoder, self.before, self.after, self.layer_name = decoder, before, after, layer_name
@@ -123,7 +126,7 @@ class _Forward:
         hidden_states = self.decoder.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states, residual = self.before(positions, hidden_states, deepstack_input_embeds)
         metadata = get_forward_context().attn_metadata  # by the names of layers
-        if metadata is None:  # a run for its memory alone
+        if metadata is None:  # a run for its memory or to compile alone
             return self.after(positions, hidden_states, residual)
         source = metadata[self.layer_name].text_rows.source
         rows = len(hidden_states)

@@ -1,4 +1,5 @@
-"""Where the visual tokens of a request are."""
+"""Where the visual tokens of a request are: as vLLM's first model runner finds them, for the scheduler and the second
+runner. If the two came apart, there would be other slots than blocks; python_tests/vllm_plugin compares them."""
 
 from collections.abc import Iterable
 from typing import Any
