@@ -27,6 +27,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
+    Qwen2AudioConfig,
 )
 from vllm import LLM, SamplingParams
 from vllm.config import CUDAGraphMode
@@ -572,6 +573,10 @@ def test_other_models_and_releases(checkpoints, tmp_path, monkeypatch):
     vllm_models.tokenizer().save_pretrained(tmp_path)
     override = {"hf_overrides": {"vtw": {"layer": 2}}}
     with pytest.raises(ValueError, match="vtw: expected a model whose decoder is given images"):
+        EngineArgs(model=str(tmp_path), **override).create_engine_config()
+    audio = Qwen2AudioConfig(text_config=text, architectures=["Qwen2AudioForConditionalGeneration"])
+    audio.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vtw: expected a model whose decoder is given images .* Qwen2Audio"):
         EngineArgs(model=str(tmp_path), **override).create_engine_config()
     monkeypatch.setattr(vllm, "__version__", "0.31.2")
     with pytest.raises(ValueError, match=f"vtw: expected vLLM {TESTED_VLLM}, got 0.31.2"):

@@ -67,7 +67,7 @@ def adjust_model(model_config: Any) -> None:
     hf_config, architecture = model_config.hf_config, model_config.architecture
     if architecture.startswith(PREFIX):
         return
-    if not model_config.is_multimodal_model or model_config.is_encoder_decoder:
+    if not takes_images(model_config) or model_config.is_encoder_decoder:
         raise ValueError(f"vtw: expected a model whose decoder is given images among its tokens, got {architecture}")
     if model_config.architecture not in model_config.architectures:
         raise ValueError(f"vtw: expected vLLM's own implementation of {model_config.architectures}, got {architecture}")
@@ -88,6 +88,16 @@ def adjust_model(model_config: Any) -> None:
         # directions in the layers before, and answers differ. Those of a GPU do, where model_state.py hands them on.
         hf_config.is_mm_prefix_lm = True
         model_config.model_arch_config = replace(model_config.model_arch_config, is_mm_prefix_lm=True)
+
+
+def takes_images(model_config: Any) -> bool:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    if not model_config.is_multimodal_model:
+        return False
+    # By kind; of what vLLM asks too, when it looks whether an engine takes any.
+    limits = MULTIMODAL_REGISTRY.get_processing_info(model_config).supported_mm_limits
+    return not {"image", "video"}.isdisjoint(limits)
 
 
 def read_layer(setting: Any, layers: int) -> int:
