@@ -368,7 +368,7 @@ def test_file_of_a_policy(place, capsys):
     assert "expected another file than that of out, got vtw.json" in capsys.readouterr().err
     assert main(["search", *options, "2", "--restart"]) == 0
     assert compare("--no-costs", policies=["vtw.json", "layer=1"]) == 1
-    assert "policy_files: vtw.json was" in capsys.readouterr().err
+    assert "policy_files: policy vtw.json was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
