@@ -37,7 +37,7 @@ Method = int | vtw.Policy | list[vtw.Policy] | vtw.SkipAttention | Callable
 
 
 def methods(layer: int, layers: int, gates: vtw.ExitRouters, heads: Tensor, skipped: list[int]) -> dict[str, Method]:
-    """By what leaves and who says so. ``layer``: what the search found, of so many ``layers``; ``heads``: those
+    """By what is dropped, and the paper. ``layer``: what the search found, of so many ``layers``; ``heads``: those
     with work on visual tokens; ``skipped``: whose attention can be."""
     pruning = vtw.VisualPruning(heads=heads, window=3, ffn_ratio=2)
     return {
@@ -53,7 +53,7 @@ def methods(layer: int, layers: int, gates: vtw.ExitRouters, heads: Tensor, skip
         "half before layer 2, drawn at random | (to compare with) | `RandomVisual(2, 0.5)`": [vtw.RandomVisual(2, 0.5)],
         "the least attended half before layer 2, the rest at the layer found | both | "
         "`[TopAttention(2, 0.5), Withdraw(K)]`": [vtw.TopAttention(2, 0.5), vtw.Withdraw(layer)],
-        f"nothing; visual tokens have half of the heads and of the MLP, and see their neighbours | {YOPO} | "
+        f"nothing; visual tokens go through half of the heads and of the MLP, and see only their neighbours | {YOPO} | "
         "`prune_visual(model, VisualPruning(heads, 3, 2))`": lambda model: vtw.prune_visual(model, pruning),
         f"nothing; an eighth of the layers skip attention | {EAS} | `SkipAttention(layers)`": vtw.SkipAttention(
             skipped
@@ -96,7 +96,7 @@ def measure(name: str) -> tuple[str, dict[str, str]]:
 def main() -> None:
     columns = [measure(name) for name in MODELS]
     lines = [
-        "| what leaves, when | by | policy | " + " | ".join(title for title, _ in columns) + " |",
+        "| what is dropped, and where | by | policy | " + " | ".join(title for title, _ in columns) + " |",
         "|---|---|---|" + "--:|" * len(columns),
     ]
     for method in columns[0][1]:
