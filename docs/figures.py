@@ -21,7 +21,7 @@ METHODS = {"fixed layer": (BLUE, "o-"), "dynamic exit": (GREEN, "*-"), "FastV": 
 MODELS = {"digits": "digits", "smollm2": "SmolLM2 with eyes"}
 # What names of prunings have in common, by ingredient.
 PRUNINGS = {"heads": ("of heads", BLUE, "o"), "window": ("window", GREEN, "^"), "narrower MLP": ("MLP", ORANGE, "s"),
-            "layer cut": ("cut", RED, "v"), "all of them": ("all", PINK, "*")}  # fmt: skip
+            "layer cut": ("cut", RED, "v"), "all of them": ("all:", PINK, "*")}  # fmt: skip
 
 
 def draw_layers() -> None:
