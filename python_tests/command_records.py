@@ -107,6 +107,29 @@ def die(file, line) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+# Autograd refuses to run in a process that was forked from one in which it has run. The server has only imported.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["vtw_kernels.layer_search.skip_command", "vtw_kernels.cli", "pytest", "vlm"])
+
+
+def in_a_new_process(target: Callable[..., None], *arguments) -> int:
+    """Runs a function of a test's module in the current folder, with none of what the test has patched; returns the
+    exit code, or less than 0 for a signal."""
+    process = SERVER.Process(target=_in_folder, args=(os.getcwd(), target, *arguments))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("a process hangs")
+    return process.exitcode
+
+
+def _in_folder(folder: str, target: Callable[..., None], *arguments) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
 def in_processes(
     ranks: int, command: Callable[[], int], prepare: Callable[[int], None] = lambda rank: None
 ) -> list[int]:

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from command_records import after_lines, die
+from command_records import after_lines, die, in_a_new_process
 from vlm import make_model
 
 import vtw_kernels as vtw
@@ -84,7 +84,10 @@ def killed_after(steps: int, monkeypatch) -> None:
             (append if count <= steps else die)(file, line)
 
         monkeypatch.setattr(state, "append_line", append_or_die)
-        os._exit(skip("search", "skip.json", *SEARCH))
+        try:
+            skip("search", "skip.json", *SEARCH)
+        finally:
+            os._exit(1)  # not on with the tests
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
@@ -173,47 +176,63 @@ def test_train(place, monkeypatch, capsys):
     assert {x: (place / "adapters" / x).read_bytes() for x in os.listdir("adapters")} == written
 
 
-@pytest.fixture
-def backwards(monkeypatch, tmp_path):
-    """How many there were since it was asked last, in all processes."""
-    backward, path = SkipLoss.backward, tmp_path / "backwards"
+def count_backwards() -> None:
+    """Each one writes a byte, whatever process it is in."""
+    backward = SkipLoss.backward
 
     def counted(self, *arguments):
-        with path.open("ab") as file:
+        with open("backwards", "ab") as file:
             file.write(b".")
         return backward(self, *arguments)
+
+    SkipLoss.backward = counted
+
+
+@pytest.fixture
+def backwards(monkeypatch, place):
+    """How many there were since it was asked last, in all processes."""
+    path = place / "backwards"
 
     def count() -> int:
         calls = path.stat().st_size if path.exists() else 0
         path.write_bytes(b"")
         return calls
 
-    monkeypatch.setattr(SkipLoss, "backward", counted)
+    monkeypatch.setattr(SkipLoss, "backward", SkipLoss.backward)  # to be put back
+    count_backwards()
     return count
 
 
-def training_killed(monkeypatch, at: str, number: int, out: str = "adapters") -> None:
-    """In a process of its own, at such a call."""
-    pid = os.fork()
-    if not pid:
-        owner, name = {
-            "backward": (SkipLoss, "backward"),
-            "write": (skip_training, "write_whole"),
-            "replace": (state.os, "replace"),  # with the checkpoint written, and not yet in its place
-            "evaluate": (SkipLoss, "evaluate"),
-        }[at]
-        function, calls = getattr(owner, name), 0
+def train_and_die(at: str, number: int, out: str, *options: str) -> None:
+    """The command, in a process that kills itself at such a call, after so many of them."""
+    skip_training.KEPT_SECONDS = 0
+    count_backwards()
+    owner, name = {
+        "backward": (SkipLoss, "backward"),
+        "write": (skip_training, "write_whole"),
+        "replace": (os, "replace"),  # with the checkpoint written, and not yet in its place
+        "evaluate": (SkipLoss, "evaluate"),
+        "weights": (os, "replace"),  # that is done; next would be their config
+        "remove": (state.State, "remove"),
+    }[at]
+    function, calls = getattr(owner, name), 0
+    file = {"write": "training.pt", "replace": "training.pt", "weights": ".safetensors"}.get(at, "")
 
-        def dies(*arguments):
-            nonlocal calls
-            calls += "training.pt" in str(arguments) or at in ("backward", "evaluate")
-            if calls > number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
+    def dies(*arguments):
+        nonlocal calls
+        calls += file in str(arguments)
+        if at == "weights":
+            function(*arguments)
+        if calls > number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return None if at == "weights" else function(*arguments)
 
-        monkeypatch.setattr(owner, name, dies)
-        os._exit(skip("train", out, *TRAIN))
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    setattr(owner, name, dies)
+    skip("train", out, *TRAIN, *options)
+
+
+def training_killed(at: str, number: int, out: str = "adapters", *options: str) -> None:
+    assert in_a_new_process(train_and_die, at, number, out, *options) == -signal.SIGKILL
 
 
 KILLED = [
@@ -233,7 +252,7 @@ def test_killed_training(place, monkeypatch, capsys, backwards, at, number):
     monkeypatch.setattr(skip_training, "KEPT_SECONDS", 0)
     assert skip("train", "whole", *TRAIN) == 0
     assert backwards() == 9
-    training_killed(monkeypatch, at, number)
+    training_killed(at, number)
     assert not (place / "adapters").exists()
     assert skip("train", "adapters", *TRAIN) == 0
     assert 9 <= backwards() <= 9 + 2
@@ -246,29 +265,14 @@ def test_killed_training(place, monkeypatch, capsys, backwards, at, number):
     assert not (place / "adapters.partial").exists()
 
 
-def test_killed_while_adapters_are_written(place, monkeypatch, capsys):
+def test_killed_while_adapters_are_written(place, capsys):
     """Weights without their config are none; and of an earlier training's, no other weights stand beside them."""
     for before in ([], ["--restart", "--epochs", "1"]):
-        pid = os.fork()
-        if not pid:
-            replace = os.replace
-
-            def dies(part, path):
-                replace(part, path)
-                if str(path).endswith(".safetensors"):
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            monkeypatch.setattr(os, "replace", dies)
-            os._exit(skip("train", "adapters", *TRAIN, *before))
-        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        training_killed("weights", 0, "adapters", *before)
         assert os.listdir("adapters") == ["adapter_model.safetensors"]
         assert skip("train", "adapters", *TRAIN, *before[1:]) == 0
         assert len(vtw.SkipTraining.load("adapters").losses) == (1 if before else 3)
-    pid = os.fork()
-    if not pid:
-        monkeypatch.setattr(state.State, "remove", lambda self: os.kill(os.getpid(), signal.SIGKILL))
-        os._exit(skip("train", "other", *TRAIN))
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    training_killed("remove", 0, "other")
     assert (place / "other.partial/training.pt").exists()
     assert skip("train", "other", *TRAIN) == 0 and not (place / "other.partial").exists()
     assert "other: these adapters were trained before; the model is not run" in capsys.readouterr().err
@@ -302,8 +306,8 @@ def test_stopped_training(place, monkeypatch, capsys):
     assert skip("train", "adapters", *TRAIN, "--dropout", "0.5", "--restart") == 0
 
 
-def test_damaged_training(place, monkeypatch, capsys):
-    training_killed(monkeypatch, "backward", 7)
+def test_damaged_training(place, capsys):
+    training_killed("backward", 7)
     path = place / "adapters.partial/training.pt"
     intact = path.read_bytes()
     middle = len(intact) // 2
