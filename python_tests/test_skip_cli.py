@@ -64,7 +64,7 @@ def forwards(monkeypatch, tmp_path):
         return logits(self, reading)
 
     def count() -> int:
-        calls = path.stat().st_size
+        calls = path.stat().st_size if path.exists() else 0
         path.write_bytes(b"")
         return calls
 
@@ -373,7 +373,7 @@ def test_what_a_training_refuses(place, monkeypatch, capsys):
     assert not (place / "other").exists()
 
 
-def test_evaluate(place, monkeypatch, capsys):
+def test_evaluate(place, monkeypatch, capsys, forwards):
     """As ``compare`` does: it names bad records, goes on where it was stopped, and has a page."""
     assert skip("train", "whole", *TRAIN) == 0
     options = ["--layers", "1,2", "--adapters", "whole", "--policy", "layer=2"]
@@ -382,12 +382,16 @@ def test_evaluate(place, monkeypatch, capsys):
     assert skip("evaluate", "other.json", *options) == 1
     assert "1 of 4 records are bad (--skip-bad): data.jsonl:2: " in capsys.readouterr().err
     (place / "data.jsonl").write_text("\n".join(lines) + "\n")
+    forwards()
     assert skip("evaluate", "undisturbed.json", *options, "--no-costs") == 0
+    wanted = forwards()
     with monkeypatch.context() as patch:
         patch.setattr(run, "append_line", after_lines(2, lambda file, line: os.kill(os.getpid(), signal.SIGINT)))
         assert skip("evaluate", "stopped.json", *options, "--no-costs") == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+    before = forwards()
     assert skip("evaluate", "stopped.json", *options, "--no-costs", "--report", "page.html") == 0
+    assert before + forwards() <= wanted + wanted // 4  # of four records, the one at hand is repeated
     assert "stopped.json: 2 of 4 records were scored before\n" in capsys.readouterr().err
     assert (place / "stopped.json").read_text() == (place / "undisturbed.json").read_text()
     assert "skip:whole" in (place / "page.html").read_text()
